@@ -1,0 +1,267 @@
+"""All settings in one place: what they are called, what they mean, and where a value came from.
+
+A setting is a dataclass field with its help beside it. The command line, `ROPEWAY_*` variables, the YAML file and the
+documentation are all made from these fields, so none of them can drift. Order: flags > environment > file > default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from ropeway.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _option(default: T, group: str, help: str, *, low: float | None = None, high: float | None = None) -> T:
+    """A setting with its help, the heading it is listed under, and inclusive bounds."""
+    return field(default=default, metadata={"group": group, "help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the engine process needs to know. Names are vLLM's where the meaning is equal."""
+
+    model: str = _option("bundled", "Model", "Hugging Face directory or hub name; 'bundled' is the model in the package.")
+    revision: str | None = _option(None, "Model", "Hub branch, tag or commit to load.")
+    download_dir: str | None = _option(None, "Model", "Where hub downloads are kept (default: the Hugging Face cache).")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Model", "Type of weights and KV cache; 'auto' takes the fastest that the device computes natively."
+    )
+    max_model_len: int | None = _option(
+        None, "Model", "Longest prompt plus answer, in tokens (default: the model's own limit).", low=1
+    )
+    seed: int = _option(0, "Model", "Seed of the engine's own draws (for requests that bring no seed).", low=0)
+
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "Device", "Where to compute.")
+    threads: int = _option(0, "Device", "CPU threads for the model; 0 means one for each physical core.", low=0)
+    attention_backend: Literal["auto", "cpu", "reference"] = _option(
+        "auto", "Device", "Attention implementation; start-up says why others were passed over."
+    )
+    tensor_parallel_size: int = _option(1, "Device", "Number of devices to split the model over (1 for now).", low=1)
+
+    block_size: int = _option(16, "Memory", "Tokens in one KV block: 8, 16, 32 or 64.", low=8, high=64)
+    kv_cache_gib: float | None = _option(
+        None, "Memory", "GiB for the KV cache (default: from free memory, see gpu-memory-utilization).", low=0.0001
+    )
+    num_kv_blocks: int | None = _option(None, "Memory", "Exact number of KV blocks; overrides kv-cache-gib.", low=1)
+    gpu_memory_utilization: float | None = _option(
+        None,
+        "Memory",
+        "Share of the device's memory for weights and KV cache; on a CPU the share of RAM. "
+        "Default: 0.9 on a GPU; on a CPU the KV cache takes half of what is free after loading, at most 4 GiB.",
+        low=0.01,
+        high=1.0,
+    )
+
+    max_num_seqs: int = _option(64, "Scheduling", "Seats: the most requests that run at once.", low=1, high=4096)
+    max_num_batched_tokens: int = _option(512, "Scheduling", "The most tokens that one step computes.", low=1)
+    batching: Literal["continuous", "static"] = _option(
+        "continuous", "Scheduling", "'static' admits only when the running batch is empty: the baseline to compare with."
+    )
+    scheduling_policy: Literal["fcfs", "priority"] = _option(
+        "fcfs", "Scheduling", "Who boards next: by arrival, or by the request's priority (lower first)."
+    )
+    promote_after: float = _option(
+        30.0, "Scheduling", "Seconds of waiting that lift a request by one priority class, so that none starves.", low=0.001
+    )
+    enable_prefix_caching: bool = _option(True, "Scheduling", "Reuse KV blocks of equal prompt beginnings.")
+    enable_chunked_prefill: bool = _option(
+        True, "Scheduling", "Split long prompts over steps; without it a prompt must fit max-num-batched-tokens."
+    )
+    max_queue: int = _option(256, "Scheduling", "Waiting requests beyond which newcomers get 503 and a Retry-After.", low=0)
+    default_priority: int = _option(0, "Scheduling", "Priority of requests that name none; lower is served earlier.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What the API process needs to know."""
+
+    host: str = _option("127.0.0.1", "Server", "Address to bind; anything but loopback needs an API key.")
+    port: int = _option(8000, "Server", "Port to bind; 0 takes a free one and prints it.", low=0, high=65535)
+    api_key: str | None = _option(None, "Server", "Bearer key that clients must send (several: separated by commas).")
+    served_model_name: str | None = _option(None, "Server", "Name that clients use for the model (default: its own).")
+    tokenizer: str | None = _option(None, "Server", "Directory or hub name of the tokenizer (default: the model's).")
+    chat_template: str | None = _option(None, "Server", "File with a Jinja chat template that replaces the model's.")
+    allowed_hosts: str | None = _option(
+        None, "Server", "Extra Host headers to accept, separated by commas (default: loopback names and the bound host)."
+    )
+    max_body_mib: float = _option(16.0, "Server", "Largest request body, in MiB.", low=0.001)
+    request_timeout: float = _option(600.0, "Server", "Seconds after which a request ends with a timeout.", low=0.001)
+    stream_timeout: float = _option(
+        30.0, "Server", "Seconds that a client may leave its stream unread before it is dropped.", low=0.001
+    )
+    keep_alive_interval: float = _option(
+        15.0, "Server", "Seconds between comment lines on a stream that waits, so that proxies keep it open.", low=0.001
+    )
+    shutdown_timeout: float = _option(30.0, "Server", "Seconds that running requests get to finish on SIGTERM.", low=0)
+    max_restarts: int = _option(3, "Server", "Engine restarts within ten minutes before the server gives up.", low=0)
+    log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Server", "How much to log.")
+    log_format: Literal["text", "json"] = _option("text", "Server", "Shape of log lines.")
+    log_stats_interval: float = _option(10.0, "Server", "Seconds between statistics lines while busy; 0 is off.", low=0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a config class, described for whoever shows or reads it."""
+
+    name: str
+    kind: type
+    choices: tuple[str, ...]
+    default: Any
+    group: str
+    help: str
+    low: float | None
+    high: float | None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "ROPEWAY_" + self.name.upper()
+
+    def parse(self, value: Any, origin: str) -> Any:
+        """`value` (text from a flag or variable, or a YAML scalar) as this setting's type. Raises ConfigError."""
+        if value is None:
+            return self.default
+        try:
+            parsed = self._convert(value)
+        except (TypeError, ValueError):
+            what = f"one of {', '.join(self.choices)}" if self.choices else f"of type {self.kind.__name__}"
+            raise ConfigError(f"{self.name} from {origin} is {value!r}; it must be {what}.", param=self.name) from None
+        if isinstance(parsed, int | float) and not isinstance(parsed, bool):
+            if parsed != parsed or (self.low is not None and parsed < self.low):
+                raise ConfigError(f"{self.name} from {origin} is {parsed}; it must be at least {self.low}.", param=self.name)
+            if self.high is not None and parsed > self.high:
+                raise ConfigError(f"{self.name} from {origin} is {parsed}; it must be at most {self.high}.", param=self.name)
+        return parsed
+
+    def _convert(self, value: Any) -> Any:
+        if self.choices:
+            if str(value) not in self.choices:
+                raise ValueError
+            return str(value)
+        if self.kind is bool:
+            text = str(value).strip().lower()
+            if text not in {"1", "0", "true", "false", "yes", "no", "on", "off"}:
+                raise ValueError
+            return text in {"1", "true", "yes", "on"}
+        if self.kind is int:
+            return _whole_number(value)
+        if isinstance(value, bool | list | dict):
+            raise TypeError
+        return self.kind(value)
+
+
+def _whole_number(value: Any) -> int:
+    if isinstance(value, bool | float):
+        raise TypeError
+    text = str(value).strip().replace("_", "")
+    scale = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}.get(text[-1:], 0)
+    return int(float(text[:-1]) * scale) if scale else int(text)
+
+
+def settings(*classes: type) -> list[Setting]:
+    """The settings of the given config classes, in order of definition."""
+    found = []
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            if "group" not in f.metadata:
+                continue
+            hint = hints[f.name]
+            if get_origin(hint) in (Union, types.UnionType):
+                hint = next(arg for arg in get_args(hint) if arg is not type(None))
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            kind = str if choices else hint
+            meta = f.metadata
+            found.append(
+                Setting(f.name, kind, choices, f.default, meta["group"], meta["help"], meta["low"], meta["high"])
+            )
+    return found
+
+
+def load(
+    cls: type[T],
+    flags: Mapping[str, Any] | None = None,
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    also: tuple[type, ...] = (),
+) -> tuple[T, dict[str, str]]:
+    """A config of type `cls` and where each of its values came from.
+
+    `flags` holds only what was given on the command line. `file` is a YAML mapping of setting names (dashes or
+    underscores); names that belong to neither `cls` nor `also` are refused. Raises ConfigError.
+    """
+    environ = os.environ if environ is None else environ
+    known = {s.name: s for s in settings(cls)}
+    allowed = set(known) | {s.name for s in settings(*also)}
+    from_file = _read_file(file, allowed) if file else {}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, setting in known.items():
+        if flags and flags.get(name) is not None:
+            raw, origin = flags[name], setting.flag
+        elif setting.variable in environ:
+            raw, origin = environ[setting.variable], setting.variable
+        elif name in from_file:
+            raw, origin = from_file[name], str(file)
+        else:
+            values[name], origins[name] = setting.default, "default"
+            continue
+        values[name], origins[name] = setting.parse(raw, origin), origin
+    return cls(**values), origins
+
+
+def _read_file(file: Path, allowed: set[str]) -> dict[str, Any]:
+    import difflib
+
+    import yaml
+
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The configuration file {file} cannot be read: {error.strerror}. Check --config.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {file} is not valid YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"The configuration file {file} must be a mapping of settings, not a {type(data).__name__}.")
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name not in allowed:
+            close = difflib.get_close_matches(name, sorted(allowed), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else " See `ropeway serve --help` for all settings."
+            raise ConfigError(f"{file} has an unknown setting {key!r}.{hint}", param=name)
+        flat[name] = value
+    return flat
+
+
+def check(engine: EngineConfig) -> EngineConfig:
+    """Refuse combinations that no single setting can see. Returns the config. Raises ConfigError."""
+    if engine.block_size & (engine.block_size - 1):
+        raise ConfigError(f"block_size is {engine.block_size}; it must be 8, 16, 32 or 64.", param="block_size")
+    if engine.tensor_parallel_size != 1:
+        raise ConfigError(
+            f"tensor_parallel_size is {engine.tensor_parallel_size}, but this version runs on one device. Use 1.",
+            param="tensor_parallel_size",
+        )
+    if engine.max_num_batched_tokens < engine.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens ({engine.max_num_batched_tokens}) is below max_num_seqs ({engine.max_num_seqs}): "
+            "a step could not give every running request its token. Raise the first or lower the second.",
+            param="max_num_batched_tokens",
+        )
+    return engine

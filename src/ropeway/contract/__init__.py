@@ -1,0 +1,24 @@
+"""What crosses a boundary, and nothing else: plain data without tensors, callables or back-references."""
+
+from ropeway.contract.event import EngineStats, ErrorInfo, FinishReason, TokenEvent, Usage, Why
+from ropeway.contract.message import (
+    Cancel,
+    Command,
+    Drain,
+    Explain,
+    Explained,
+    Ready,
+    Report,
+    Step,
+    Stopped,
+    Submit,
+)
+from ropeway.contract.plan import Admit, BlockCopy, Row, StepPlan
+from ropeway.contract.request import GenerateRequest, SamplingParams
+from ropeway.contract.result import ExecutorInfo, RowFault, StepResult
+
+__all__ = [
+    "Admit", "BlockCopy", "Cancel", "Command", "Drain", "EngineStats", "ErrorInfo", "ExecutorInfo", "Explain",
+    "Explained", "FinishReason", "GenerateRequest", "Ready", "Report", "Row", "RowFault", "SamplingParams", "Step",
+    "StepPlan", "StepResult", "Stopped", "Submit", "TokenEvent", "Usage", "Why",
+]  # fmt: skip

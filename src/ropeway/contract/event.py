@@ -1,0 +1,95 @@
+"""What the engine tells the service: one message a step for all requests."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from ropeway.errors import BY_CODE, EngineError, RopewayError
+
+
+class FinishReason(StrEnum):
+    """How a request ended. Exactly one final event carries one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+    TIMEOUT = "timeout"
+    FAILED = "failed"
+
+
+class ErrorInfo(Struct, frozen=True):
+    """A `RopewayError` in plain data."""
+
+    code: str
+    message: str
+    param: str | None = None
+    retry_after: float | None = None
+
+    @classmethod
+    def of(cls, error: RopewayError) -> ErrorInfo:
+        return cls(error.code, error.message, error.param, error.retry_after)
+
+    def error(self) -> RopewayError:
+        return BY_CODE.get(self.code, EngineError)(self.message, param=self.param, retry_after=self.retry_after)
+
+
+class Usage(Struct, frozen=True, kw_only=True):
+    """What a finished request has cost. Times are seconds of the engine's clock, measured from its arrival there;
+    `first_scheduled_s` and `first_token_s` are None if that never happened."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    preemptions: int
+    first_scheduled_s: float | None
+    first_token_s: float | None
+    total_s: float
+
+
+class TokenEvent(Struct, frozen=True, omit_defaults=True):
+    """News of one request. The first event of an accepted request has `accepted` set and no tokens.
+    `finish` is set on the last event only; then `usage` is set too, and `error` unless it ended by stop or length.
+    `stop_token` is the token id of `stop_token_ids` that ended it (not set for the model's own end token).
+    The ending token itself is part of `tokens`."""
+
+    rid: int
+    tokens: list[int] = []
+    accepted: bool = False
+    cached_tokens: int = 0
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+    error: ErrorInfo | None = None
+    usage: Usage | None = None
+
+
+class EngineStats(Struct, frozen=True, kw_only=True):
+    """The engine after a step. Counters are totals since the engine started."""
+
+    step: int
+    running: int
+    waiting: int
+    slots: int
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
+    rows: int
+    step_tokens: int
+    step_seconds: float
+    prompt_tokens: int
+    generation_tokens: int
+    cache_queries: int
+    cache_hits: int
+    preemptions: int
+
+
+class Why(Struct, frozen=True):
+    """Why a request waits: `holder` is the limit or order that holds it, `position` its place (0 = next)."""
+
+    rid: int
+    state: str
+    position: int
+    holder: str
+    reason: str

@@ -1,0 +1,57 @@
+"""The messages between service and engine, tagged so that a frame names its own type."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from ropeway.contract.event import EngineStats, ErrorInfo, TokenEvent, Why
+from ropeway.contract.request import GenerateRequest
+from ropeway.contract.result import ExecutorInfo
+
+
+class Submit(Struct, frozen=True, tag="submit"):
+    request: GenerateRequest
+
+
+class Cancel(Struct, frozen=True, tag="cancel"):
+    """End a request. `stop` true means that the text level found a stop string: it finishes as STOP, not CANCELLED."""
+
+    rid: int
+    stop: bool = False
+
+
+class Explain(Struct, frozen=True, tag="explain"):
+    """Ask why requests wait; all waiting ones if `rids` is empty."""
+
+    token: int
+    rids: list[int] = []
+
+
+class Drain(Struct, frozen=True, tag="drain"):
+    """Refuse newcomers; finish what is there; then stop."""
+
+
+class Ready(Struct, frozen=True, tag="ready"):
+    info: ExecutorInfo
+
+
+class Step(Struct, frozen=True, tag="step"):
+    """All news of one step. `events` may be empty when only the stats changed."""
+
+    events: list[TokenEvent]
+    stats: EngineStats
+
+
+class Explained(Struct, frozen=True, tag="explained"):
+    token: int
+    reasons: list[Why]
+
+
+class Stopped(Struct, frozen=True, tag="stopped"):
+    """The engine's last words; `error` is None after a drain."""
+
+    error: ErrorInfo | None = None
+
+
+Command = Submit | Cancel | Explain | Drain
+Report = Ready | Step | Explained | Stopped

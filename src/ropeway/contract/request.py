@@ -1,0 +1,48 @@
+"""What a client asks for, after text has become tokens."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens and when to stop. Names and meanings are vLLM's.
+
+    `top_k` 0 or -1 is off, `temperature` 0 is greedy. `seed` None lets the engine draw one at the door; the noise of
+    the i-th output token is a function of (seed, i) alone, so batching never changes a seeded answer.
+    `stop` strings are matched on text by the service, everything else by scheduler and sampler.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+
+class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sequence to generate. `rid` is made by the service and unique per engine life.
+
+    `eos_ids` are the model's end tokens (empty under `ignore_eos`). `salt` separates prefix caches of tenants.
+    `priority`: lower is served earlier (vLLM's sense). `deadline_s` bounds the whole life, in seconds from arrival.
+    """
+
+    rid: int
+    tokens: list[int]
+    sampling: SamplingParams
+    eos_ids: tuple[int, ...] = ()
+    priority: int = 0
+    tenant: str = ""
+    salt: str = ""
+    deadline_s: float | None = None

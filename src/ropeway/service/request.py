@@ -1,0 +1,97 @@
+"""The seam between the HTTP dialects and the text service: text in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, SamplingParams, Usage, Why
+from ropeway.engine.channel import LinkState
+
+ChatMessage = dict[str, Any]
+"""One message of a conversation as the template sees it: role, content (text), and whatever else the client sent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRequest:
+    """One sequence to generate. Exactly one of `text`, `tokens`, `messages` is given.
+
+    `request_id` is the client's name for it, used in logs only. Template arguments apply to `messages`.
+    `add_special_tokens` applies to `text` and, by default off, to rendered messages.
+    """
+
+    request_id: str
+    sampling: SamplingParams
+    text: str | None = None
+    tokens: Sequence[int] | None = None
+    messages: Sequence[ChatMessage] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    priority: int | None = None
+    tenant: str = ""
+    salt: str = ""
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextChunk:
+    """News of one request: whole characters only, stop strings already removed.
+
+    `finish`, `usage` are set on the last chunk alone. `stop_reason` is the stop string or stop token id that ended
+    it, None for the model's own end token. A failed request raises its error instead of yielding a last chunk.
+    """
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+    stop_reason: int | str | None = None
+    usage: Usage | None = None
+
+
+class TextStream(Protocol):
+    """One accepted request. Iterating yields chunks, the last with `finish`; a failure raises a RopewayError.
+    Between two chunks the reader may be slow: deltas are merged, so memory stays bounded by the answer."""
+
+    request_id: str
+    prompt_tokens: Sequence[int]
+
+    def __aiter__(self) -> AsyncIterator[TextChunk]: ...
+
+    def cancel(self) -> None:
+        """Give up; idempotent, safe at any time, frees the seat within two steps."""
+
+
+class TextService(Protocol):
+    """What the API floor stands on."""
+
+    @property
+    def state(self) -> LinkState: ...
+
+    @property
+    def info(self) -> ExecutorInfo | None: ...
+
+    @property
+    def stats(self) -> EngineStats | None: ...
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    async def submit(self, request: TextRequest) -> TextStream:
+        """Tokenize, check, send, and wait until the engine has accepted it. Raises RopewayError if it has not."""
+
+    async def tokenize(self, request: TextRequest) -> list[int]: ...
+
+    async def detokenize(self, tokens: Sequence[int]) -> str: ...
+
+    def token_strings(self, tokens: Sequence[int]) -> list[str]: ...
+
+    async def why(self, rid: int | None = None) -> list[Why]: ...
+
+    def drain(self) -> None:
+        """Refuse newcomers from now on; running requests finish."""
