@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from ropeway.errors import ConfigError
 
@@ -29,7 +29,7 @@ def _option(default: T, group: str, help: str, *, low: float | None = None, high
 class EngineConfig:
     """What the engine process needs to know. Names are vLLM's where the meaning is equal."""
 
-    model: str = _option("bundled", "Model", "Hugging Face directory or hub name; 'bundled' is the model in the package.")
+    model: str = _option("bundled", "Model", "Hugging Face directory or hub name; 'bundled' is in the package.")
     revision: str | None = _option(None, "Model", "Hub branch, tag or commit to load.")
     download_dir: str | None = _option(None, "Model", "Where hub downloads are kept (default: the Hugging Face cache).")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
@@ -64,19 +64,21 @@ class EngineConfig:
     max_num_seqs: int = _option(64, "Scheduling", "Seats: the most requests that run at once.", low=1, high=4096)
     max_num_batched_tokens: int = _option(512, "Scheduling", "The most tokens that one step computes.", low=1)
     batching: Literal["continuous", "static"] = _option(
-        "continuous", "Scheduling", "'static' admits only when the running batch is empty: the baseline to compare with."
+        "continuous", "Scheduling", "'static' admits only when the running batch is empty: the baseline."
     )
     scheduling_policy: Literal["fcfs", "priority"] = _option(
         "fcfs", "Scheduling", "Who boards next: by arrival, or by the request's priority (lower first)."
     )
     promote_after: float = _option(
-        30.0, "Scheduling", "Seconds of waiting that lift a request by one priority class, so that none starves.", low=0.001
+        30.0, "Scheduling", "Seconds of waiting that lift a request by one class, so that none starves.", low=0.001
     )
     enable_prefix_caching: bool = _option(True, "Scheduling", "Reuse KV blocks of equal prompt beginnings.")
     enable_chunked_prefill: bool = _option(
         True, "Scheduling", "Split long prompts over steps; without it a prompt must fit max-num-batched-tokens."
     )
-    max_queue: int = _option(256, "Scheduling", "Waiting requests beyond which newcomers get 503 and a Retry-After.", low=0)
+    max_queue: int = _option(
+        256, "Scheduling", "Waiting requests beyond which newcomers get 503 and a Retry-After.", low=1
+    )
     default_priority: int = _option(0, "Scheduling", "Priority of requests that name none; lower is served earlier.")
 
 
@@ -91,7 +93,7 @@ class ServerConfig:
     tokenizer: str | None = _option(None, "Server", "Directory or hub name of the tokenizer (default: the model's).")
     chat_template: str | None = _option(None, "Server", "File with a Jinja chat template that replaces the model's.")
     allowed_hosts: str | None = _option(
-        None, "Server", "Extra Host headers to accept, separated by commas (default: loopback names and the bound host)."
+        None, "Server", "Extra Host headers to accept, by commas (always: loopback names and the bound host)."
     )
     max_body_mib: float = _option(16.0, "Server", "Largest request body, in MiB.", low=0.001)
     request_timeout: float = _option(600.0, "Server", "Seconds after which a request ends with a timeout.", low=0.001)
@@ -139,11 +141,15 @@ class Setting:
             what = f"one of {', '.join(self.choices)}" if self.choices else f"of type {self.kind.__name__}"
             raise ConfigError(f"{self.name} from {origin} is {value!r}; it must be {what}.", param=self.name) from None
         if isinstance(parsed, int | float) and not isinstance(parsed, bool):
-            if parsed != parsed or (self.low is not None and parsed < self.low):
-                raise ConfigError(f"{self.name} from {origin} is {parsed}; it must be at least {self.low}.", param=self.name)
-            if self.high is not None and parsed > self.high:
-                raise ConfigError(f"{self.name} from {origin} is {parsed}; it must be at most {self.high}.", param=self.name)
+            # `not >=` rather than `<`, so that NaN is refused too.
+            if self.low is not None and not parsed >= self.low:
+                self._refuse(parsed, origin, f"at least {self.low}")
+            if self.high is not None and not parsed <= self.high:
+                self._refuse(parsed, origin, f"at most {self.high}")
         return parsed
+
+    def _refuse(self, value: Any, origin: str, bound: str) -> NoReturn:
+        raise ConfigError(f"{self.name} from {origin} is {value}; it must be {bound}.", param=self.name)
 
     def _convert(self, value: Any) -> Any:
         if self.choices:

@@ -31,8 +31,10 @@ def frame_length(head: bytes) -> int:
 
 
 def decode_command(body: bytes) -> Command:
-    return _commands.decode(body)
+    command: Command = _commands.decode(body)
+    return command
 
 
 def decode_report(body: bytes) -> Report:
-    return _reports.decode(body)
+    report: Report = _reports.decode(body)
+    return report

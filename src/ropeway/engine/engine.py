@@ -1,0 +1,157 @@
+"""The loop: take commands, plan a step, have it carried out, tell the news."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from ropeway.config import EngineConfig
+from ropeway.contract import (
+    Cancel,
+    Command,
+    Drain,
+    EngineStats,
+    Explain,
+    Explained,
+    FinishReason,
+    Ready,
+    Report,
+    Step,
+    StepPlan,
+    Stopped,
+    Submit,
+    TokenEvent,
+)
+from ropeway.engine.channel import Channel
+from ropeway.engine.clock import Clock, SystemClock
+from ropeway.engine.executor import Executor
+from ropeway.engine.intake import Intake
+from ropeway.errors import EngineError
+from ropeway.scheduler import ORDERS, FixedTokens, LowestPriority, Newest, Resources, Scheduler
+
+
+def make_scheduler(config: EngineConfig, executor: Executor, secret: bytes) -> Scheduler:
+    """The scheduler that `config` asks for, over what `executor` has."""
+    info = executor.info
+    resources = Resources(
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+        slots=min(config.max_num_seqs, info.max_slots),
+        max_model_len=info.max_model_len,
+        max_step_tokens=config.max_num_batched_tokens,
+        prefix_caching=config.enable_prefix_caching,
+        chunked_prefill=config.enable_chunked_prefill,
+        static_batching=config.batching == "static",
+        secret=secret,
+    )
+    order = ORDERS[config.scheduling_policy](config.promote_after)
+    victim = LowestPriority() if config.scheduling_policy == "priority" else Newest()
+    return Scheduler(resources, order, victim, FixedTokens(config.max_num_batched_tokens))
+
+
+class Engine:
+    """One executor kept busy with the requests of one service.
+
+    `submit` and `step` are all there is; `run` connects them to a channel. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        config: EngineConfig,
+        *,
+        clock: Clock | None = None,
+        secret: bytes | None = None,
+        max_queue: int | None = None,
+    ) -> None:
+        """`secret` keys the prefix cache (random if None). `max_queue` overrides the configured bound of the queue."""
+        self.executor = executor
+        self.scheduler = make_scheduler(config, executor, os.urandom(32) if secret is None else secret)
+        self.intake = Intake(self.scheduler, config.max_queue if max_queue is None else max_queue)
+        self._clock = clock or SystemClock()
+        self._under_way: deque[tuple[StepPlan, Any]] = deque()
+        self._news: list[TokenEvent] = []
+        self._last = (0, 0, 0, 0.0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.busy or bool(self._under_way) or bool(self._news)
+
+    def submit(self, commands: Sequence[Command]) -> list[Report]:
+        """Take commands in; what can be answered at once is returned."""
+        now = self._clock.now()
+        reports: list[Report] = []
+        for command in commands:
+            match command:
+                case Submit(request):
+                    self._news.append(self.intake.accept(request, now))
+                case Cancel(rid, stop):
+                    reason = FinishReason.STOP if stop else FinishReason.CANCELLED
+                    event = self.scheduler.cancel(rid, reason, now)
+                    self._news += [event] if event is not None else []
+                case Explain(token, rids):
+                    reports.append(Explained(token, self.scheduler.why(now, rids)))
+                case Drain():
+                    self.intake.draining = True
+        if self._news:
+            # Told now rather than with the next step, so that nobody waits a step to hear that it was let in.
+            reports.append(Step(self._take_news(), self._stats()))
+        return reports
+
+    def step(self) -> Step:
+        """Run one step and return its news. Keeps up to the executor's depth of steps under way.
+
+        Raises EngineError if requests are there but none can go on, which would be a fault of the scheduler.
+        """
+        self._news += self.intake.expire(self._clock.now())
+        while len(self._under_way) < self.executor.info.depth:
+            plan = self.scheduler.plan(self._clock.now())
+            if plan is None:
+                break
+            for admitted in plan.admit:
+                if admitted.epoch == 1:
+                    self.intake.pace.boarded(self._clock.now())
+            self._under_way.append((plan, self.executor.submit(plan)))
+        if self._under_way:
+            plan, ticket = self._under_way.popleft()
+            result = self.executor.collect(ticket)
+            self._news += self.scheduler.commit(plan, result, self._clock.now())
+            self._last = (plan.step, len(plan.rows), plan.num_tokens, result.seconds)
+        elif self.scheduler.busy:
+            reasons = "; ".join(f"request {why.rid}: {why.reason}" for why in self.scheduler.why(self._clock.now())[:3])
+            raise EngineError(f"{len(self.scheduler.waiting)} requests wait but none can run ({reasons}).")
+        return Step(self._take_news(), self._stats())
+
+    def run(self, channel: Channel) -> None:
+        """Serve `channel` until the service goes away or a drain has finished. Blocks while there is nothing to do."""
+        channel.send(Ready(self.executor.info))
+        while True:
+            commands = channel.recv(wait=not self.busy)
+            if commands is None:
+                return
+            for report in self.submit(commands):
+                channel.send(report)
+            if self.busy:
+                channel.send(self.step())
+            elif self.intake.draining:
+                channel.send(Stopped())
+                return
+
+    def _take_news(self) -> list[TokenEvent]:
+        news, self._news = self._news, []
+        return news
+
+    def _stats(self) -> EngineStats:
+        scheduler, counters = self.scheduler, self.scheduler.counters
+        pool = scheduler.pool
+        step, rows, tokens, seconds = self._last
+        return EngineStats(
+            step=step, running=len(scheduler.running), waiting=len(scheduler.waiting),
+            slots=scheduler.resources.slots, blocks_total=pool.num_blocks, blocks_used=pool.used,
+            blocks_cached=pool.remembered, rows=rows, step_tokens=tokens, step_seconds=seconds,
+            prompt_tokens=counters.prompt_tokens, generation_tokens=counters.generation_tokens,
+            cache_queries=counters.cache_queries, cache_hits=counters.cache_hits, preemptions=counters.preemptions,
+        )  # fmt: skip

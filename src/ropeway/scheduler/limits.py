@@ -1,0 +1,175 @@
+"""How many tokens may this sequence run now? Every limit answers alone; the smallest answer holds.
+
+A limit that a sequence runs into also says so in words, which is what `why` tells a person.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Row
+from typing import Protocol
+
+from ropeway.kv import BlockPool
+from ropeway.scheduler.sequence import Sequence, State
+
+
+class Limit(Protocol):
+    name: str
+
+    def begin(self, running: Row[Sequence], line: Callable[[], list[Sequence]]) -> None:
+        """A step is about to be planned. `running` is live: it grows as sequences board during the step."""
+
+    def cap(self, seq: Sequence, want: int) -> int:
+        """At most this many of the `want` tokens now; 0 holds the sequence back. `want` is at least 1."""
+
+    def grant(self, seq: Sequence, count: int) -> None:
+        """`seq`, which has its blocks, runs `count` tokens in this step; negative takes a grant back."""
+
+    def why(self, seq: Sequence) -> str:
+        """What this limit lacks for `seq`, and what must happen first."""
+
+
+class _Stateless:
+    def begin(self, running: Row[Sequence], line: Callable[[], list[Sequence]]) -> None:
+        """Nothing to prepare."""
+
+    def grant(self, seq: Sequence, count: int) -> None:
+        """Nothing to count."""
+
+
+class TokenLimit:
+    """The step's token budget. The scheduler sets `left` before each step."""
+
+    name = "tokens"
+
+    def __init__(self) -> None:
+        self.left = 0
+        self._budget = 0
+
+    def fill(self, tokens: int) -> None:
+        self.left = self._budget = tokens
+
+    def begin(self, running: Row[Sequence], line: Callable[[], list[Sequence]]) -> None:
+        """`fill` prepares it."""
+
+    def cap(self, seq: Sequence, want: int) -> int:
+        return min(want, self.left)
+
+    def grant(self, seq: Sequence, count: int) -> None:
+        self.left -= count
+
+    def why(self, seq: Sequence) -> str:
+        return f"the step's budget of {self._budget} tokens is taken by requests before it"
+
+
+class WholePrompt(_Stateless):
+    """Without chunked prefill a sequence runs everything it wants in one step, or nothing."""
+
+    name = "whole-prompt"
+
+    def __init__(self, tokens: TokenLimit) -> None:
+        self._tokens = tokens
+
+    def cap(self, seq: Sequence, want: int) -> int:
+        return want if want <= self._tokens.left else 0
+
+    def why(self, seq: Sequence) -> str:
+        return f"its {seq.want} tokens must run in one step, which has {self._tokens.left} left"
+
+
+class LengthLimit(_Stateless):
+    """Nobody computes past its own end or the model's context: the last token needs no KV."""
+
+    name = "length"
+
+    def __init__(self, max_model_len: int) -> None:
+        self._max_model_len = max_model_len
+
+    def cap(self, seq: Sequence, want: int) -> int:
+        return max(0, min(want, min(seq.end, self._max_model_len) - 1 - seq.computed))
+
+    def why(self, seq: Sequence) -> str:
+        return "all its tokens are under way"
+
+
+class SlotLimit(_Stateless):
+    """A sequence needs a seat."""
+
+    name = "seats"
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        # Taken from the end: the lowest free number first, which keeps the runner's rows dense.
+        self.free = list(range(slots - 1, -1, -1))
+
+    def cap(self, seq: Sequence, want: int) -> int:
+        return want if seq.state is State.RUNNING or self.free else 0
+
+    def why(self, seq: Sequence) -> str:
+        return f"all {self._slots} seats are taken; the next request to finish frees one"
+
+
+class BlockLimit:
+    """A sequence needs KV blocks. To board, all that is known of it must fit beside what the running ones still need
+    for all that is known of them, and one block more for each of them (at most a sixteenth of the pool), because
+    each may cross a block boundary soon. Who boards into less would soon be put back."""
+
+    name = "kv-blocks"
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._running: Row[Sequence] = ()
+        self._owed: int | None = None
+
+    def begin(self, running: Row[Sequence], line: Callable[[], list[Sequence]]) -> None:
+        self._running = running
+        self._owed = None
+
+    def cap(self, seq: Sequence, want: int) -> int:
+        if seq.state is State.RUNNING:
+            room = (len(seq.blocks) + self._pool.available) * self._block_size - seq.computed
+            return min(want, room)
+        return want if self._missing(seq) <= 0 else 0
+
+    def grant(self, seq: Sequence, count: int) -> None:
+        if self._owed is not None:
+            self._owed += self._still_needed(seq)
+
+    def why(self, seq: Sequence) -> str:
+        return f"it needs {max(1, self._missing(seq))} KV blocks more than are free; running requests must finish first"
+
+    def _still_needed(self, seq: Sequence) -> int:
+        return max(0, -(-(len(seq.tokens) + 1) // self._block_size) - len(seq.blocks))
+
+    def _missing(self, seq: Sequence) -> int:
+        """Blocks that `seq`, whose `blocks` are matched but not yet held, lacks to board."""
+        if not self._running:
+            return 0  # the door refused what an empty pool cannot hold
+        if self._owed is None:
+            self._owed = sum(self._still_needed(other) for other in self._running)
+        reserve = min(len(self._running), self._pool.num_blocks // 16)
+        taken = self._pool.idle(seq.blocks) + self._still_needed(seq)
+        return taken + self._owed + reserve - self._pool.available
+
+
+class StaticBatch(_Stateless):
+    """Static batching, the baseline: a batch is made of who waits when the last batch is empty, and nobody else
+    boards until all of it has finished."""
+
+    name = "static-batch"
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._members: list[Sequence] = []
+
+    def begin(self, running: Row[Sequence], line: Callable[[], list[Sequence]]) -> None:
+        self._members = [seq for seq in self._members if seq.state is not State.FINISHED]
+        if not self._members:
+            self._members = line()[: self._slots]
+
+    def cap(self, seq: Sequence, want: int) -> int:
+        return want if seq in self._members else 0
+
+    def why(self, seq: Sequence) -> str:
+        return f"batching is static and {len(self._members)} requests of the running batch have not finished"

@@ -1,0 +1,141 @@
+"""An executor without a model, whose text betrays every mistake in KV bookkeeping.
+
+Each KV cell holds a digest of all tokens up to its position, made from the token and the digest in the cell before
+it, found through the block table as a kernel would find it. The next token is a function of the last digest, the
+request's seed and its index. So a wrong block, a stale cell, a lost or doubled token changes the text, and the right
+text is known beforehand: `expected_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ropeway.contract import Admit, ExecutorInfo, GenerateRequest, RowFault, StepPlan, StepResult
+from ropeway.sim.clock import VirtualClock
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(a: int, b: int) -> int:
+    """A 64-bit mixer in the manner of splitmix64 (Steele, Lea, Flood 2014)."""
+    z = (a * 0x9E3779B97F4A7C15 + b + 0x632BE59BD9B4E019) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def _next_token(digest: int, seed: int, index: int, vocab_size: int) -> int:
+    return _mix(_mix(digest, seed), index) % vocab_size
+
+
+def expected_tokens(request: GenerateRequest, info: ExecutorInfo) -> list[int]:
+    """What `FakeExecutor` must answer, computed alone and without any KV."""
+    digest, output = 0, list[int]()
+    sampling = request.sampling
+    for token in request.tokens:
+        digest = _mix(digest, token)
+    while True:
+        token = _next_token(digest, sampling.seed or 0, len(output), info.vocab_size)
+        output.append(token)
+        digest = _mix(digest, token)
+        stops = token in request.eos_ids or token in sampling.stop_token_ids
+        if stops and len(output) >= sampling.min_tokens:
+            return output
+        if len(output) >= sampling.max_tokens or len(request.tokens) + len(output) >= info.max_model_len:
+            return output
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of a step: `base + per_token * tokens + per_context * KV tokens read`."""
+
+    base: float = 0.01
+    per_token: float = 0.0005
+    per_context: float = 0.0
+
+    def seconds(self, plan: StepPlan) -> float:
+        context = sum(row.start + row.count for row in plan.rows)
+        return self.base + self.per_token * plan.num_tokens + self.per_context * context
+
+
+@dataclass
+class _Slot:
+    admit: Admit
+    tokens: list[int]
+    blocks: list[int] = field(default_factory=list)
+
+
+class FakeExecutor:
+    """Carries out plans on digests. `clock`, if given, advances by the cost of each step. `fault` may return a fault
+    message for a (rid, token index); `slots` and blocks are checked for double use as they go."""
+
+    def __init__(
+        self,
+        info: ExecutorInfo,
+        *,
+        cost: CostModel | None = None,
+        clock: VirtualClock | None = None,
+        fault: Callable[[int, int], str | None] = lambda rid, index: None,
+    ) -> None:
+        self.info = info
+        self._cost = cost or CostModel()
+        self._clock = clock
+        self._fault = fault
+        self._slots: dict[int, _Slot] = {}
+        self._cells = [0] * (info.num_blocks * info.block_size)
+        self._under_way: deque[StepResult] = deque()
+        self.steps = 0
+
+    def submit(self, plan: StepPlan) -> int:
+        if len(self._under_way) >= self.info.depth:
+            raise RuntimeError(f"{len(self._under_way)} steps are under way, the depth is {self.info.depth}")
+        for released in plan.release:
+            del self._slots[released]
+        for admit in plan.admit:
+            if admit.slot in self._slots:
+                raise RuntimeError(f"slot {admit.slot} is taken twice")
+            self._slots[admit.slot] = _Slot(admit, list(admit.tokens), list(admit.blocks))
+        tokens: list[list[int]] = []
+        faults: list[RowFault] = []
+        for number, row in enumerate(plan.rows):
+            slot = self._slots[row.slot]
+            slot.blocks += row.new_blocks
+            digest = self._compute(slot, row.start, row.count)
+            tokens.append([])
+            if row.emit:
+                if row.start + row.count != len(slot.tokens):
+                    raise RuntimeError(f"row of request {row.rid} emits before the end of what is known")
+                index = len(slot.tokens) - slot.admit.prompt_len
+                message = self._fault(row.rid, index)
+                if message is not None:
+                    faults.append(RowFault(number, "RW-NAN", message))
+                    continue
+                token = _next_token(digest, slot.admit.sampling.seed or 0, index, self.info.vocab_size)
+                slot.tokens.append(token)
+                tokens[-1].append(token)
+        self.steps += 1
+        self._under_way.append(StepResult(plan.step, tokens, faults, self._cost.seconds(plan)))
+        return plan.step
+
+    def collect(self, ticket: int) -> StepResult:
+        result = self._under_way.popleft()
+        if result.step != ticket:
+            raise RuntimeError(f"step {ticket} was collected, but {result.step} is the oldest")
+        if self._clock is not None:
+            self._clock.advance(result.seconds)
+        return result
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+    def _compute(self, slot: _Slot, start: int, count: int) -> int:
+        digest = self._cells[self._cell(slot.blocks, start - 1)] if start else 0
+        for position in range(start, start + count):
+            digest = _mix(digest, slot.tokens[position])
+            self._cells[self._cell(slot.blocks, position)] = digest
+        return digest
+
+    def _cell(self, blocks: Sequence[int], position: int) -> int:
+        return blocks[position // self.info.block_size] * self.info.block_size + position % self.info.block_size
