@@ -1,0 +1,1 @@
+"""Load tools: measure any OpenAI-compatible server, or the engine in this process."""

@@ -1,0 +1,59 @@
+# `make serve` and `make test` need nothing but Python 3.11 or newer and a C++ compiler.
+# PYTHON=python3.12 chooses the interpreter, VENV=dir another environment, MODEL, PORT and ARGS go to `ropeway serve`.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= bundled
+PORT ?= 8000
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALLED := $(VENV)/.ropeway-installed
+DEVELOP := $(VENV)/.ropeway-develop
+BUILT := $(VENV)/.ropeway-kernels
+KERNEL_SOURCES := $(wildcard src/ropeway/runtime/kernels/*.py src/ropeway/runtime/kernels/cpu/*)
+
+.PHONY: help serve test lint bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do printf '%-14s %s\n' "$$name" "$$what"; done
+
+serve: $(BUILT) ## set everything up, then serve the bundled model on http://127.0.0.1:8000
+	@exec $(BIN)/ropeway serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: $(DEVELOP) $(BUILT) ## run the whole suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEVELOP) ## ruff and mypy --strict
+	$(BIN)/ruff check src tests examples
+	$(BIN)/mypy
+
+bench: $(DEVELOP) $(BUILT) ## static against continuous batching on this machine, with a picture of the seats
+	$(BIN)/ropeway bench batching $(ARGS)
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Ropeway needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "No virtual environment could be made. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+# Installing for development includes what serving needs, so it marks both as done.
+$(DEVELOP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Ropeway with its development tools into $(VENV) (once; a few minutes)"
+	@$(PIP) -e '.[dev]'
+	@touch $(INSTALLED) $@
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Ropeway into $(VENV) (once; a few minutes)"
+	@$(PIP) -e .
+	@touch $@
+
+$(BUILT): $(KERNEL_SOURCES) | $(INSTALLED)
+	@$(BIN)/python -m ropeway.runtime.kernels.build
+	@touch $@

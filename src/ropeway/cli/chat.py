@@ -1,0 +1,44 @@
+"""`ropeway chat`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+URL = "http://127.0.0.1:8000"
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(chat)
+
+
+def chat(
+    url: Annotated[str, typer.Option(help="Address of the server.")] = URL,
+    model: Annotated[str | None, typer.Option(help="Model to ask for (default: the server's first).")] = None,
+    system: Annotated[str | None, typer.Option(help="System message to begin with.")] = None,
+    quick: Annotated[str | None, typer.Option(metavar="TEXT", help="Send this one message and leave.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: the server's.", min=0)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key of the server (or ROPEWAY_API_KEY, OPENAI_API_KEY).")] = None,
+) -> None:
+    """Talk to a running server. /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D leaves."""
+    from ropeway.cli.client import Client
+    from ropeway.cli.repl import ChatSession, converse
+
+    session = ChatSession(
+        Client(url, api_key=api_key or key_from(os.environ), model=model),
+        system=system,
+        options={"temperature": temperature, "max_completion_tokens": max_tokens},
+    )
+    if quick is not None:
+        session.ask(quick)
+        raise typer.Exit(0 if session.last is not None else 1)
+    converse(session)
+
+
+def key_from(environ: os._Environ[str] | dict[str, str]) -> str | None:
+    """The first of the comma-separated keys in the usual variables."""
+    found = environ.get("ROPEWAY_API_KEY") or environ.get("OPENAI_API_KEY") or ""
+    return found.split(",")[0].strip() or None

@@ -1,0 +1,36 @@
+"""`ropeway complete`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from ropeway.cli.chat import URL, key_from
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(complete)
+
+
+def complete(
+    url: Annotated[str, typer.Option(help="Address of the server.")] = URL,
+    model: Annotated[str | None, typer.Option(help="Model to ask for (default: the server's first).")] = None,
+    quick: Annotated[str | None, typer.Option(metavar="TEXT", help="Continue this one text and leave.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: the server's.", min=0)] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.", min=1)] = 128,
+    api_key: Annotated[str | None, typer.Option(help="Key of the server (or ROPEWAY_API_KEY, OPENAI_API_KEY).")] = None,
+) -> None:
+    """Let a running server continue a text. /help lists what can be typed; Ctrl-D leaves."""
+    from ropeway.cli.client import Client
+    from ropeway.cli.repl import CompletionSession, converse
+
+    session = CompletionSession(
+        Client(url, api_key=api_key or key_from(os.environ), model=model),
+        options={"temperature": temperature, "max_tokens": max_tokens},
+    )
+    if quick is not None:
+        session.ask(quick)
+        raise typer.Exit(0 if session.last is not None else 1)
+    converse(session)

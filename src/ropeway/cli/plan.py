@@ -1,0 +1,48 @@
+"""`ropeway plan`: the memory budget of a model before any weight is loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ropeway.cli.options import with_settings
+from ropeway.config import EngineConfig, load
+
+PLANNED = (
+    "revision", "download_dir", "dtype", "max_model_len", "block_size", "kv_cache_gib", "num_kv_blocks",
+    "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens",
+)  # fmt: skip
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(plan)
+
+
+@with_settings(EngineConfig, only=PLANNED)
+def plan(
+    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name, or 'bundled'.")] = "bundled",
+    *,
+    device: Annotated[
+        str, typer.Option(help="This machine's 'cpu', or a device by name: see `--device list`.", metavar="NAME")
+    ] = "cpu",
+    memory_gib: Annotated[float | None, typer.Option(help="Memory of the device in GiB.", min=0.01)] = None,
+    flags: dict[str, Any],
+) -> None:
+    """Show what fits on a device: weights, KV cache, and sequences by length. Reads the model's settings alone."""
+    from ropeway.cli.budget import DEVICES, find_device, make_budget
+    from ropeway.cli.budget_table import print_budget
+
+    if device == "list":
+        for name, gib in DEVICES.items():
+            typer.echo(f"{name:<12} {gib:g} GiB")
+        return
+    config, _ = load(EngineConfig, {**flags, "model": model})
+    from ropeway.hub import locate
+    from ropeway.modelspec import load_spec
+
+    directory = locate(model, revision=config.revision, download_dir=config.download_dir, weights=False)
+    budget = make_budget(load_spec(directory, model), config, find_device(device, memory_gib))
+    print_budget(budget)
+    if not budget.fits:
+        raise typer.Exit(2)
