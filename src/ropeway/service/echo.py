@@ -1,0 +1,188 @@
+"""A text service without a model: it answers with what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Usage, Why
+from ropeway.engine.channel import LinkState
+from ropeway.errors import DeadlineError, DrainingError, EngineError, RopewayError, TemplateError
+from ropeway.service.context import check_context
+from ropeway.service.params import check_tokens, validate, with_max_tokens
+from ropeway.service.request import TextRequest, TextStream
+from ropeway.service.stream import AnswerStream
+from ropeway.text.output import OutputText
+from ropeway.text.stopper import StopAutomaton
+from ropeway.text.template import ChatTemplate
+from ropeway.text.tokenizer import ByteTokenizer, Tokenizer
+
+
+class EchoService:
+    """A `TextService` that returns the prompt's text token by token, for working on clients and on the HTTP floor.
+
+    A conversation is rendered by `template`; without one, the last message's content is the prompt. `delay` is the time
+    before each token in seconds. `failure` is asked before each token (with the request and the number of tokens sent)
+    and may return an error that ends the answer. `max_tokens` cuts the echo as it would cut an answer.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_name: str = "echo",
+        tokenizer: Tokenizer | None = None,
+        template: ChatTemplate | None = None,
+        max_model_len: int = 4096,
+        delay: float = 0.0,
+        failure: Callable[[TextRequest, int], RopewayError | None] | None = None,
+    ) -> None:
+        self.model_name = model_name
+        self.max_model_len = max_model_len
+        self.state = LinkState.READY
+        self.delay = delay
+        self.failure = failure
+        self._tokenizer: Tokenizer = tokenizer or ByteTokenizer()
+        self._template = template
+        self._rids = itertools.count(1)
+        self._live: dict[int, tuple[AnswerStream, asyncio.Task[None]]] = {}
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._steps = 0
+
+    @property
+    def info(self) -> ExecutorInfo | None:
+        return ExecutorInfo(
+            model=self.model_name,
+            device="none",
+            dtype="none",
+            num_blocks=0,
+            block_size=16,
+            max_slots=0,
+            max_model_len=self.max_model_len,
+            vocab_size=self._tokenizer.vocab_size,
+        )
+
+    @property
+    def stats(self) -> EngineStats | None:
+        return EngineStats(
+            step=self._steps,
+            running=len(self._live),
+            waiting=0,
+            slots=0,
+            blocks_total=0,
+            blocks_used=0,
+            blocks_cached=0,
+            rows=len(self._live),
+            step_tokens=0,
+            step_seconds=self.delay,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            cache_queries=0,
+            cache_hits=0,
+            preemptions=0,
+        )
+
+    async def submit(self, request: TextRequest) -> TextStream:
+        if self.state is LinkState.DRAINING:
+            raise DrainingError("The server is shutting down. Send the request to another.", retry_after=1.0)
+        if self.state is LinkState.DEAD:
+            raise EngineError("The engine has stopped.")
+        sampling = validate(request.sampling, vocab_size=self._tokenizer.vocab_size)
+        tokens = await self.tokenize(request)
+        sampling = with_max_tokens(sampling, check_context(len(tokens), sampling.max_tokens, self.max_model_len))
+        rid = next(self._rids)
+        stream = AnswerStream(request.request_id, tokens, rid=rid, on_cancel=lambda: self._cancel(rid))
+        output = OutputText(
+            self._tokenizer.decoder(sampling.skip_special_tokens, starts=request.messages is not None),
+            StopAutomaton.of(sampling.stop) if sampling.stop else None,
+            include_stop=sampling.include_stop_str_in_output,
+            min_tokens=sampling.min_tokens,
+        )
+        self._prompt_tokens += len(tokens)
+        task = asyncio.create_task(self._answer(request, stream, tokens, output, sampling.max_tokens))
+        self._live[rid] = stream, task
+        task.add_done_callback(lambda _: self._live.pop(rid, None))
+        stream.accept()
+        return stream
+
+    async def tokenize(self, request: TextRequest) -> list[int]:
+        if request.tokens is not None:
+            return check_tokens(request.tokens, self._tokenizer.vocab_size)
+        text = request.text
+        if request.messages is not None:
+            if self._template is not None:
+                text = await self._template.render_async(
+                    request.messages,
+                    add_generation_prompt=request.add_generation_prompt,
+                    continue_final_message=request.continue_final_message,
+                    variables=request.template_kwargs,
+                )
+            elif request.messages:
+                text = str(request.messages[-1].get("content") or "")
+            else:
+                raise TemplateError("The conversation is empty. Send at least one message.", param="messages")
+        return self._tokenizer.encode(text or "", bool(request.add_special_tokens))
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(check_tokens(tokens, self._tokenizer.vocab_size, param="tokens"), False)
+
+    def token_strings(self, tokens: Sequence[int]) -> list[str]:
+        return [self._tokenizer.token_string(token) for token in tokens]
+
+    async def why(self, rid: int | None = None) -> list[Why]:
+        """Nothing ever waits here."""
+        return []
+
+    def drain(self) -> None:
+        self.state = LinkState.DRAINING
+
+    def die(self, error: RopewayError | None = None) -> None:
+        """Behave as if the engine had died: every open stream fails, and newcomers are refused."""
+        self.state = LinkState.DEAD
+        for rid, (stream, _) in list(self._live.items()):
+            stream.fail(error or EngineError("The engine stopped unexpectedly. See the server's log."))
+            self._cancel(rid)
+
+    def _cancel(self, rid: int) -> None:
+        if rid in self._live:
+            self._live.pop(rid)[1].cancel()
+
+    async def _answer(
+        self, request: TextRequest, stream: AnswerStream, tokens: list[int], output: OutputText, max_tokens: int
+    ) -> None:
+        started = time.monotonic()
+        first: float | None = None
+
+        def usage() -> Usage:
+            return Usage(
+                prompt_tokens=len(tokens),
+                completion_tokens=output.count,
+                cached_tokens=0,
+                preemptions=0,
+                first_scheduled_s=0.0,
+                first_token_s=first,
+                total_s=time.monotonic() - started,
+            )
+
+        for sent, token in enumerate(tokens[:max_tokens]):
+            await asyncio.sleep(self.delay)
+            error = self.failure(request, sent) if self.failure is not None else None
+            if request.deadline_s is not None and time.monotonic() - started > request.deadline_s:
+                error = DeadlineError(f"The request took longer than its deadline of {request.deadline_s} s.")
+            if error is not None:
+                stream.fail(error)
+                return
+            self._steps += 1
+            self._generation_tokens += 1
+            first = first if first is not None else time.monotonic() - started
+            piece = output.push((token,))
+            stream.feed(piece.text, piece.tokens)
+            if piece.stop is not None:
+                stream.end(FinishReason.STOP, stop_reason=piece.stop, usage=usage())
+                return
+        piece = output.finish()
+        stream.feed(piece.text, piece.tokens)
+        finish = FinishReason.LENGTH if len(tokens) > max_tokens and piece.stop is None else FinishReason.STOP
+        stream.end(finish, stop_reason=piece.stop, usage=usage())

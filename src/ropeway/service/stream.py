@@ -1,0 +1,142 @@
+"""One answer on its way from the engine to its reader."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from ropeway.contract import FinishReason, Usage
+from ropeway.errors import RopewayError
+from ropeway.service.request import TextChunk, TextStream
+
+
+class AnswerStream:
+    """A `TextStream` with one producer and one reader on the same event loop.
+
+    The producer calls `accept`, then `feed`, then once `end` or `fail`; none of them blocks. What the reader has not
+    taken yet is merged into one chunk, so a slow reader costs no more memory than its answer. Each turn of the reader
+    really suspends: a reader whose client has gone cannot starve the loop.
+    """
+
+    def __init__(
+        self, request_id: str, prompt_tokens: Sequence[int], *, rid: int, on_cancel: Callable[[], None] | None = None
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_tokens = prompt_tokens
+        self.rid = rid
+        self._on_cancel = on_cancel
+        self._text: list[str] = []
+        self._tokens: list[int] = []
+        self._last: TextChunk | None = None
+        self._error: RopewayError | None = None
+        self._accepted = False
+        self._closed = False
+        self._patient = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    # The reader's end
+
+    def __aiter__(self) -> AsyncIterator[TextChunk]:
+        return self
+
+    async def __anext__(self) -> TextChunk:
+        if self._closed:
+            raise StopAsyncIteration
+        if self._text or self._tokens or self._ended:
+            await asyncio.sleep(0)
+        while self._patient or not (self._text or self._tokens):
+            if self._ended:
+                break
+            await self._wait()
+        text, tokens = "".join(self._text), self._tokens
+        self._text, self._tokens = [], []
+        if self._error is not None:
+            if text or tokens:
+                return TextChunk(text=text, tokens=tokens)
+            self._closed = True
+            raise self._error
+        if self._last is None:
+            return TextChunk(text=text, tokens=tokens)
+        self._closed = True
+        return TextChunk(
+            text=text,
+            tokens=tokens,
+            finish=self._last.finish,
+            stop_reason=self._last.stop_reason,
+            usage=self._last.usage,
+        )
+
+    async def accepted(self) -> None:
+        """Wait until the request is accepted. Raises its error if it was refused."""
+        while not self._accepted and not self._ended:
+            await self._wait()
+        if not self._accepted and self._error is not None:
+            self._closed = True
+            raise self._error
+
+    def wait_for_all(self) -> None:
+        """From now on wake the reader once, with the whole rest of the answer as one chunk."""
+        self._patient = True
+
+    def cancel(self) -> None:
+        """Give up: the producer is told once, and the reader gets a last chunk with `CANCELLED`."""
+        if not self._ended:
+            self.end(FinishReason.CANCELLED)
+            if self._on_cancel is not None:
+                self._on_cancel()
+
+    # The producer's end
+
+    @property
+    def _ended(self) -> bool:
+        return self._last is not None or self._error is not None
+
+    def accept(self) -> None:
+        self._accepted = True
+        self._wake()
+
+    def feed(self, text: str, tokens: Sequence[int]) -> None:
+        if self._ended or not (text or tokens):
+            return
+        if text:
+            self._text.append(text)
+        self._tokens.extend(tokens)
+        if not self._patient:
+            self._wake()
+
+    def end(self, finish: FinishReason, *, stop_reason: int | str | None = None, usage: Usage | None = None) -> None:
+        if not self._ended:
+            self._last = TextChunk(finish=finish, stop_reason=stop_reason, usage=usage)
+            self._wake()
+
+    def fail(self, error: RopewayError) -> None:
+        """What has been fed before is still delivered."""
+        if not self._ended:
+            self._error = error
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
+async def collect(stream: TextStream) -> TextChunk:
+    """The whole answer as one chunk; wakes once if the stream can. Raises what the stream raises."""
+    if isinstance(stream, AnswerStream):
+        stream.wait_for_all()
+    text: list[str] = []
+    tokens: list[int] = []
+    last = TextChunk()
+    async for last in stream:
+        text.append(last.text)
+        tokens.extend(last.tokens)
+    return TextChunk(
+        text="".join(text), tokens=tokens, finish=last.finish, stop_reason=last.stop_reason, usage=last.usage
+    )
