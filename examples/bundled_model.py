@@ -1,4 +1,4 @@
-"""The Llama layout of the bundled model, written for training: parameter names equal those of a Hugging Face checkpoint.
+"""The Llama layout of the bundled model, written for training; parameter names are those of Hugging Face.
 
 Batches hold one document per row, padded on the right. With causal attention a row never sees its padding, so that no
 mask is needed and every document starts at position 0, as it does when it is served.
@@ -21,7 +21,7 @@ class Shape:
     vocab_size: int = 4096
     hidden_size: int = 256
     intermediate_size: int = 704
-    num_hidden_layers: int = 6
+    num_hidden_layers: int = 5
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
@@ -126,7 +126,7 @@ class Model(nn.Module):
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Final hidden states, [batch, length, hidden], of token ids [batch, length]."""
-        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
+        cos, sin = self.get_buffer("cos")[: ids.shape[1]], self.get_buffer("sin")[: ids.shape[1]]
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
