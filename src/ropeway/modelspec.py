@@ -107,8 +107,8 @@ def load_spec(directory: Path, name: str | None = None) -> ModelSpec:
     kv_heads = reader.count("num_key_value_heads", kv_default)
     if heads % kv_heads:
         raise reader.wrong("num_key_value_heads", f"must divide num_attention_heads ({heads})")
-    if head_dim % 2:
-        raise reader.wrong("head_dim", "must be even")
+    if head_dim % 2 or head_dim < 4:
+        raise reader.wrong("head_dim", "must be even and at least 4")
     if reader.get("hidden_act", "silu") != "silu":
         raise reader.wrong("hidden_act", "must be 'silu'")
     if reader.get("quantization_config") is not None:

@@ -1,0 +1,208 @@
+"""An executor on the device of this process."""
+
+from __future__ import annotations
+
+import time
+from typing import cast
+
+import torch
+
+from ropeway.config import EngineConfig
+from ropeway.contract import Admit, ExecutorInfo, Row, SamplingParams, StepPlan, StepResult
+from ropeway.errors import ConfigError, KernelError, MemoryBudgetError, ModelError, NumericalError
+from ropeway.hub import locate
+from ropeway.modelspec import ModelSpec, load_spec
+from ropeway.runtime.attention.backend import AttentionSpec
+from ropeway.runtime.attention.select import select
+from ropeway.runtime.kernels.ops import select_ops
+from ropeway.runtime.kvstore import KVStore
+from ropeway.runtime.layers.linear import describe_linear
+from ropeway.runtime.memory import Budget, MemoryState, cpu_memory, gib, plan_budget
+from ropeway.runtime.models.registry import MODELS
+from ropeway.runtime.runner import Runner
+from ropeway.runtime.sampler import Sampler
+from ropeway.runtime.slots import Slots
+from ropeway.runtime.threads import physical_cores
+from ropeway.runtime.weights.loader import Weights
+
+
+class LocalExecutor:
+    """Loads the model of `config` and carries out plans one at a time.
+
+    Raises ModelError, MemoryBudgetError, ConfigError or KernelError if it cannot be built. Implements
+    `ropeway.engine.executor.Executor`.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        directory = locate(config.model, revision=config.revision, download_dir=config.download_dir)
+        spec = load_spec(directory, config.model)
+        device, device_note = choose_device(config)
+        dtype, dtype_note = choose_dtype(config, spec, device)
+        threads, threads_note = _set_threads(config)
+        name = str(dtype).removeprefix("torch.")
+        budget = plan_budget(config, spec, name, device.type, device_memory(device))
+        backend, passed = select(_attention_spec(spec, config, dtype), device, config.attention_backend)
+        ops, ops_passed = select_ops(device, dtype)
+        begun = time.perf_counter()
+        try:
+            with Weights(directory, dtype) as weights, torch.inference_mode():
+                model = MODELS[spec.architecture](spec, weights, backend, ops, device, budget.max_model_len)
+            loaded = time.perf_counter() - begun
+            kv = KVStore(budget.num_blocks, spec.layers, backend.block_shape(), dtype, device)
+            slots = Slots(
+                config.max_num_seqs, budget.max_model_len, config.block_size, budget.num_blocks, spec.vocab
+            )
+        except (MemoryError, torch.OutOfMemoryError, OSError) as error:
+            raise MemoryBudgetError(
+                f"{spec.name} could not be allocated ({error}): {gib(budget.weight_bytes)} for weights, "
+                f"{gib(budget.kv_bytes)} for the KV cache. Lower --kv-cache-gib or free memory."
+            ) from error
+        self.runner = Runner(model, kv, slots, Sampler(ops), device, config.seed)
+        _warm_up(self.runner)
+        self._info = ExecutorInfo(
+            model=spec.name,
+            device=_device_name(device),
+            dtype=name,
+            num_blocks=budget.num_blocks,
+            block_size=config.block_size,
+            max_slots=config.max_num_seqs,
+            max_model_len=budget.max_model_len,
+            vocab_size=spec.vocab,
+            attention=backend.name,
+            threads=threads,
+            weight_bytes=spec.weight_bytes(name),
+            kv_bytes=kv.bytes,
+            notes=[
+                device_note,
+                dtype_note,
+                threads_note,
+                _attention_note(backend.name, passed),
+                f"Small operations: {ops.name}{_passed(ops_passed)}.",
+                _sentence(describe_linear(device, dtype)),
+                f"Weights: {spec.parameters:,} parameters, {gib(spec.weight_bytes(name))}, loaded in {loaded:.1f} s.",
+                _kv_note(budget, config.block_size),
+                *budget.notes,
+            ],
+        )
+
+    @property
+    def info(self) -> ExecutorInfo:
+        return self._info
+
+    def submit(self, plan: StepPlan) -> StepResult:
+        """The ticket is the result: on one device nothing is gained by returning before the step is done."""
+        return self.runner.step(plan)
+
+    def collect(self, ticket: StepResult) -> StepResult:
+        return ticket
+
+    def close(self) -> None:
+        """Free model and cache."""
+        if hasattr(self, "runner"):
+            del self.runner
+
+
+def choose_device(config: EngineConfig) -> tuple[torch.device, str]:
+    """The device, and why. Raises ConfigError if the wanted one is not there."""
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError("device is cuda, but torch finds no CUDA device. Use --device cpu.", param="device")
+    if config.device == "cuda" or (config.device == "auto" and available):
+        device = torch.device("cuda", torch.cuda.current_device())
+        return device, f"Device: {torch.cuda.get_device_name(device)}."
+    why = "as told" if config.device == "cpu" else "no CUDA device found"
+    return torch.device("cpu"), f"Device: CPU ({why})."
+
+
+def choose_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of weights and cache, and why. Raises ConfigError for float16 on a CPU."""
+    if config.dtype != "auto":
+        if config.dtype == "float16" and device.type == "cpu":
+            raise ConfigError(
+                "dtype is float16, which a CPU computes slowly and inexactly. Use --dtype bfloat16 or float32.",
+                param="dtype",
+            )
+        return cast(torch.dtype, getattr(torch, config.dtype)), f"dtype: {config.dtype} (as told)."
+    if spec.dtype == "float32" or (device.type == "cuda" and spec.dtype == "float16"):
+        return cast(torch.dtype, getattr(torch, spec.dtype)), f"dtype: {spec.dtype} (the checkpoint's)."
+    if device.type == "cuda":
+        native, reason = torch.cuda.is_bf16_supported(), "this GPU"
+        fallback = torch.float16
+    else:
+        native, reason = cpu_has_bfloat16(), "this CPU (neither AVX512_BF16 nor AMX)"
+        fallback = torch.float32
+    if native:
+        how = "the checkpoint's" if spec.dtype == "bfloat16" else f"the checkpoint's {spec.dtype} is not for CPUs"
+        return torch.bfloat16, f"dtype: bfloat16 ({how})."
+    name = str(fallback).removeprefix("torch.")
+    return fallback, f"dtype: {name} (the checkpoint's {spec.dtype} is not native to {reason})."
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 natively."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def device_memory(device: torch.device) -> MemoryState:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return MemoryState(total, free, "of the GPU's memory")
+    return cpu_memory()
+
+
+def _set_threads(config: EngineConfig) -> tuple[int, str]:
+    """The only place that sets the number of CPU threads."""
+    threads = config.threads or physical_cores()
+    torch.set_num_threads(threads)
+    why = "as told" if config.threads else "one for each physical core"
+    return threads, f"Threads: {threads} ({why})."
+
+
+def _attention_spec(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> AttentionSpec:
+    return AttentionSpec(
+        layers=spec.layers,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        block_size=config.block_size,
+        dtype=dtype,
+        scale=spec.head_dim**-0.5,
+        windows=spec.windows,
+    )
+
+
+def _warm_up(runner: Runner) -> None:
+    """One small step, so that the first request does not pay for what libraries prepare on first use, and a kernel
+    that cannot run is found now. It leaves K and V in block 0, which no sequence reads before writing them."""
+    count = min(8, runner.slots.max_model_len, runner.slots.block_size)
+    admit = Admit(0, 0, 0, [0] * count, count, 0, [0], SamplingParams(temperature=0.0), ())
+    result = runner.step(StepPlan(0, [], [admit], [Row(0, 0, 0, 0, count, True, [])], []))
+    runner.slots.release(0)
+    for fault in result.faults:
+        if fault.code == NumericalError.code:
+            raise ModelError("The model computes NaN or infinity for a first token: its weights are damaged.")
+        raise KernelError(f"A first step of the model failed: {fault.message} Try --attention-backend reference.")
+
+
+def _device_name(device: torch.device) -> str:
+    return device.type
+
+
+def _passed(reasons: list[str]) -> str:
+    return f" (passed over: {'; '.join(reasons)})" if reasons else ""
+
+
+def _attention_note(name: str, passed: list[str]) -> str:
+    return f"Attention: {name}{_passed(passed)}."
+
+
+def _sentence(text: str) -> str:
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith(".") else text + "."
+
+
+def _kv_note(budget: Budget, block_size: int) -> str:
+    return (
+        f"KV cache: {budget.num_blocks:,} blocks of {block_size} tokens in {gib(budget.kv_bytes)} ({budget.why}): "
+        f"{budget.full_requests:.1f} requests of the full {budget.max_model_len:,} tokens."
+    )

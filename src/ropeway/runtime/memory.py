@@ -1,0 +1,216 @@
+"""How much memory there is, and how it is divided between weights and KV cache. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ropeway.config import EngineConfig
+from ropeway.errors import ConfigError, MemoryBudgetError
+from ropeway.modelspec import DTYPE_BYTES, ModelSpec
+
+GIB = 1024**3
+CPU_DEFAULT_SHARE = 0.5
+CPU_DEFAULT_MOST = 4 * GIB
+GPU_DEFAULT_UTILIZATION = 0.9
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """Bytes of a device; `limit` says in words what bounds them."""
+
+    total: int
+    free: int
+    limit: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What goes where, in bytes. `why` says where the size of the KV cache comes from; `notes` what was reduced."""
+
+    weight_bytes: int
+    workspace_bytes: int
+    kv_bytes: int
+    num_blocks: int
+    max_model_len: int
+    full_requests: float
+    why: str
+    notes: tuple[str, ...] = ()
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 1024**2:.1f} MiB"
+
+
+def cpu_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> MemoryState:
+    """RAM that this process may still take: what the kernel calls available, bounded by every control group above."""
+    try:
+        lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines() if ":" in line)
+        total, free = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+        state = MemoryState(total, free, "of the machine's RAM")
+    except (OSError, KeyError, ValueError):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return MemoryState(total, total // 2, "of the machine's RAM, taking half as free")
+    for limit, used in _groups(proc, cgroup):
+        room = max(limit - used, 0)
+        if limit < state.total or room < state.free:
+            state = MemoryState(min(limit, state.total), min(room, state.free), "of the control group's memory limit")
+    return state
+
+
+def _groups(proc: Path, root: Path) -> list[tuple[int, int]]:
+    """(limit, use that cannot be reclaimed) of this process's memory control group and its ancestors."""
+    try:
+        entries = [line.split(":", 2) for line in (proc / "self" / "cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    found = []
+    for entry in entries:
+        if len(entry) != 3:
+            continue
+        number, controllers, path = entry
+        if number == "0" and not controllers:
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        # Inside a container the path may be the host's and not exist here; the root of what is mounted then holds.
+        folder = base / path.strip("/")
+        for group in (folder, *folder.parents):
+            if group == base.parent:
+                break
+            limits = _group(group, *names)
+            if limits:
+                found.append(limits)
+    return found
+
+
+def _group(group: Path, limit_file: str, use_file: str, reclaimable: str) -> tuple[int, int] | None:
+    try:
+        limit = int((group / limit_file).read_text())
+        used = int((group / use_file).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return limit, max(used - int(stat.get(reclaimable, "0")), 0)
+    except (OSError, ValueError):
+        return None
+
+
+def workspace_bytes(config: EngineConfig, spec: ModelSpec, dtype: str) -> int:
+    """Room for one step's intermediate tensors: activations of its tokens, and logits of its rows in float32."""
+    wide = 4 * spec.hidden + 3 * spec.intermediate + 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    activations = config.max_num_batched_tokens * wide * DTYPE_BYTES[dtype]
+    return activations + 3 * config.max_num_seqs * spec.vocab * 4
+
+
+def plan_budget(config: EngineConfig, spec: ModelSpec, dtype: str, device: str, memory: MemoryState) -> Budget:
+    """Divide `memory` before anything is loaded. Raises MemoryBudgetError with the numbers and a value that would work,
+    or ConfigError for a length beyond the model."""
+    weights = spec.weight_bytes(dtype)
+    if spec.tied and device == "cpu":
+        weights += spec.vocab * spec.hidden * DTYPE_BYTES[dtype]  # looked up by row, and packed for the output product
+    workspace = workspace_bytes(config, spec, dtype)
+    room = memory.free - weights - workspace
+    if room <= 0:
+        raise MemoryBudgetError(
+            f"{spec.name} needs {gib(weights)} for its weights in {dtype} and {gib(workspace)} for a step of "
+            f"{config.max_num_batched_tokens} tokens, but {gib(memory.free)} {memory.limit} are free. "
+            f"Free memory, choose a smaller model{', or use --dtype bfloat16' if dtype == 'float32' else ''}.",
+        )
+    wanted_len = _wanted_length(config, spec)
+    block = spec.kv_bytes_per_token(dtype) * config.block_size
+    blocks, why = _blocks(config, device, memory, weights + workspace, room, block)
+    notes: list[str] = []
+    needed = -(-wanted_len // config.block_size)
+    if blocks < needed:
+        if config.max_model_len is not None or blocks == 0:
+            raise MemoryBudgetError(
+                f"One request of {wanted_len} tokens needs {needed} KV blocks of {config.block_size} tokens "
+                f"({gib(needed * block)}), but the KV cache has {blocks} ({gib(blocks * block)}, {why}). "
+                + _remedy(config, blocks, needed, block, room),
+                param="max_model_len",
+            )
+        wanted_len = blocks * config.block_size
+        notes.append(
+            f"max-model-len is {wanted_len} instead of the model's {spec.context_limit}: the KV cache holds no more "
+            f"({gib(needed * block)} would be needed)."
+        )
+    return Budget(
+        weight_bytes=weights,
+        workspace_bytes=workspace,
+        kv_bytes=blocks * block,
+        num_blocks=blocks,
+        max_model_len=wanted_len,
+        full_requests=blocks / -(-wanted_len // config.block_size),
+        why=why,
+        notes=tuple(notes),
+    )
+
+
+def _wanted_length(config: EngineConfig, spec: ModelSpec) -> int:
+    if config.max_model_len is None:
+        return spec.context_limit
+    if config.max_model_len > spec.context_limit:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but {spec.name} is made for {spec.context_limit} tokens. "
+            f"Use --max-model-len {spec.context_limit} or less.",
+            param="max_model_len",
+        )
+    return config.max_model_len
+
+
+def _remedy(config: EngineConfig, blocks: int, needed: int, block: int, room: int) -> str:
+    ways = []
+    if needed * block <= room:
+        ways.append(f"--num-kv-blocks {needed}")
+        ways.append(f"--kv-cache-gib {_up(needed * block / GIB)}")
+    if blocks:
+        ways.append(f"--max-model-len {blocks * config.block_size}")
+    elif room >= block:
+        ways.append(f"--num-kv-blocks {needed} with --max-model-len {room // block * config.block_size}")
+    return f"Use {' or '.join(ways)}." if ways else "Free memory or choose a smaller model."
+
+
+def _up(value: float) -> float:
+    """A little above `value`, in few digits."""
+    return round(value * 1.005 + 0.0005, 3)
+
+
+def _blocks(
+    config: EngineConfig, device: str, memory: MemoryState, taken: int, room: int, block: int
+) -> tuple[int, str]:
+    """Number of KV blocks, and where it comes from."""
+    if config.num_kv_blocks is not None:
+        if config.num_kv_blocks * block > room:
+            raise MemoryBudgetError(
+                f"{config.num_kv_blocks} KV blocks take {gib(config.num_kv_blocks * block)}, but beside the weights "
+                f"{gib(room)} {memory.limit} are free. Use --num-kv-blocks {room // block} or less.",
+                param="num_kv_blocks",
+            )
+        return config.num_kv_blocks, "by --num-kv-blocks"
+    if config.kv_cache_gib is not None:
+        if config.kv_cache_gib * GIB > room:
+            raise MemoryBudgetError(
+                f"The KV cache is to take {config.kv_cache_gib} GiB, but beside the weights {gib(room)} {memory.limit} "
+                f"are free. Use --kv-cache-gib {int(room / GIB * 1000) / 1000} or less.",
+                param="kv_cache_gib",
+            )
+        return int(config.kv_cache_gib * GIB) // block, "by --kv-cache-gib"
+    share = config.gpu_memory_utilization
+    if share is None and device == "cpu":
+        size = min(int(room * CPU_DEFAULT_SHARE), CPU_DEFAULT_MOST)
+        return size // block, "half of what is free, at most 4 GiB"
+    share = GPU_DEFAULT_UTILIZATION if share is None else share
+    size = int(memory.total * share) - taken
+    if size < block:
+        raise MemoryBudgetError(
+            f"gpu_memory_utilization {share} of {gib(memory.total)} {memory.limit} is {gib(memory.total * share)}, but "
+            f"weights and workspace alone take {gib(taken)}. "
+            f"Use --gpu-memory-utilization {min(_up((taken + room / 2) / memory.total), 1.0)}.",
+            param="gpu_memory_utilization",
+        )
+    if size > room:
+        return room // block, f"all that is free, less than the share {share} of {gib(memory.total)}"
+    return size // block, f"the share {share} of {gib(memory.total)} less weights and workspace"

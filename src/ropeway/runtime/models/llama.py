@@ -1,0 +1,111 @@
+"""Llama 2, 3 and 3.x (Touvron et al. 2023): the decoder that the other families vary.
+
+Parameter names are those of Hugging Face checkpoints. Everything is an argument: `forward` takes the step's inputs and
+the KV store, and returns logits for the rows that want them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ropeway.modelspec import ModelSpec
+from ropeway.runtime.attention.backend import AttentionBackend
+from ropeway.runtime.batch import BatchInputs
+from ropeway.runtime.kernels.ops import Ops
+from ropeway.runtime.layers.attention import Attention
+from ropeway.runtime.layers.embedding import Embedding
+from ropeway.runtime.layers.linear import PackedLinear
+from ropeway.runtime.layers.mlp import GatedMLP
+from ropeway.runtime.layers.norm import RMSNorm
+from ropeway.runtime.layers.rotary import rotary_tables
+from ropeway.runtime.weights.loader import Weights
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: attention and MLP, each after a norm and added to the residual stream."""
+
+    input_norm: RMSNorm
+    attention: Attention
+    post_norm: RMSNorm
+    mlp: GatedMLP
+
+
+class Llama:
+    """`max_model_len` bounds the positions that the rotary tables are made for."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        backend: AttentionBackend,
+        ops: Ops,
+        device: torch.device,
+        max_model_len: int,
+    ) -> None:
+        self.spec, self.weights, self.backend, self.ops, self.device = spec, weights, backend, ops, device
+        embedding = weights.take("model.embed_tokens.weight", (spec.vocab, spec.hidden)).to(device)
+        self.embedding = Embedding(embedding)
+        self.rotary = rotary_tables(spec.rope, spec.head_dim, spec.max_position, max_model_len, device)
+        self.layers = [self.build_layer(f"model.layers.{i}.", i) for i in range(spec.layers)]
+        self.norm = self.build_norm("model.norm.weight")
+        if spec.tied:
+            self.head = PackedLinear(embedding, None, device)
+            weights.ignore(["lm_head.weight"])
+        else:
+            self.head = self.build_linear("", ["lm_head"], [spec.vocab], spec.hidden, bias=False)
+        weights.finish()
+        del self.weights
+
+    def forward(self, inputs: BatchInputs, kv: Tensor) -> Tensor:
+        """Compute the step's tokens, write their K and V to `kv`, and return logits (E, vocab) float32."""
+        meta = self.backend.prepare(inputs)
+        residual = self.embedding(inputs.token_ids)
+        x = self.layers[0].input_norm(residual)
+        for number, layer in enumerate(self.layers):
+            if number:
+                x = layer.input_norm.add(x, residual)
+            x = layer.attention(x, self.rotary, inputs.positions, kv, meta)
+            x = layer.post_norm.add(x, residual)
+            x = layer.mlp(x)
+        wanted = inputs.logits_rows
+        if not wanted.shape[0]:
+            return torch.empty((0, self.spec.vocab), device=self.device)
+        x = self.norm.add(x[wanted], residual[wanted])
+        return self.head(x).float()
+
+    def build_layer(self, prefix: str, number: int) -> Layer:
+        spec = self.spec
+        gate_up = [spec.intermediate, spec.intermediate]
+        return Layer(
+            input_norm=self.build_norm(prefix + "input_layernorm.weight"),
+            attention=self.build_attention(prefix + "self_attn.", number),
+            post_norm=self.build_norm(prefix + "post_attention_layernorm.weight"),
+            mlp=GatedMLP(
+                self.build_linear(prefix + "mlp.", ["gate_proj", "up_proj"], gate_up, spec.hidden, bias=spec.mlp_bias),
+                self.build_linear(prefix + "mlp.", ["down_proj"], [spec.hidden], spec.intermediate, bias=spec.mlp_bias),
+                self.ops,
+            ),
+        )
+
+    def build_attention(self, prefix: str, number: int) -> Attention:
+        spec = self.spec
+        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        qkv = self.build_linear(prefix, ["q_proj", "k_proj", "v_proj"], [q, kv, kv], spec.hidden, bias=spec.qkv_bias)
+        out = self.build_linear(prefix, ["o_proj"], [spec.hidden], q, bias=spec.out_bias)
+        return Attention(spec, number, qkv, out, self.backend, self.ops)
+
+    def build_norm(self, name: str, size: int | None = None) -> RMSNorm:
+        weight = self.weights.take(name, (size or self.spec.hidden,)).to(self.device)
+        return RMSNorm(weight, self.spec.norm_eps, self.ops)
+
+    def build_linear(self, prefix: str, names: list[str], outs: list[int], ins: int, *, bias: bool) -> PackedLinear:
+        """One linear layer out of the checkpoint's `names`, their outputs side by side."""
+        weight = self.weights.fuse([f"{prefix}{name}.weight" for name in names], [(out, ins) for out in outs])
+        if not bias:
+            return PackedLinear(weight, None, self.device)
+        added = self.weights.fuse([f"{prefix}{name}.bias" for name in names], [(out,) for out in outs])
+        return PackedLinear(weight, added, self.device)

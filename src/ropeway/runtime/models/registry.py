@@ -1,0 +1,16 @@
+"""Architecture names of Hugging Face configurations, and the classes that compute them."""
+
+from __future__ import annotations
+
+from ropeway.runtime.models.llama import Llama
+from ropeway.runtime.models.mistral import Mistral
+from ropeway.runtime.models.qwen2 import Qwen2
+from ropeway.runtime.models.qwen3 import Qwen3
+
+MODELS: dict[str, type[Llama]] = {
+    "LlamaForCausalLM": Llama,
+    "MistralForCausalLM": Mistral,
+    "Qwen2ForCausalLM": Qwen2,
+    "Qwen3ForCausalLM": Qwen3,
+}
+"""Keys equal `ropeway.modelspec.ARCHITECTURES`, which refuses every other name before it comes here."""

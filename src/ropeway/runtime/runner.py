@@ -1,0 +1,101 @@
+"""Carry out plans: seat and unseat sequences, compute their rows, choose tokens, and keep faults apart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ropeway.contract import Row, RowFault, StepPlan, StepResult
+from ropeway.errors import EngineError, RopewayError
+from ropeway.runtime.batch import BatchInputs
+from ropeway.runtime.gather import gather
+from ropeway.runtime.kvstore import KVStore
+from ropeway.runtime.noise import derive
+from ropeway.runtime.sampler import Sampler, Want
+from ropeway.runtime.slots import Slots
+
+
+class Model(Protocol):
+    """What the runner needs of a model."""
+
+    def forward(self, inputs: BatchInputs, kv: Tensor) -> Tensor:
+        """Logits (E, vocab) float32 of the step's `logits_rows`; K and V of its tokens are written to `kv`."""
+
+
+class Runner:
+    """`seed` stands in for requests that bring none."""
+
+    def __init__(
+        self, model: Model, kv: KVStore, slots: Slots, sampler: Sampler, device: torch.device, seed: int
+    ) -> None:
+        self.model, self.kv, self.slots, self.sampler = model, kv, slots, sampler
+        self.device, self.seed = device, seed
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> StepResult:
+        """Execute `plan`. A row that cannot be computed is a fault of that row alone; the others are as without it."""
+        begun = time.perf_counter()
+        for slot in plan.release:
+            self.slots.release(slot)
+        for admit in plan.admit:
+            seed = admit.sampling.seed
+            self.slots.admit(admit, derive(self.seed, admit.rid) if seed is None else seed)
+        if plan.copies:
+            self.kv.copy(plan.copies)
+        faults: dict[int, RopewayError] = {}
+        sound: list[int] = []
+        for number, row in enumerate(plan.rows):
+            try:
+                self.slots.extend(row)
+                sound.append(number)
+            except RopewayError as error:
+                faults[number] = error
+        tokens: list[list[int]] = [[] for _ in plan.rows]
+        for part, logits in self._compute(plan.rows, sound, faults):
+            self._emit(plan.rows, part, logits, tokens, faults)
+        return StepResult(
+            step=plan.step,
+            tokens=tokens,
+            faults=[RowFault(number, fault.code, fault.message) for number, fault in sorted(faults.items())],
+            seconds=time.perf_counter() - begun,
+        )
+
+    def _compute(
+        self, rows: Sequence[Row], numbers: list[int], faults: dict[int, RopewayError]
+    ) -> list[tuple[list[int], Tensor]]:
+        """Logits of the rows `numbers`. If the forward pass raises, its rows are tried again in halves until the one
+        that is to blame stands alone: writing K and V twice changes nothing."""
+        if not numbers:
+            return []
+        try:
+            inputs = gather([rows[n] for n in numbers], self.slots, self.device)
+            return [(numbers, self.model.forward(inputs, self.kv.data))]
+        except Exception as error:
+            if len(numbers) == 1:
+                faults[numbers[0]] = EngineError(f"Computing the row failed with {type(error).__name__}: {error}.")
+                return []
+        half = len(numbers) // 2
+        return self._compute(rows, numbers[:half], faults) + self._compute(rows, numbers[half:], faults)
+
+    def _emit(
+        self,
+        rows: Sequence[Row],
+        numbers: list[int],
+        logits: Tensor,
+        tokens: list[list[int]],
+        faults: dict[int, RopewayError],
+    ) -> None:
+        emitting = [n for n in numbers if rows[n].emit]
+        if not emitting:
+            return
+        wants = [Want(self.slots.taken[rows[n].slot], self.slots.sequence(rows[n].slot)) for n in emitting]
+        for number, choice in zip(emitting, self.sampler.sample(logits, wants), strict=True):
+            if isinstance(choice, RopewayError):
+                faults[number] = choice
+            else:
+                tokens[number].append(choice)
+                self.slots.append(rows[number].slot, choice)

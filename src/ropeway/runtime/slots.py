@@ -1,0 +1,118 @@
+"""The runner's memory of each running sequence: its tokens, its block table, and how it samples.
+
+A slot is a row of permanent arrays, so that gathering a step is a few indexed reads whatever the order of the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ropeway.contract import Admit, Row, SamplingParams
+from ropeway.errors import EngineError
+from ropeway.runtime.logits import History
+
+
+@dataclass
+class Slot:
+    """Who sits in a slot. `known` counts its tokens, `blocks` the filled part of its block table.
+
+    `fault` is set if the sequence cannot be computed at all; every row of it then fails with that message.
+    `history` is kept only for sequences with penalties, from their first sampled token on.
+    """
+
+    rid: int
+    epoch: int
+    prompt_len: int
+    known: int
+    blocks: int
+    sampling: SamplingParams
+    eos_ids: tuple[int, ...]
+    seed: int
+    fault: str | None = None
+    history: History | None = None
+
+    @property
+    def generated(self) -> int:
+        """Number of output tokens so far: the index of the next one."""
+        return self.known - self.prompt_len
+
+
+class Slots:
+    """Up to `max_slots` sequences of up to `max_model_len` tokens.
+
+    `tokens` is (max_slots, max_model_len + 1) int32: the token that ends a full sequence is kept as well.
+    `tables` is (max_slots, blocks of a full sequence) int32. Both are touched only as far as they are used.
+    """
+
+    def __init__(self, max_slots: int, max_model_len: int, block_size: int, num_blocks: int, vocab: int) -> None:
+        self.max_model_len, self.block_size, self.num_blocks, self.vocab = max_model_len, block_size, num_blocks, vocab
+        self.tokens = np.zeros((max_slots, max_model_len + 1), dtype=np.int32)
+        self.tables = np.zeros((max_slots, -(-max_model_len // block_size)), dtype=np.int32)
+        self.taken: dict[int, Slot] = {}
+
+    def release(self, slot: int) -> None:
+        self.taken.pop(slot, None)
+
+    def admit(self, admit: Admit, seed: int) -> None:
+        """Seat a sequence. One that cannot be computed is seated all the same, with its fault."""
+        seat = Slot(
+            rid=admit.rid,
+            epoch=admit.epoch,
+            prompt_len=admit.prompt_len,
+            known=len(admit.tokens),
+            blocks=0,
+            sampling=admit.sampling,
+            eos_ids=admit.eos_ids,
+            seed=seed,
+        )
+        self.taken[admit.slot] = seat
+        tokens = np.asarray(admit.tokens, dtype=np.int64)
+        if not 0 < len(tokens) <= self.max_model_len:
+            seat.fault = f"the sequence has {len(tokens)} tokens; 1 to {self.max_model_len} can be computed"
+        elif tokens.min() < 0 or tokens.max() >= self.vocab:
+            seat.fault = f"a token id is outside the model's vocabulary of {self.vocab}"
+        else:
+            self.tokens[admit.slot, : len(tokens)] = tokens
+            self._extend(admit.slot, seat, admit.blocks)
+
+    def extend(self, row: Row) -> None:
+        """Append the row's new blocks to its slot's table. Raises EngineError if the row cannot be computed."""
+        seat = self.taken.get(row.slot)
+        if seat is None or (seat.rid, seat.epoch) != (row.rid, row.epoch):
+            raise EngineError(f"Slot {row.slot} does not hold request {row.rid} in its epoch {row.epoch}.")
+        self._extend(row.slot, seat, row.new_blocks)
+        end = row.start + row.count
+        if seat.fault is None and not (row.start >= 0 and row.count > 0 and end <= seat.known):
+            raise EngineError(f"The row asks for tokens [{row.start}, {end}) but {seat.known} are known.")
+        if seat.fault is None and end > seat.blocks * self.block_size:
+            raise EngineError(f"The row ends at token {end} but has {seat.blocks} blocks of {self.block_size} tokens.")
+        if seat.fault is not None:
+            raise EngineError(f"The request cannot be computed: {seat.fault}.")
+
+    def append(self, slot: int, token: int) -> None:
+        """Add an output token. At the length limit it is dropped: it ends the sequence and is never computed."""
+        seat = self.taken[slot]
+        if seat.known < self.tokens.shape[1]:
+            self.tokens[slot, seat.known] = token
+            seat.known += 1
+        if seat.history is not None:
+            seat.history.append(token)
+
+    def sequence(self, slot: int) -> NDArray[np.int32]:
+        """The known tokens of a slot (a view)."""
+        return self.tokens[slot, : self.taken[slot].known]
+
+    def _extend(self, slot: int, seat: Slot, blocks: list[int]) -> None:
+        if not blocks or seat.fault is not None:
+            return
+        end = seat.blocks + len(blocks)
+        if end > self.tables.shape[1]:
+            seat.fault = f"it was given {end} blocks; a full sequence has {self.tables.shape[1]}"
+        elif min(blocks) < 0 or max(blocks) >= self.num_blocks:
+            seat.fault = f"it was given a block outside the pool of {self.num_blocks}"
+        else:
+            self.tables[slot, seat.blocks : end] = blocks
+            seat.blocks = end
