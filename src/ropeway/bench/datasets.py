@@ -12,14 +12,15 @@ import numpy as np
 
 from ropeway.errors import ConfigError
 
-WORDS = (
+_COMMON = (
     "the a of to and in is it that was for on are with they be at one have this from by hot but some what there we can "
     "out other were all your when up use word how said each she which do their time if will way about many then them "
     "would write like so these her long make thing see him two has look more day could go come did my sound no most "
     "number who over know water than call first people may down side been now find any new work part take get place "
     "made live where after back little only round man year came show every good me give our under name very through "
     "just form much great think say help low line before turn cause same mean differ move right boy old too does tell"
-).split()  # noqa: SIM905
+)
+WORDS = _COMMON.split()
 
 
 @dataclass(frozen=True)

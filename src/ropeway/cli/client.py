@@ -1,0 +1,127 @@
+"""A streaming client for the terminal: one answer at a time, from any OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+import msgspec
+
+from ropeway.bench.wire import Chunk, EventSplitter
+from ropeway.errors import ConfigError, RequestError, RopewayError
+
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+@dataclass
+class Timing:
+    """What an answer took; seconds. `tokens` is the server's count, or the number of chunks if it gave none."""
+
+    begun: float = field(default_factory=time.perf_counter)
+    ttft: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+    prompt_tokens: int = 0
+
+    def note(self, chunk: Chunk, counted: int) -> None:
+        now = time.perf_counter() - self.begun
+        if chunk.text:
+            self.ttft = self.ttft or now
+            self.last = now
+            self.tokens = counted
+        if chunk.usage is not None:
+            self.tokens, self.prompt_tokens = chunk.usage.completion_tokens, chunk.usage.prompt_tokens
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second after the first."""
+        return (self.tokens - 1) / (self.last - self.ttft) if self.tokens > 1 and self.last > self.ttft else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.prompt_tokens} tokens in, {self.tokens} out, "
+            f"first after {self.ttft * 1000:.0f} ms, then {self.rate:.1f} tokens/s"
+        )
+
+
+class Client:
+    """Talks to the server at `url`, with or without a trailing /v1."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, model: str | None = None) -> None:
+        if urlsplit(url).scheme not in {"http", "https"} or not urlsplit(url).hostname:
+            raise ConfigError(f"{url!r} is not an http:// or https:// address. Check --url.", param="url")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        # A proxy from the environment cannot reach this machine's own loopback, so it is not asked to.
+        trust = urlsplit(url).hostname not in _LOOPBACK
+        self._http = httpx2.Client(headers=headers, timeout=httpx2.Timeout(None, connect=10.0), trust_env=trust)
+        self._model = model
+
+    @property
+    def model(self) -> str:
+        """The model that is asked for; the server's first unless one was named. Raises RopewayError."""
+        if self._model is None:
+            try:
+                response = self._http.get(f"{self.url}/v1/models", timeout=10.0)
+            except httpx2.TransportError as error:
+                raise self._unreachable(error) from None
+            if response.status_code != 200:
+                raise _refusal(response.status_code, response.content)
+            try:
+                self._model = str(response.json()["data"][0]["id"])
+            except (ValueError, LookupError, TypeError):
+                raise ConfigError(f"{self.url}/v1/models has no model list: is this an OpenAI server?") from None
+        return self._model
+
+    def stream(self, path: str, fields: dict[str, Any], timing: Timing) -> Generator[str, None, None]:
+        """The texts of one answer as they arrive; `timing` is filled in on the way. Raises RopewayError."""
+        body = {
+            "model": self.model,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **{name: value for name, value in fields.items() if value is not None},
+        }
+        splitter, counted = EventSplitter(), 0
+        try:
+            with self._http.stream("POST", self.url + path, json=body) as response:
+                if response.status_code != 200:
+                    raise _refusal(response.status_code, response.read())
+                for piece in response.iter_bytes():
+                    for data in splitter.push(piece):
+                        if data == b"[DONE]":
+                            return
+                        chunk = msgspec.json.decode(data, type=Chunk)
+                        if chunk.error is not None:
+                            raise RequestError(_message(chunk.error))
+                        counted += bool(chunk.text)
+                        timing.note(chunk, counted)
+                        if chunk.text:
+                            yield chunk.text
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from None
+        except msgspec.MsgspecError as error:
+            raise RequestError(f"The server sent a chunk that is not valid: {error}.") from None
+
+    def _unreachable(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"No server answers at {self.url} ({error}). Start one in another terminal with `ropeway serve`, "
+            "or give the address of yours with --url."
+        )
+
+
+def _message(error: Any) -> str:
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
+
+
+def _refusal(status: int, body: bytes) -> RopewayError:
+    try:
+        message = _message(msgspec.json.decode(body)["error"])
+    except (msgspec.MsgspecError, LookupError, TypeError):
+        message = body[:300].decode("utf-8", "replace")
+    if status == 401:
+        return ConfigError(f"{message} Give the key with --api-key or ROPEWAY_API_KEY.")
+    return RequestError(f"HTTP {status}: {message}")
