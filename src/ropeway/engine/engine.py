@@ -128,7 +128,7 @@ class Engine:
     def run(self, channel: Channel) -> None:
         """Serve `channel` until the service goes away or a drain has finished. Blocks while there is nothing to do."""
         channel.send(Ready(self.executor.info))
-        while True:
+        while self.busy or not self.intake.draining:
             commands = channel.recv(wait=not self.busy)
             if commands is None:
                 return
@@ -136,9 +136,7 @@ class Engine:
                 channel.send(report)
             if self.busy:
                 channel.send(self.step())
-            elif self.intake.draining:
-                channel.send(Stopped())
-                return
+        channel.send(Stopped())
 
     def _take_news(self) -> list[TokenEvent]:
         news, self._news = self._news, []

@@ -1,0 +1,22 @@
+"""`python -m ropeway.cli.engine`: the engine process, put together. Started by the host, never by hand."""
+
+from __future__ import annotations
+
+import sys
+
+from ropeway.config import EngineConfig
+from ropeway.engine.executor import Executor
+from ropeway.engine.process import serve_fd0
+
+COMMAND = (sys.executable, "-m", "ropeway.cli.engine")
+"""How the host starts it."""
+
+
+def make_executor(config: EngineConfig) -> Executor:
+    from ropeway.runtime.local import LocalExecutor  # torch loads here, in this process alone
+
+    return LocalExecutor(config)
+
+
+if __name__ == "__main__":
+    sys.exit(serve_fd0(make_executor))

@@ -1,0 +1,193 @@
+"""The engine's process: found dead at once, started again, given up in the end, drained, never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import psutil
+import pytest
+
+from ropeway.config import EngineConfig
+from ropeway.contract import Cancel, Drain, GenerateRequest, Ready, Report, SamplingParams, Step, Stopped, Submit
+from ropeway.engine.channel import LinkState
+from ropeway.engine.host import EngineHost
+from ropeway.errors import EngineError, NotReadyError
+
+SIM = (sys.executable, "-m", "ropeway.sim.process")
+
+
+class Listener:
+    """Keeps reports and lets a test wait for one."""
+
+    def __init__(self, host: EngineHost) -> None:
+        self.reports: list[Report] = []
+        self._changed = asyncio.Event()
+        host.subscribe(self._hear)
+
+    def _hear(self, report: Report) -> None:
+        self.reports.append(report)
+        self._changed.set()
+
+    async def until(self, found: Callable[[Report], bool], seconds: float = 20.0) -> Report:
+        async with asyncio.timeout(seconds):
+            while True:
+                for report in self.reports:
+                    if found(report):
+                        return report
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def stopped(self, seconds: float = 20.0) -> Stopped:
+        report = await self.until(lambda r: isinstance(r, Stopped), seconds)
+        assert isinstance(report, Stopped)
+        return report
+
+
+@asynccontextmanager
+async def running(max_restarts: int = 3, command: tuple[str, ...] = SIM) -> AsyncIterator[tuple[EngineHost, Listener]]:
+    host = EngineHost(EngineConfig(max_num_seqs=4), command, max_restarts=max_restarts)
+    listener = Listener(host)
+    await host.start()
+    try:
+        yield host, listener
+    finally:
+        await host.stop()
+
+
+def endless(rid: int) -> GenerateRequest:
+    return GenerateRequest(rid=rid, tokens=[1, 2, 3], sampling=SamplingParams(max_tokens=2000, seed=1))
+
+
+def has_tokens(rid: int) -> Callable[[Report], bool]:
+    return lambda r: isinstance(r, Step) and any(e.rid == rid and e.tokens for e in r.events)
+
+
+def has_finish(rid: int) -> Callable[[Report], bool]:
+    return lambda r: isinstance(r, Step) and any(e.rid == rid and e.finish for e in r.events)
+
+
+async def test_kill_9_is_known_within_a_second_and_the_engine_comes_back() -> None:
+    async with running() as (host, listener):
+        host.send(Submit(endless(1)))
+        await listener.until(has_tokens(1))
+        first = host.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        started = time.monotonic()
+        death = await listener.stopped(1.0)
+        assert time.monotonic() - started < 1.0
+        assert death.error is not None
+        assert "signal 9" in death.error.message
+        listener.reports.clear()
+        await listener.until(lambda r: isinstance(r, Ready))
+        assert host.state is LinkState.READY
+        assert host.pid != first
+        host.send(Submit(endless(2)))
+        await listener.until(has_tokens(2))
+
+
+async def test_it_gives_up_when_the_restarts_are_used_up() -> None:
+    async with running(max_restarts=1) as (host, listener):
+        for _ in range(2):
+            listener.reports.clear()
+            assert host.pid is not None
+            os.kill(host.pid, signal.SIGKILL)
+            await listener.stopped()
+            if not host.gone.done():
+                await listener.until(lambda r: isinstance(r, Ready))
+        error = await asyncio.wait_for(host.gone, 5)
+        assert isinstance(error, EngineError)
+        assert host.state is LinkState.DEAD
+        with pytest.raises(NotReadyError):
+            host.send(Cancel(1))
+
+
+async def test_a_drain_finishes_what_runs_and_then_ends() -> None:
+    async with running() as (host, listener):
+        request = GenerateRequest(rid=1, tokens=[1], sampling=SamplingParams(max_tokens=60, seed=1))
+        host.send(Submit(request))
+        host.send(Drain())
+        host.send(Submit(endless(2)))
+        await listener.until(has_finish(1))
+        assert await asyncio.wait_for(host.gone, 5) is None
+        report = await listener.until(has_finish(2))
+        assert isinstance(report, Step)
+        refused = next(event for event in report.events if event.rid == 2)
+        assert refused.error is not None
+        assert refused.error.code == "RW-DRAIN"
+
+
+async def test_an_engine_that_cannot_start_says_why_and_is_not_restarted() -> None:
+    program = textwrap.dedent("""
+        from ropeway.engine.process import serve_fd0
+        from ropeway.errors import ModelError
+        def make(config):
+            raise ModelError("no such checkpoint: nowhere. Check the path.")
+        raise SystemExit(serve_fd0(make))
+    """)
+    host = EngineHost(EngineConfig(), (sys.executable, "-c", program))
+    with pytest.raises(Exception, match="no such checkpoint: nowhere"):
+        await host.start()
+    await host.stop()
+
+
+async def test_an_exception_in_a_step_reaches_the_streams_with_its_message() -> None:
+    program = textwrap.dedent("""
+        from ropeway.engine.process import serve_fd0
+        from ropeway.sim.process import make_executor
+        def make(config):
+            executor = make_executor(config)
+            submit, executor.steps = executor.submit, 0
+            def broken(plan):
+                if plan.step > 5:
+                    raise ZeroDivisionError("planted")
+                return submit(plan)
+            executor.submit = broken
+            return executor
+        raise SystemExit(serve_fd0(make))
+    """)
+    async with running(command=(sys.executable, "-c", program)) as (host, listener):
+        host.send(Submit(endless(1)))
+        death = await listener.stopped(5)
+        assert death.error is not None
+        assert "ZeroDivisionError: planted" in death.error.message
+
+
+async def test_an_idle_engine_uses_no_cpu() -> None:
+    async with running() as (host, listener):
+        host.send(Submit(GenerateRequest(rid=1, tokens=[1], sampling=SamplingParams(max_tokens=5, seed=1))))
+        await listener.until(has_finish(1))
+        process = psutil.Process(host.pid)
+        before, switches = process.cpu_times(), process.num_ctx_switches()
+        await asyncio.sleep(1.0)
+        after, switched = process.cpu_times(), process.num_ctx_switches()
+        assert after.user + after.system == before.user + before.system
+        assert switched.voluntary - switches.voluntary <= 3
+
+
+async def test_the_engine_dies_with_its_service() -> None:
+    program = textwrap.dedent(f"""
+        import asyncio, sys
+        from ropeway.config import EngineConfig
+        from ropeway.engine.host import EngineHost
+        async def main():
+            host = EngineHost(EngineConfig(), {SIM!r})
+            await host.start()
+            print(host.pid, flush=True)
+            await asyncio.sleep(60)
+        asyncio.run(main())
+    """)
+    service = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
+    assert service.stdout is not None
+    engine = psutil.Process(int(await asyncio.wait_for(service.stdout.readline(), 30)))
+    service.kill()
+    await service.wait()
+    await asyncio.to_thread(psutil.wait_procs, [engine], 3)
+    assert not engine.is_running()
