@@ -83,23 +83,25 @@ class ReferenceBackend:
         out = q.new_empty((q.shape[0], spec.heads * spec.head_dim))
         for (first, count, start), table in zip(meta.rows, meta.tables, strict=True):
             length = start + count
-            keys = kv[table, layer, 0].flatten(0, 1)[:length]
-            values = kv[table, layer, 1].flatten(0, 1)[:length]
-            positions = torch.arange(start, length, device=q.device)
-            seen = self._seen(positions, length, layer)
+            # Blocks wholly before the window may belong to others by now, so they are not read.
+            skip = max(0, start - (self.spec.windows[layer] or length) + 1) // self.spec.block_size
+            base = skip * self.spec.block_size
+            keys = kv[table[skip:], layer, 0].flatten(0, 1)[: length - base]
+            values = kv[table[skip:], layer, 1].flatten(0, 1)[: length - base]
+            seen = self._seen(torch.arange(start, length, device=q.device), base, length, layer)
             out[first : first + count] = self._attend(q[None, first : first + count], keys[None], values[None], seen)[0]
         if meta.decode is not None:
             keys = kv[meta.decode_tables, layer, 0].flatten(1, 2)
             values = kv[meta.decode_tables, layer, 1].flatten(1, 2)
-            seen = self._seen(meta.decode_lengths - 1, keys.shape[1], layer)[:, None]
+            seen = self._seen(meta.decode_lengths - 1, 0, keys.shape[1], layer)[:, None]
             # Slots beyond a row's length were never written and may hold NaN, which a weight of zero would not silence.
             values = values.masked_fill(~seen.transpose(1, 2)[..., None], 0)
-            out[meta.decode] = self._attend(q[meta.decode][:, None], keys, values, seen)[:, 0]
+            out[meta.decode] = self._attend(q[meta.decode][:, None], keys, values, seen)[:, 0].to(out.dtype)
         return out
 
-    def _seen(self, positions: Tensor, length: int, layer: int) -> Tensor:
-        """(len(positions), length) True where the query at a position may look."""
-        keys = torch.arange(length, device=positions.device)
+    def _seen(self, positions: Tensor, base: int, length: int, layer: int) -> Tensor:
+        """(len(positions), length - base) True where the query at a position may look, of keys [base, length)."""
+        keys = torch.arange(base, length, device=positions.device)
         seen = keys <= positions[:, None]
         window = self.spec.windows[layer]
         if window is not None:

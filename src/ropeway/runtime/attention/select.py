@@ -6,9 +6,10 @@ import torch
 
 from ropeway.errors import ConfigError
 from ropeway.runtime.attention.backend import AttentionBackend, AttentionSpec
+from ropeway.runtime.attention.cpu import CpuBackend
 from ropeway.runtime.attention.reference import ReferenceBackend
 
-BACKENDS: dict[str, type[AttentionBackend]] = {"reference": ReferenceBackend}
+BACKENDS: dict[str, type[AttentionBackend]] = {"cpu": CpuBackend, "reference": ReferenceBackend}
 """Name to class, the preferred first."""
 
 

@@ -1,0 +1,171 @@
+"""Compile the native CPU kernels with the system's C++ compiler, once, into a cache.
+
+`python -m ropeway.runtime.kernels.build` does it ahead of time (for a container image) and prints where the result is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ropeway.errors import KernelError
+from ropeway.runtime import cpu_info
+
+SOURCES = Path(__file__).parent / "cpu"
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi")
+TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compile the same sources. `isa` is what the processor must have (see `cpu_info.ISA_FLAGS`)."""
+
+    name: str
+    isa: str
+    flags: tuple[str, ...] = ()
+
+
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("avx512_bf16", "avx512_bf16", (*_AVX512, "-mavx512bf16")),
+        Variant("avx512", "avx512", _AVX512),
+        Variant("avx2", "avx2", _AVX2),
+        Variant("generic", "generic"),
+        # The algorithm and layout of avx512_bf16 with its instructions emulated, to be tested on lesser processors.
+        Variant("avx512_bf16_emulated", "avx2", (*_AVX2, "-DROPEWAY_LANES=16", "-DROPEWAY_PAIR_DOT=1")),
+    )
+}
+
+
+def find_compiler(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The compiler's command: `CXX` if set, else the first of `COMPILERS` that exists. Raises KernelError."""
+    wanted = environ.get("CXX", "").split()
+    if wanted:
+        if shutil.which(wanted[0]) is None:
+            raise KernelError(f"CXX names {wanted[0]!r}, which is not there. Unset CXX or install that compiler.")
+        return wanted
+    for name in COMPILERS:
+        if shutil.which(name):
+            return [name]
+    raise KernelError(f"there is no C++ compiler ({', '.join(COMPILERS)}). Install g++ (Debian: apt install g++).")
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where compiled kernels are kept: $ROPEWAY_CACHE_DIR/kernels, else in the user's cache directory."""
+    if environ.get("ROPEWAY_CACHE_DIR"):
+        return Path(environ["ROPEWAY_CACHE_DIR"]) / "kernels"
+    base = Path(environ["XDG_CACHE_HOME"]) if environ.get("XDG_CACHE_HOME") else Path.home() / ".cache"
+    return base / "ropeway" / "kernels"
+
+
+def build(name: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """The shared library of variant `name`, compiled now if the cache lacks it. Raises KernelError.
+
+    The name of its directory is a hash of everything that shapes it, so that a changed source is never mixed with an
+    old library. Several processes may ask at once: one compiles, the others wait for it.
+    """
+    variant = VARIANTS[name]
+    sources = sorted(SOURCES.glob("*.cpp"))
+    directory = cache_dir(environ) / _fingerprint(variant, environ)
+    library = directory / f"{name}.so"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_shared(directory)
+        if library.exists():
+            return library
+        with _locked(directory / f"{name}.lock"):
+            if not library.exists():
+                _compile(find_compiler(environ), variant, sources, library)
+    except OSError as error:
+        raise KernelError(
+            f"the kernel cache {directory} cannot be used: {error.strerror}. Set ROPEWAY_CACHE_DIR to a private, "
+            "writable directory."
+        ) from None
+    return library
+
+
+def _fingerprint(variant: Variant, environ: Mapping[str, str]) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    context = (variant.name, *variant.flags, *FLAGS, environ.get("CXX", ""), platform.machine(), *platform.libc_ver())
+    digest.update("\0".join(context).encode())
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in {".cpp", ".h"}:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _refuse_shared(directory: Path) -> None:
+    """Code is loaded from here: nobody else may have put it there."""
+    status = directory.stat()
+    if status.st_uid not in {os.getuid(), 0} or status.st_mode & 0o022:
+        raise KernelError(
+            f"the kernel cache {directory} can be written by others, so nothing is loaded from it. "
+            "Set ROPEWAY_CACHE_DIR to a private directory."
+        )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: list[str], variant: Variant, sources: list[Path], library: Path) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=library.parent, suffix=".tmp")
+    os.close(descriptor)
+    command = [*compiler, *FLAGS, *variant.flags, *map(str, sources), "-o", temporary]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+            raise KernelError(
+                f"{compiler[0]} failed on the {variant.name} kernels: {(lines or ['no message'])[0].strip()} "
+                "Run `python -m ropeway.runtime.kernels.build` for the whole output, or set CXX to another compiler."
+            )
+        os.chmod(temporary, 0o755)  # noqa: S103 - a library is read and run by its owner, in a private directory
+        os.replace(temporary, library)
+    except subprocess.TimeoutExpired:
+        raise KernelError(
+            f"{compiler[0]} did not finish within {TIMEOUT:.0f} s. Set CXX to another compiler."
+        ) from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Build the given variants, or the best for this machine. Returns an exit status."""
+    names = arguments or [cpu_info.detect().isa]
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        print(f"There is no variant {unknown[0]!r}. Choose from {', '.join(VARIANTS)}.", file=sys.stderr)
+        return 2
+    for name in names:
+        start = time.perf_counter()
+        try:
+            path = build(name)
+        except KernelError as error:
+            print(f"The kernels cannot be built: {error.message}", file=sys.stderr)
+            return 1
+        print(f"{name}: {path} ({time.perf_counter() - start:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,471 @@
+// Paged attention: one kernel for decode and for chunked prefill, reading K and V where the cache holds them.
+//
+// A block of the cache holds, for each layer and KV head, K then V. K is transposed, [head_dim / STEP][block][STEP], and V
+// is [block / STEP][head_dim][STEP]: both products then run over whole vectors and no sum crosses the lanes. STEP is 2 for
+// bfloat16, so that a pair fits one lane of a dot-product instruction, and 1 for float32.
+//
+// The query heads of a KV head and the tokens of a row are one list of queries, cut into tiles: grouped-query attention
+// needs no copy of K or V, and decode is a prefill of one token. Softmax is online (Milakov and Gimelshein 2018; Dao et al.
+// 2022) over chunks of 64 positions, restarted every SPLIT positions; the pieces are then merged in order (flash-decoding).
+// Whether pieces run on one thread or on several changes nothing in the arithmetic, and all cuts are at absolute
+// positions, so that a query's result depends on its position and its sequence alone.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "vec.h"
+
+namespace ropeway {
+
+constexpr int CHUNK = 64;        // positions of one softmax update
+constexpr int SPLIT = 512;       // positions of one independent piece
+constexpr int TILE = 48;         // queries of one work item
+constexpr int MAX_DIM = 256;     // largest head_dim
+constexpr float FLOOR = -1e30f;  // below every score: a maximum that nothing has been compared with yet
+
+}  // namespace ropeway
+
+// Mirrored field by field in runtime/kernels/library.py.
+struct AttentionStep {
+    int64_t rows, tokens, heads, kv_heads, head_dim, block_size, layers, table_stride, threads;
+    const int32_t* cu_q;
+    const int32_t* starts;
+    const int32_t* tables;
+    const int32_t* slots;
+    double scale;
+};
+
+// One layer of one step. Strides are between tokens, in elements; `window` 0 means none.
+struct AttentionLayer {
+    const void* q;
+    const void* k;
+    const void* v;
+    void* kv;
+    void* out;
+    int64_t q_stride, k_stride, v_stride, layer, window;
+};
+
+namespace ropeway {
+
+// Running softmax of a tile: maxima (in powers of two), sums, and weighted sums of V.
+struct Softmax {
+    float top[TILE], total[TILE];
+    alignas(64) float mixed[TILE * MAX_DIM];
+};
+
+struct Scratch {
+    alignas(64) char query[TILE * MAX_DIM * 4];
+    alignas(64) float scores[TILE * CHUNK];
+    Softmax piece, whole;
+};
+
+template <class X>
+class Buffer {
+    std::unique_ptr<X[]> data_;
+    size_t size_ = 0;
+
+   public:
+    X* at_least(size_t size) {
+        if (size > size_) {
+            data_.reset(new X[size]);  // not initialised
+            size_ = size;
+        }
+        return data_.get();
+    }
+};
+
+struct Item {
+    int32_t row, kv_head, first, count;  // queries [first, first + count) of the row's list
+    int32_t piece;                       // this piece only, or -1 for all of them in turn
+    int32_t slot, pieces;                // where partial results go, and how many pieces the tile has
+};
+
+template <class D>
+class Attention {
+    // Queries [first, first + rows) of a tile, and the positions [from, to) of a chunk that some of them see, whole blocks first.
+    struct Panel {
+        int first, rows;
+        int64_t from, to;
+    };
+
+    using T = typename D::T;
+    using F = typename D::F;
+    static constexpr int W = D::LANES, STEP = D::STEP, VECTORS = CHUNK / W;
+
+    const AttentionStep& step_;
+    const AttentionLayer& layer_;
+    const int64_t group_, dim_, size_, head_elements_, block_elements_;
+    T* const kv_;
+    const float log2_scale_;
+    std::atomic<bool> damaged_{false};
+
+   public:
+    Attention(const AttentionStep& step, const AttentionLayer& layer)
+        : step_(step),
+          layer_(layer),
+          group_(step.heads / step.kv_heads),
+          dim_(step.head_dim),
+          size_(step.block_size),
+          head_elements_(2 * step.head_dim * step.block_size),
+          block_elements_(step.layers * step.kv_heads * head_elements_),
+          kv_(static_cast<T*>(layer.kv) + layer.layer * step.kv_heads * head_elements_),
+          log2_scale_(float(step.scale) * LOG2_E) {}
+
+    int run() {
+        const int threads = int(step_.threads);
+        int slots = 0;
+        const std::vector<Item> items = plan(threads, slots);
+        // Kept from call to call: fresh pages cost more than a small step's arithmetic.
+        static thread_local Buffer<Scratch> scratches;
+        static thread_local Buffer<Softmax> partials;
+        Scratch* const scratch = scratches.at_least(size_t(threads));
+        Softmax* const partial = partials.at_least(size_t(slots));
+        std::vector<std::atomic<int>> done(items.size());
+        std::atomic<size_t> next{0};
+        const bool alone = threads == 1 || (items.size() == 1);
+#pragma omp parallel num_threads(threads) if (!alone)
+        {
+            write_kv();
+            Scratch& mine = scratch[omp_get_thread_num()];
+            for (size_t i = next.fetch_add(1); i < items.size(); i = next.fetch_add(1)) {
+                const Item& item = items[i];
+                if (item.piece < 0) {
+                    whole_tile(item, mine);
+                } else {
+                    one_piece(item, mine, partial[item.slot]);
+                    std::atomic<int>& counter = done[i - size_t(item.piece)];
+                    if (counter.fetch_add(1, std::memory_order_acq_rel) + 1 == item.pieces) {
+                        merge_pieces(item, partial + (item.slot - item.piece));
+                    }
+                }
+            }
+        }
+        return damaged_ ? 1 : 0;
+    }
+
+   private:
+    // ---- work
+
+    // The heaviest tiles of a row come first. Rows are split into pieces when there are too few tiles for the threads.
+    std::vector<Item> plan(int threads, int& slots) const {
+        std::vector<Item> items;
+        for (int64_t r = 0; r < step_.rows; ++r) {
+            const int64_t queries = (step_.cu_q[r + 1] - step_.cu_q[r]) * group_;
+            const int64_t tiles = (queries + TILE - 1) / TILE;
+            for (int64_t t = tiles - 1; t >= 0; --t) {
+                const int64_t first = queries * t / tiles, end = queries * (t + 1) / tiles;
+                for (int64_t h = 0; h < step_.kv_heads; ++h) {
+                    items.push_back({int32_t(r), int32_t(h), int32_t(first), int32_t(end - first), -1, 0, 1});
+                }
+            }
+        }
+        if (threads == 1 || items.size() >= size_t(4 * threads)) return items;
+        std::vector<Item> split;
+        for (Item item : items) {
+            const int64_t from = first_piece(item), to = last_piece(item);
+            item.pieces = int32_t(to - from + 1);
+            if (item.pieces == 1) {
+                split.push_back(item);
+                continue;
+            }
+            for (int p = 0; p < item.pieces; ++p) {
+                item.piece = p;
+                item.slot = slots++;
+                split.push_back(item);
+            }
+        }
+        return split;
+    }
+
+    int64_t position(const Item& item, int64_t query) const { return step_.starts[item.row] + query / group_; }
+
+    int64_t first_seen(const Item& item, int64_t query) const {
+        return layer_.window ? std::max<int64_t>(0, position(item, query) - layer_.window + 1) : 0;
+    }
+
+    int64_t first_piece(const Item& item) const { return first_seen(item, item.first) / SPLIT; }
+
+    int64_t last_piece(const Item& item) const { return position(item, item.first + item.count - 1) / SPLIT; }
+
+    const T* block(const Item& item, int64_t position) {
+        int64_t id = step_.tables[item.row * step_.table_stride + position / size_];
+        if (id < 0) {
+            damaged_ = true;
+            id = 0;
+        }
+        return kv_ + id * block_elements_ + item.kv_head * head_elements_;
+    }
+
+    void write_kv() {
+        const int64_t heads = step_.kv_heads;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < step_.tokens * heads; ++i) {
+            const int64_t t = i / heads, h = i % heads;
+            const int64_t slot = step_.slots[t], offset = slot % size_;
+            if (slot < 0) {
+                damaged_ = true;
+                continue;
+            }
+            const T* k = static_cast<const T*>(layer_.k) + t * layer_.k_stride + h * dim_;
+            const T* v = static_cast<const T*>(layer_.v) + t * layer_.v_stride + h * dim_;
+            T* to_k = kv_ + slot / size_ * block_elements_ + h * head_elements_ + offset * STEP;
+            T* to_v = kv_ + slot / size_ * block_elements_ + h * head_elements_ + dim_ * size_ + offset / STEP * dim_ * STEP +
+                      offset % STEP;
+            for (int64_t d = 0; d < dim_; d += STEP) {
+                for (int s = 0; s < STEP; ++s) to_k[d * size_ + s] = k[d + s];
+            }
+            for (int64_t d = 0; d < dim_; ++d) to_v[d * STEP] = v[d];
+        }
+    }
+
+    // ---- a tile
+
+    void whole_tile(const Item& item, Scratch& s) {
+        read_query(item, s);
+        const int64_t from = first_piece(item), to = last_piece(item);
+        attend(item, from, s, s.whole);
+        for (int64_t p = from + 1; p <= to; ++p) {
+            attend(item, p, s, s.piece);
+            merge(item, s.whole, s.piece);
+        }
+        write_out(item, s.whole);
+    }
+
+    void one_piece(const Item& item, Scratch& s, Softmax& partial) {
+        read_query(item, s);
+        attend(item, first_piece(item) + item.piece, s, partial);
+    }
+
+    void merge_pieces(const Item& item, Softmax* partial) {
+        for (int p = 1; p < item.pieces; ++p) merge(item, partial[0], partial[p]);
+        write_out(item, partial[0]);
+    }
+
+    const T* query(const Item& item, int64_t query) const {
+        const int64_t token = step_.cu_q[item.row] + query / group_;
+        return static_cast<const T*>(layer_.q) + token * layer_.q_stride + (item.kv_head * group_ + query % group_) * dim_;
+    }
+
+    void read_query(const Item& item, Scratch& s) {
+        for (int m = 0; m < item.count; ++m) {
+            const T* from = query(item, item.first + m);
+            char* to = s.query + m * dim_ * D::A_BYTES;
+            for (int64_t d = 0; d < dim_; d += W) D::store_a(to, d, load<W>(from + d));
+        }
+    }
+
+    void write_out(const Item& item, const Softmax& x) {
+        for (int m = 0; m < item.count; ++m) {
+            const int64_t query = item.first + m, token = step_.cu_q[item.row] + query / group_;
+            T* to = static_cast<T*>(layer_.out) + (token * step_.heads + item.kv_head * group_ + query % group_) * dim_;
+            const float inverse = 1.0f / x.total[m];
+            for (int64_t d = 0; d < dim_; d += W) store<W>(to + d, load<W>(x.mixed + m * dim_ + d) * inverse);
+        }
+    }
+
+    // Add a later piece. A piece in which a query sees nothing has total 0 and leaves the rest as it is, bit for bit.
+    __attribute__((noinline)) void merge(const Item& item, Softmax& into, const Softmax& from) {
+        for (int m = 0; m < item.count; ++m) {
+            const float top = into.top[m] > from.top[m] ? into.top[m] : from.top[m];
+            const float keep = power(into.top[m] - top), add = power(from.top[m] - top);
+            into.top[m] = top;
+            into.total[m] = into.total[m] * keep + from.total[m] * add;
+            float* x = into.mixed + m * dim_;
+            const float* y = from.mixed + m * dim_;
+            for (int64_t d = 0; d < dim_; d += W) store<W>(x + d, load<W>(x + d) * keep + load<W>(y + d) * add);
+        }
+    }
+
+    static float power(float x) { return x == 0.0f ? 1.0f : exp2<8>(splat<8>(x))[0]; }
+
+    // The softmax of one piece of SPLIT positions, from scratch.
+    void attend(const Item& item, int64_t piece, Scratch& s, Softmax& x) {
+        std::fill_n(x.top, item.count, FLOOR);
+        std::fill_n(x.total, item.count, 0.0f);
+        std::fill_n(x.mixed, item.count * dim_, 0.0f);
+        const int64_t low = first_seen(item, item.first), high = position(item, item.first + item.count - 1) + 1;
+        const int64_t end = std::min(high, (piece + 1) * SPLIT);
+        for (int64_t base = piece * SPLIT; base < end; base += CHUNK) {
+            if (base + CHUNK <= low) continue;
+            chunk(item, base, std::max(low, base), std::min(end, base + CHUNK), s, x);
+        }
+    }
+
+    // Positions [low, high) of the 64 from `base` on; those outside are unseen by every query of the tile.
+    void chunk(const Item& item, int64_t base, int64_t low, int64_t high, Scratch& s, Softmax& x) {
+        const T* blocks[CHUNK / 8];
+        for (int64_t b = (low - base) / size_; base + b * size_ < high; ++b) blocks[b] = block(item, base + b * size_);
+        if (high < position(item, item.first + item.count - 1)) prefetch(item, base + CHUNK);
+
+        const int panels = (item.count + D::MAX_ROWS - 1) / D::MAX_ROWS;
+        float keep[TILE];
+        const auto each_panel = [&](auto fn) ROPEWAY_INLINE_LAMBDA {
+            for (int p = 0; p < panels; ++p) {
+                const int m0 = item.count * p / panels, rows = item.count * (p + 1) / panels - m0;
+                const int64_t from = std::max(low, first_seen(item, item.first + m0)) - base;
+                const int64_t to = std::min(high, position(item, item.first + m0 + rows - 1) + 1) - base;
+                if (from < to) fn(Panel{m0, rows, from / size_ * size_, to});
+            }
+        };
+        each_panel([&](Panel p) ROPEWAY_INLINE_LAMBDA {
+            with_constant<D::MAX_ROWS>(p.rows, [&](auto n) ROPEWAY_INLINE_LAMBDA {
+                scores<decltype(n)::value>(p, blocks, s);
+            });
+        });
+        each_panel([&](Panel p) ROPEWAY_INLINE_LAMBDA {
+            for (int m = p.first; m < p.first + p.rows; ++m) keep[m] = weigh(item, m, base, p, s, x);
+        });
+        each_panel([&](Panel p) ROPEWAY_INLINE_LAMBDA {
+            with_constant<D::MAX_ROWS>(p.rows, [&](auto n) ROPEWAY_INLINE_LAMBDA {
+                mix<decltype(n)::value>(p, blocks, keep + p.first, s, x);
+            });
+        });
+    }
+
+    // Ask for the next chunk's first lines while this one is computed; the hardware follows once a block has begun.
+    void prefetch(const Item& item, int64_t base) {
+        const int64_t end = std::min<int64_t>(base + CHUNK, position(item, item.first + item.count - 1) + 1);
+        for (int64_t at = base; at < end; at += size_) {
+            const char* p = reinterpret_cast<const char*>(block(item, at));
+            for (int64_t i = 0; i < head_elements_ * int64_t(sizeof(T)); i += 64) __builtin_prefetch(p + i, 0, 2);
+        }
+    }
+
+    // scores[m][t] = query m . key t, for R queries and all vectors of positions in the chunk.
+    template <int R>
+    ROPEWAY_INLINE void scores(Panel p, const T* const* blocks, Scratch& s) {
+        constexpr int N = vectors_for<D>(R);
+        const int end = int((p.to + W - 1) / W);
+        int j = int(p.from / W);
+        for (; j + N <= end; j += N) scores_of<R, N>(p.first, blocks, j, s);
+        for (; j < end; ++j) scores_of<R, 1>(p.first, blocks, j, s);
+    }
+
+    template <int R, int N>
+    ROPEWAY_INLINE void scores_of(int m0, const T* const* blocks, int vector, Scratch& s) {
+        const int64_t row_bytes = dim_ * D::A_BYTES, steps = dim_ / STEP, stride = size_ * STEP;
+        const char* a = s.query + m0 * row_bytes;
+        const T* b[N];
+        for (int v = 0; v < N; ++v) b[v] = blocks[(vector + v) * W / size_] + (vector + v) * W % size_ * STEP;
+        F acc[R][N] = {};
+        for (int64_t i = 0; i < steps; ++i) {
+            typename D::B y[N];
+            ROPEWAY_UNROLL for (int v = 0; v < N; ++v) y[v] = D::load_b(b[v] + i * stride);
+            ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
+                const typename D::A q = D::load_a(a + m * row_bytes, i);
+                ROPEWAY_UNROLL for (int v = 0; v < N; ++v) D::step(acc[m][v], y[v], q);
+            }
+        }
+        ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
+            ROPEWAY_UNROLL for (int v = 0; v < N; ++v) store<W>(s.scores + (m0 + m) * CHUNK + (vector + v) * W, acc[m][v]);
+        }
+    }
+
+    // Turn a query's scores into weights 2^(score - top), in place and in the form of operand A; unseen positions get 0.
+    // Returns by how much the sums so far must shrink.
+    ROPEWAY_INLINE float weigh(const Item& item, int m, int64_t base, Panel p, Scratch& s, Softmax& x) {
+        using I = typename Lanes<W>::I;
+        const int first = int(p.from / W), end = int((p.to + W - 1) / W);
+        const int last = int(std::min<int64_t>(position(item, item.first + m) - base, CHUNK));
+        const int low = int(std::max<int64_t>(first_seen(item, item.first + m) - base, 0));
+        const bool masked = last < end * W - 1 || low > first * W;
+        float* row = s.scores + m * CHUNK;
+        I lane;
+        for (int i = 0; i < W; ++i) lane[i] = i;
+        F top = splat<W>(FLOOR);
+        for (int j = first; j < end; ++j) {
+            F y = load<W>(row + j * W) * log2_scale_;
+            if (masked) y = ((lane + j * W <= last) & (lane + j * W >= low)) ? y : splat<W>(FLOOR);
+            store<W>(row + j * W, y);
+            top = top > y ? top : y;
+        }
+        const float before = x.top[m], highest = maximum<W>(top), now = before > highest ? before : highest;
+        F total{};
+        for (int j = first; j < end; ++j) {
+            F y = exp2<W>(load<W>(row + j * W) - now);
+            if (masked) y = ((lane + j * W <= last) & (lane + j * W >= low)) ? y : F{};
+            D::store_a(reinterpret_cast<char*>(row), j * W, y);
+            total += y;
+        }
+        const float keep = power(before - now);
+        x.top[m] = now;
+        x.total[m] = x.total[m] * keep + sum<W>(total);
+        return keep;
+    }
+
+    // mixed[m] = mixed[m] * keep + sum over positions of weight * value, for R queries and all of head_dim.
+    template <int R>
+    ROPEWAY_INLINE void mix(Panel p, const T* const* blocks, const float* keep, Scratch& s, Softmax& x) {
+        constexpr int N = vectors_for<D>(R);
+        int64_t d = 0;
+        for (; d + N * W <= dim_; d += N * W) mix_columns<R, N>(p, blocks, d, keep, s, x);
+        for (; d < dim_; d += W) mix_columns<R, 1>(p, blocks, d, keep, s, x);
+    }
+
+    template <int R, int N>
+    ROPEWAY_INLINE void mix_columns(Panel panel, const T* const* blocks, int64_t d, const float* keep, Scratch& s,
+                                    Softmax& x) {
+        const int m0 = panel.first;
+        const int64_t from = panel.from, to = panel.to;
+        const char* a = reinterpret_cast<const char*>(s.scores + m0 * CHUNK);
+        float* out = x.mixed + m0 * dim_ + d;
+        F acc[R][N];
+        ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
+            ROPEWAY_UNROLL for (int v = 0; v < N; ++v) acc[m][v] = load<W>(out + m * dim_ + v * W) * keep[m];
+        }
+        const auto add = [&](const T* p, int64_t i, auto whole) ROPEWAY_INLINE_LAMBDA {
+            typename D::B y[N];
+            ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
+                y[v] = D::load_b(p + v * W * STEP);
+                if constexpr (!decltype(whole)::value) y[v] = D::first_term(y[v]);
+            }
+            ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
+                const typename D::A w = D::load_a(a + m * CHUNK * 4, i);
+                ROPEWAY_UNROLL for (int v = 0; v < N; ++v) D::step(acc[m][v], y[v], w);
+            }
+        };
+        for (int64_t start = from; start < to; start += size_) {
+            const T* p = blocks[start / size_] + dim_ * size_ + d * STEP;
+            const int64_t i = start / STEP, end = std::min(start + size_, to) / STEP;
+            for (int64_t t = i; t < end; ++t, p += dim_ * STEP) add(p, t, std::true_type{});
+        }
+        // An odd end leaves half a pair that nobody has written: it may hold NaN, so it is cleared, not weighted with 0.
+        if (to % STEP) {
+            const int64_t t = to / STEP;
+            add(blocks[(to - 1) / size_] + dim_ * size_ + d * STEP + t % (size_ / STEP) * dim_ * STEP, t, std::false_type{});
+        }
+        ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
+            ROPEWAY_UNROLL for (int v = 0; v < N; ++v) store<W>(out + m * dim_ + v * W, acc[m][v]);
+        }
+    }
+};
+
+template <class T>
+int attention(const AttentionStep* step, const AttentionLayer* layer) {
+    if (step->head_dim > MAX_DIM || step->head_dim % 8 || step->block_size % 8 || CHUNK % step->block_size) return 2;
+    try {
+        if (ROPEWAY_LANES == 16 && step->head_dim % 16 == 0 && step->block_size % 16 == 0) {
+            return Attention<typename DotOf<T, ROPEWAY_LANES>::type>(*step, *layer).run();
+        }
+        return Attention<typename DotOf<T, 8>::type>(*step, *layer).run();
+    } catch (const std::bad_alloc&) {
+        return 3;
+    }
+}
+
+}  // namespace ropeway
+
+// Returns 0; 1 for a negative block id or slot where a valid one was needed (results are then meaningless); 2 for a shape
+// that is not supported; 3 when memory ran out.
+ROPEWAY_EXPORT int ropeway_attention_f32(const AttentionStep* step, const AttentionLayer* layer) {
+    return ropeway::attention<float>(step, layer);
+}
+
+ROPEWAY_EXPORT int ropeway_attention_bf16(const AttentionStep* step, const AttentionLayer* layer) {
+    return ropeway::attention<ropeway::bf16>(step, layer);
+}

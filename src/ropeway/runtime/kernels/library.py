@@ -1,0 +1,80 @@
+"""Load the native kernels: a plain C interface through ctypes, independent of torch's C++ interface."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from ctypes import c_double, c_int, c_int64, c_void_p
+
+import torch
+
+from ropeway.errors import KernelError
+from ropeway.runtime import cpu_info
+from ropeway.runtime.kernels import build
+
+logger = logging.getLogger(__name__)
+
+
+class AttentionStep(ctypes.Structure):
+    """What all layers of a step share; mirrors the struct of this name in cpu/attention.cpp."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "tokens", "heads", "kv_heads", "head_dim", "block_size", "layers")),
+        ("table_stride", c_int64),
+        ("threads", c_int64),
+        *((name, c_void_p) for name in ("cu_q", "starts", "tables", "slots")),
+        ("scale", c_double),
+    )
+
+
+class AttentionLayer(ctypes.Structure):
+    """One layer of one step; mirrors the struct of this name in cpu/attention.cpp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "kv", "out")),
+        *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "layer", "window")),
+    )
+
+
+class NativeLibrary:
+    """The kernels of one variant, with their argument types bound.
+
+    `threads` is passed to every kernel. torch's own setting is per thread of the caller, so it is read once per step
+    (`refresh`) instead of being left to the OpenMP runtime. Loading after torch binds to the OpenMP runtime that torch
+    brought along, and both share one pool of threads.
+    """
+
+    def __init__(self, variant: str) -> None:
+        self.variant = variant
+        path = build.build(variant)
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise KernelError(f"the compiled kernels cannot be loaded: {error}. Delete {path} to rebuild.") from None
+        self.threads = torch.get_num_threads()
+        self.attention = {
+            torch.float32: self._bind("ropeway_attention_f32", [c_void_p, c_void_p]),
+            torch.bfloat16: self._bind("ropeway_attention_bf16", [c_void_p, c_void_p]),
+        }
+
+    def refresh(self) -> int:
+        """Take over torch's number of threads, and return it."""
+        self.threads = torch.get_num_threads()
+        return self.threads
+
+    def _bind(self, name: str, arguments: list[type]) -> ctypes._NamedFuncPointer:
+        function: ctypes._NamedFuncPointer = getattr(self._library, name)
+        function.argtypes = arguments
+        function.restype = c_int
+        return function
+
+
+@functools.cache
+def load(variant: str | None = None) -> NativeLibrary | str:
+    """The kernels for this processor (or of the named variant), or why there are none, said once in the log too."""
+    try:
+        return NativeLibrary(variant or cpu_info.detect().isa)
+    except KernelError as error:
+        logger.warning("Native kernels are off and torch serves, slower: %s", error.message)
+        return error.message

@@ -1,0 +1,232 @@
+"""What every attention back end must do, for each of them and for each way to compile the native one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ropeway.errors import KernelError
+from ropeway.runtime import cpu_info
+from ropeway.runtime.attention.backend import AttentionBackend, AttentionSpec
+from ropeway.runtime.attention.cpu import CpuBackend
+from ropeway.runtime.attention.reference import ReferenceBackend
+from ropeway.runtime.kernels.build import VARIANTS
+from ropeway.runtime.kernels.library import load
+from .paged import World, assert_close, spec_of
+
+CPU = torch.device("cpu")
+FLOATS = (torch.float32, torch.bfloat16)
+Make = Callable[[AttentionSpec], AttentionBackend]
+
+
+def _implementations() -> list[object]:
+    flags = cpu_info.detect().flags
+    lacking = {n: not cpu_info.ISA_FLAGS[v.isa] <= flags for n, v in VARIANTS.items()}
+    native = [
+        pytest.param(name, marks=pytest.mark.skipif(lacking[name], reason=f"this processor lacks {VARIANTS[name].isa}"))
+        for name in VARIANTS
+    ]
+    return ["reference", "reference-batched", *native]
+
+
+@pytest.fixture(params=_implementations())
+def make(request: pytest.FixtureRequest) -> Make:
+    name = request.param
+    if name.startswith("reference"):
+        return lambda spec: ReferenceBackend(spec, CPU, batch_decode=name == "reference-batched")
+    library = load(name)
+    if isinstance(library, str):
+        pytest.skip(library)
+    return lambda spec: CpuBackend(spec, CPU, library=library)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [
+        (2, 2, 32, 16),
+        (4, 2, 64, 8),
+        (8, 2, 80, 16),
+        (8, 1, 128, 32),
+        (15, 5, 64, 16),
+        (6, 3, 8, 64),
+        (9, 3, 40, 16),
+        (2, 1, 256, 16),
+        (14, 2, 96, 8),
+        (56, 1, 16, 16),
+    ],
+)
+def test_prefill_in_chunks_then_decode(
+    make: Make, heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> None:
+    world = World(spec_of(heads, kv_heads, head_dim, block_size, dtype), 24)
+    backend = make(world.spec)
+    store = world.store(backend)
+    line = world.line(87)
+    for count in (1, 6, 13, 37, 25, 1, 1, 1, 2):
+        start = line.computed
+        (out,) = world.step(backend, store, [(line, count)], layer=1)
+        assert_close(out, world.expected(line, start, count))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_ragged_rows_in_shuffled_blocks(make: Make, dtype: torch.dtype) -> None:
+    world = World(spec_of(heads=15, kv_heads=5, head_dim=64, dtype=dtype), 120, seed=1)
+    backend = make(world.spec)
+    store = world.store(backend)
+    lines = [world.line(n) for n in (1, 2, 15, 16, 17, 64, 65, 130, 200, 31)]
+    draw = random.Random(2)
+    while todo := [line for line in lines if line.computed < len(line.q)]:
+        rows = [(line, draw.randint(1, min(70, len(line.q) - line.computed))) for line in todo]
+        starts = [line.computed for line in todo]
+        outs = world.step(backend, store, rows, padding=draw.randint(0, 3))
+        for out, start, (line, count) in zip(outs, starts, rows, strict=True):
+            assert_close(out, world.expected(line, start, count))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("window", [1, 5, 16, 40, 100, 1000])
+def test_sliding_window(make: Make, window: int, dtype: torch.dtype) -> None:
+    world = World(spec_of(heads=4, kv_heads=2, head_dim=32, dtype=dtype, windows=(None, window)), 60)
+    backend = make(world.spec)
+    store = world.store(backend)
+    long, short = world.line(260), world.line(9)
+    for counts in ((70, 3), (1, 1), (64, 5), (33, 0), (91, 0), (1, 0)):
+        rows = [(line, n) for line, n in zip((long, short), counts, strict=True) if n]
+        starts = [line.computed for line, _ in rows]
+        outs = world.step(backend, store, rows, layer=1)
+        for out, start, (line, count) in zip(outs, starts, rows, strict=True):
+            assert_close(out, world.expected(line, start, count, layer=1))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_window_reads_nothing_before_it(make: Make, dtype: torch.dtype) -> None:
+    """Blocks that lie wholly before the window may have been given to somebody else: their content must not matter."""
+    world = World(spec_of(heads=4, kv_heads=2, head_dim=32, dtype=dtype, windows=(20,)), 60)
+    backend = make(world.spec)
+    store = world.store(backend)
+    line = world.line(601)
+    world.step(backend, store, [(line, 600)])
+    store[line.blocks[: (600 - 20) // 16]] = torch.nan
+    (out,) = world.step(backend, store, [(line, 1)])
+    assert_close(out, world.expected(line, 600, 1))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("length", [511, 512, 513, 2100])
+def test_long_context(make: Make, length: int, dtype: torch.dtype) -> None:
+    world = World(spec_of(heads=4, kv_heads=1, head_dim=64, dtype=dtype, windows=(None,)), 140)
+    backend = make(world.spec)
+    store = world.store(backend)
+    line = world.line(length + 1)
+    (out,) = world.step(backend, store, [(line, length)])
+    assert_close(out[-40:], world.expected(line, length - 40, 40))
+    (out,) = world.step(backend, store, [(line, 1)])
+    assert_close(out, world.expected(line, length, 1))
+
+
+def test_layers_keep_apart(make: Make) -> None:
+    world = World(spec_of(windows=(None, 8, None)), 8)
+    backend = make(world.spec)
+    store = world.store(backend)
+    line = world.line(30)
+    for layer in range(3):
+        line.computed = 0
+        (out,) = world.step(backend, store, [(line, 30)], layer=layer)
+        assert_close(out, world.expected(line, 0, 30, layer=layer))
+        assert store[line.blocks[0], layer + 1 :].isnan().all()
+
+
+def test_only_its_own_blocks_are_written(make: Make) -> None:
+    world = World(spec_of(), 8)
+    backend = make(world.spec)
+    store = world.store(backend)
+    line = world.line(20)
+    world.step(backend, store, [(line, 20)], padding=2)
+    others = [b for b in range(8) if b not in line.blocks]
+    assert store[others].isnan().all()
+    full, tail = store[line.blocks[0], 0], store[line.blocks[1], 0]
+    assert not full.isnan().any()
+    assert tail.isnan().sum() == tail.numel() * 12 // 16
+
+
+def test_nan_stays_in_its_row(make: Make) -> None:
+    world = World(spec_of(heads=15, kv_heads=5, head_dim=64), 20)
+    backend = make(world.spec)
+    store = world.store(backend)
+    good, bad = world.line(40), world.line(40)
+    bad.k[17] = torch.nan
+    first, second = world.step(backend, store, [(good, 39), (bad, 39)])
+    assert_close(first, world.expected(good, 0, 39))
+    assert second[17:].isnan().any(dim=-1).all(), "a NaN key must not be hidden"
+    first, second = world.step(backend, store, [(good, 1), (bad, 1)])
+    assert_close(first, world.expected(good, 39, 1))
+    assert second.isnan().any()
+
+
+def test_large_scores_do_not_overflow(make: Make) -> None:
+    world = World(spec_of(head_dim=64), 20)
+    backend = make(world.spec)
+    store = world.store(backend)
+    line = world.line(200)
+    line.q *= 40
+    line.k *= 40
+    (out,) = world.step(backend, store, [(line, 200)])
+    error = (out.double() - world.expected(line, 0, 200)).abs().max()
+    assert error < 5e-3  # scores near 10^4 carry 10^-3 of rounding in float32
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_neighbours_threads_and_chunks_do_not_matter(make: Make, dtype: torch.dtype) -> None:
+    """Bit for bit: a row alone, among others, on one thread or three, in one chunk or many. (The batched reference
+    pads, and torch's matrix products change with their shape, so that only the native kernels promise all of it.)"""
+    world = World(spec_of(heads=9, kv_heads=3, head_dim=64, dtype=dtype, windows=(None, 530)), 200, seed=3)
+    backend = make(world.spec)
+    if getattr(backend, "batch_decode", False):
+        pytest.skip("it pads rows to the longest")
+    line = world.line(701)
+    others = [world.line(n) for n in (3, 200, 77)]
+
+    def run(chunks: list[int], layer: int, *, crowd: bool, threads: int) -> list[torch.Tensor]:
+        store = world.store(backend)
+        line.computed = 0
+        for other in others:
+            other.computed = 0
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        outs = []
+        try:
+            for i, count in enumerate(chunks):
+                rows = [(line, count)]
+                if crowd and i == len(chunks) - 1:
+                    rows = [(others[0], 3), (others[1], 200), (line, count), (others[2], 1)]
+                outs.append(world.step(backend, store, rows, layer=layer)[2 if len(rows) > 1 else 0])
+        finally:
+            torch.set_num_threads(before)
+        return outs
+
+    for layer in (0, 1):
+        alone = run([700, 1], layer, crowd=False, threads=1)
+        assert torch.equal(run([700, 1], layer, crowd=True, threads=1)[-1], alone[-1])
+        if isinstance(backend, CpuBackend):
+            assert torch.equal(run([700, 1], layer, crowd=False, threads=3)[-1], alone[-1])
+            assert torch.equal(run([700, 1], layer, crowd=True, threads=3)[-1], alone[-1])
+            pieces = run([1, 511, 7, 65, 100, 16, 1], layer, crowd=True, threads=2)
+            assert torch.equal(torch.cat(pieces), torch.cat(alone))
+
+
+def test_a_wrong_block_table_is_an_error() -> None:
+    world = World(spec_of(), 8)
+    library = load()
+    if isinstance(library, str):
+        pytest.skip(library)
+    backend = CpuBackend(world.spec, CPU, library=library)
+    store = world.store(backend)
+    line = world.line(40)
+    world.step(backend, store, [(line, 39)])
+    line.blocks[0] = -1
+    with pytest.raises(KernelError, match="negative id"):
+        world.step(backend, store, [(line, 1)])
