@@ -62,8 +62,8 @@ class TorchOps:
         half = cos.shape[1]
         for x in (q, k):
             low, high = x[..., :half].float(), x[..., half : 2 * half].float()
-            x[..., :half] = low * c - high * s
-            x[..., half : 2 * half] = high * c + low * s
+            first, second = low * c - high * s, high * c + low * s  # both, before x changes: in float32 low is a view
+            x[..., :half], x[..., half : 2 * half] = first, second
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
