@@ -1,0 +1,101 @@
+"""The HTTP application: which path leads where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from ropeway._version import __version__
+from ropeway.api import chat, completions, docs, health, models, schema, tokens
+from ropeway.api.errors import HttpError, error_response
+from ropeway.api.middleware import PUBLIC, Gate
+from ropeway.api.state import Api, api_of
+from ropeway.config import ServerConfig
+from ropeway.observe.metrics import Metrics
+from ropeway.service.request import TextService
+
+_DESCRIPTION = "OpenAI's API for the model that this server runs, with vLLM's extra parameters."
+_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+
+
+def create_app(service: TextService, config: ServerConfig, metrics: Metrics) -> FastAPI:
+    """The application around `service`. Its `state.api` is the shared `Api`."""
+    app = FastAPI(
+        title="Ropeway", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None, openapi_url=None
+    )
+    app.state.api = Api(service, config, metrics)
+    app.add_middleware(Gate, config=config, metrics=metrics)
+    app.add_exception_handler(HTTPException, _not_here)
+    _add_routes(app)
+    return app
+
+
+def _add_routes(app: FastAPI) -> None:
+    def add(method: str, path: str, endpoint: Callable[..., Any], entry: dict[str, Any]) -> None:
+        name = re.sub(r"\W+", "_", path.removeprefix("/v1").replace(":path", "")).strip("_")
+        app.add_api_route(
+            path, endpoint, methods=[method], openapi_extra=entry, operation_id=name, response_class=Response
+        )
+        if path in PUBLIC:
+            app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+
+    op = docs.operation
+    chat_body, text_body = schema.ChatCompletionRequest, schema.CompletionRequest
+    add("POST", "/v1/chat/completions", chat.chat_completions, op(schema.ChatCompletion, chat_body, streams=True))
+    add("POST", "/v1/completions", completions.completions, op(schema.Completion, text_body, streams=True))
+    add("GET", "/v1/models", models.list_models, op(schema.ModelList))
+    add("GET", "/v1/models/{model:path}", models.get_model, op(schema.ModelCard))
+    add("POST", "/tokenize", tokens.tokenize, op(schema.TokenizeResponse, schema.TokenizeRequest))
+    add("POST", "/detokenize", tokens.detokenize, op(schema.DetokenizeResponse, schema.DetokenizeRequest))
+    add("GET", "/health", health.health, op(None))
+    add("GET", "/ping", health.health, op(None))
+    add("GET", "/livez", health.livez, op(None))
+    add("GET", "/readyz", health.readyz, op(schema.Readiness))
+    add("GET", "/version", health.version, op(schema.Version))
+    add("GET", "/load", health.load, op(schema.Load))
+    add("GET", "/metrics", health.metrics, op(None))
+    app.add_api_route("/openapi.json", _openapi, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/docs", _docs, methods=["GET"], include_in_schema=False)
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI description of `app`, made once."""
+    if app.openapi_schema is None:
+        spec = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        spec.setdefault("components", {})["schemas"] = docs.components()
+        spec["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, entry in spec["paths"].items():
+            for one in entry.values():
+                one["security"] = [] if path in PUBLIC else [{}, {"key": []}]
+        app.openapi_schema = spec
+    return app.openapi_schema
+
+
+async def _openapi(request: Request) -> Response:
+    return JSONResponse(describe(request.app))
+
+
+async def _docs(request: Request) -> Response:
+    text = docs.page(describe(request.app), api_of(request).service.model_name)
+    return HTMLResponse(text, headers={"content-security-policy": _PAGE_POLICY})
+
+
+async def _not_here(request: Request, error: Exception) -> Response:
+    """Unknown paths and wrong methods, as error objects."""
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: f"There is nothing at {request.method} {request.url.path[:256]}. See /docs for all paths.",
+        405: f"{request.method[:16]} is not allowed at {request.url.path[:256]}. See /docs.",
+    }
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+    refusal = HttpError(error.status_code, messages.get(error.status_code, str(error.detail)), code=code)
+    response = error_response(refusal)
+    response.headers.update(error.headers or {})
+    return response

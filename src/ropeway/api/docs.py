@@ -1,0 +1,142 @@
+"""The OpenAPI description, and a page made of it that needs neither a script nor another server."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import msgspec
+
+from ropeway.api import schema
+from ropeway.api.errors import ErrorEnvelope
+
+_COMPONENTS = (
+    schema.ChatCompletionRequest, schema.ChatCompletion, schema.CompletionRequest, schema.Completion,
+    schema.TokenizeRequest, schema.TokenizeResponse, schema.DetokenizeRequest, schema.DetokenizeResponse,
+    schema.ModelList, schema.ModelCard, schema.Readiness, schema.Version, schema.Load, ErrorEnvelope,
+)  # fmt: skip
+_REF = "#/components/schemas/"
+_STYLE = """
+:root{color-scheme:light dark;--line:#8884;--dim:#888}
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+code,pre{font:14px/1.45 ui-monospace,monospace}
+pre{overflow-x:auto;padding:.75rem;border:1px solid var(--line);border-radius:6px}
+details{border:1px solid var(--line);border-radius:6px;margin:.5rem 0;padding:.5rem .75rem}summary{cursor:pointer}
+summary b{display:inline-block;min-width:4rem}table{border-collapse:collapse;width:100%}
+td,th{text-align:left;vertical-align:top;padding:.25rem .75rem .25rem 0;border-top:1px solid var(--line)}
+.dim{color:var(--dim)}h2{margin-top:2.5rem}
+"""
+
+
+def components() -> dict[str, Any]:
+    """All types of the wire as JSON schemas, by name."""
+    _, found = msgspec.json.schema_components(_COMPONENTS, ref_template=_REF + "{name}")
+    return dict(found)
+
+
+def reference(kind: type) -> dict[str, Any]:
+    return {"$ref": _REF + kind.__name__}
+
+
+def operation(answer: type | None, body: type | None = None, *, streams: bool = False) -> dict[str, Any]:
+    """The part of a route's OpenAPI entry that says what goes in and out."""
+    content: dict[str, Any] = {}
+    if answer is not None:
+        content["application/json"] = {"schema": reference(answer)}
+    if streams:
+        text = {"type": "string", "description": "Server-sent events, the last one `data: [DONE]`."}
+        content["text/event-stream"] = {"schema": text}
+    entry: dict[str, Any] = {
+        "responses": {
+            "200": {"description": "OK", **({"content": content} if content else {})},
+            "default": {
+                "description": "What went wrong",
+                "content": {"application/json": {"schema": reference(ErrorEnvelope)}},
+            },
+        }
+    }
+    if body is not None:
+        entry["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference(body)}}}
+    return entry
+
+
+def page(spec: dict[str, Any], model: str) -> str:
+    """The description as one HTML page."""
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        f"<title>{escape(spec['info']['title'])} API</title><style>{_STYLE}</style>",
+        f"<h1>{escape(spec['info']['title'])} <span class=dim>{escape(spec['info']['version'])}</span></h1>",
+        f"<p>{escape(spec['info']['description'])} Machine-readable: <a href=openapi.json>openapi.json</a>.</p>",
+        f"<pre>{escape(_example(model))}</pre><h2>Endpoints</h2>",
+    ]
+    for path, methods in spec["paths"].items():
+        for method, entry in methods.items():
+            parts.append(_endpoint(method, path, entry))
+    parts.append("<h2>Types</h2>")
+    for name, described in sorted(spec["components"]["schemas"].items()):
+        parts.append(_type(name, described))
+    return "".join(parts)
+
+
+def _example(model: str) -> str:
+    return (
+        "curl -N http://localhost:8000/v1/chat/completions -H 'content-type: application/json' \\\n"
+        f'  -d \'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}\''
+    )
+
+
+def _endpoint(method: str, path: str, entry: dict[str, Any]) -> str:
+    lines = []
+    body = entry.get("requestBody")
+    if body:
+        lines.append(f"<p>Body: {_kind(body['content']['application/json']['schema'])}</p>")
+    for status, response in entry.get("responses", {}).items():
+        kinds = [
+            f"{_kind(media['schema'])} <span class=dim>{escape(name)}</span>" if "$ref" in media["schema"]
+            else f"<code>{escape(name)}</code>"
+            for name, media in response.get("content", {}).items()
+        ]  # fmt: skip
+        lines.append(f"<p>{escape(status)}: {' or '.join(kinds) or escape(response['description'])}</p>")
+    about = f"<span class=dim>{escape(entry.get('description', ''))}</span>"
+    summary = f"<summary><b>{method.upper()}</b> <code>{escape(path)}</code> {about}</summary>"
+    return f"<details>{summary}{''.join(lines)}</details>"
+
+
+def _type(name: str, described: dict[str, Any]) -> str:
+    required = set(described.get("required", ()))
+    rows = []
+    for field, kind in described.get("properties", {}).items():
+        star = " *" if field in required else ""
+        rows.append(
+            f"<tr><td><code>{escape(field)}</code>{star}<td>{_kind(kind)}<td>{_bounds(kind)} {escape(_about(kind))}"
+        )
+    about = f"<p>{escape(described.get('description', ''))}</p>"
+    table = f"<table>{''.join(rows)}</table>" if rows else ""
+    return f"<details id='{escape(name)}'><summary><code>{escape(name)}</code></summary>{about}{table}</details>"
+
+
+def _kind(kind: dict[str, Any]) -> str:
+    if "$ref" in kind:
+        name = escape(kind["$ref"].removeprefix(_REF))
+        return f"<a href='#{name}'>{name}</a>"
+    for several in ("anyOf", "oneOf"):
+        if several in kind:
+            return " or ".join(_kind(one) for one in kind[several])
+    if "enum" in kind:
+        return " or ".join(f"<code>{escape(str(one))}</code>" for one in kind["enum"])
+    if "const" in kind:
+        return f"<code>{escape(str(kind['const']))}</code>"
+    if kind.get("type") == "array":
+        return f"list of {_kind(kind.get('items', {}))}"
+    return escape(str(kind.get("type", "anything")))
+
+
+def _bounds(kind: dict[str, Any]) -> str:
+    signs = {"minimum": "≥", "exclusiveMinimum": "&gt;", "maximum": "≤", "exclusiveMaximum": "&lt;"}
+    branches = [kind, *kind.get("anyOf", ())]
+    return " ".join(f"{sign} {branch[name]:g}" for branch in branches for name, sign in signs.items() if name in branch)
+
+
+def _about(kind: dict[str, Any]) -> str:
+    branches = [kind, *kind.get("anyOf", ())]
+    return next((str(branch["description"]) for branch in branches if "description" in branch), "")

@@ -1,0 +1,121 @@
+"""Every error as the object that OpenAI's clients understand: `{"error": {message, type, param, code}}`.
+
+Sources: the OpenAI API reference (error codes) and the behaviour of openai-python, which picks its exception class by
+status and retries 408, 409, 429 and 5xx unless `x-should-retry` says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+from starlette.responses import Response
+
+from ropeway.errors import (
+    ConfigError,
+    ContextLengthError,
+    DeadlineError,
+    DrainingError,
+    NeverFitsError,
+    NotReadyError,
+    NumericalError,
+    OverloadedError,
+    RequestError,
+    RopewayError,
+    TemplateError,
+    UnknownModelError,
+)
+
+MAX_RETRY_AFTER = 120.0
+"""Seconds. openai-python ignores a longer Retry-After and falls back to its own short delay."""
+
+_SERVER_FAILED = (
+    "The server failed while it answered this request. Nothing is wrong with the request: send it again. "
+    "If that happens again, look for the request id in the server's log."
+)
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """What went wrong. `param` names the field at fault, `code` is stable."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorEnvelope(msgspec.Struct, frozen=True):
+    error: ErrorBody
+
+
+class HttpError(RequestError):
+    """A refusal that only exists on HTTP: a wrong key, a body that is too large, a path that is not there."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, close: bool = False
+    ) -> None:
+        super().__init__(message, param=param)
+        self.status = status
+        self.http_code = code
+        self.close = close
+
+
+class StreamCancelled(RopewayError):
+    """The service ended a request that the client still waits for."""
+
+    code = "RW-CANCEL"
+
+
+# (class, status, type, code); the first match wins, so subclasses stand before their parents.
+_TABLE: tuple[tuple[type[RopewayError], int, str, str | None], ...] = (
+    (ContextLengthError, 400, "invalid_request_error", "context_length_exceeded"),
+    (NeverFitsError, 400, "invalid_request_error", "kv_cache_too_small"),
+    (UnknownModelError, 404, "invalid_request_error", "model_not_found"),
+    (TemplateError, 400, "invalid_request_error", "invalid_messages"),
+    (RequestError, 400, "invalid_request_error", None),
+    (ConfigError, 400, "invalid_request_error", None),
+    (NotReadyError, 503, "server_error", "model_loading"),
+    (DrainingError, 503, "server_error", "server_draining"),
+    (OverloadedError, 503, "overloaded_error", "server_overloaded"),
+    (DeadlineError, 504, "timeout", "request_timeout"),
+    (NumericalError, 500, "server_error", "numerical_error"),
+    (StreamCancelled, 500, "server_error", "request_cancelled"),
+)
+
+
+def classify(error: RopewayError) -> tuple[int, ErrorBody]:
+    """The HTTP status and the error object for `error`. Messages of engine failures stay in the log."""
+    if isinstance(error, HttpError):
+        kind = "invalid_request_error" if error.status < 500 else "server_error"
+        return error.status, ErrorBody(error.message, kind, error.param, error.http_code)
+    for cls, status, kind, code in _TABLE:
+        if isinstance(error, cls):
+            return status, ErrorBody(error.message, kind, error.param, code)
+    return 500, ErrorBody(_SERVER_FAILED, "server_error")
+
+
+def headers_of(error: RopewayError, status: int) -> dict[str, str]:
+    """Headers that tell a client what to do next."""
+    headers = {"x-ropeway-error": error.code}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if status == 503:
+        wait = min(max(error.retry_after or 1.0, 0.001), MAX_RETRY_AFTER)
+        headers["retry-after"] = str(math.ceil(wait))
+        headers["retry-after-ms"] = str(math.ceil(wait * 1000))
+    if status == 504:
+        headers["x-should-retry"] = "false"
+    if isinstance(error, DrainingError) or (isinstance(error, HttpError) and error.close):
+        headers["connection"] = "close"
+    return headers
+
+
+def error_response(error: RopewayError) -> Response:
+    status, body = classify(error)
+    content = msgspec.json.encode(ErrorEnvelope(body))
+    return Response(content, status, headers_of(error, status), "application/json")
+
+
+def error_event(error: RopewayError) -> bytes:
+    """The same object as an event of a stream whose head has already gone."""
+    return b"data: " + msgspec.json.encode(ErrorEnvelope(classify(error)[1])) + b"\n\n"

@@ -1,0 +1,62 @@
+"""Whether the server lives, is ready, and how busy it is."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ropeway._version import __version__
+from ropeway.api.schema import Load, Readiness, Version
+from ropeway.api.state import Api, api_of
+from ropeway.engine.channel import LinkState
+
+_REASONS = {
+    LinkState.STARTING: "The engine is loading the model.",
+    LinkState.DRAINING: "The server is shutting down.",
+    LinkState.DEAD: "The engine has failed and will not be restarted.",
+}
+
+
+def readiness(api: Api) -> Readiness:
+    state = LinkState.DRAINING if api.draining and api.service.state is LinkState.READY else api.service.state
+    reason = _REASONS.get(state)
+    return Readiness(reason is None, str(state), [reason] if reason else [])
+
+
+async def livez(request: Request) -> Response:
+    """200 as long as this process answers; says nothing about the engine."""
+    return Response()
+
+
+async def readyz(request: Request) -> Response:
+    """200 when requests are taken, 503 with reasons when not."""
+    answer = readiness(api_of(request))
+    return json_response(answer, 200 if answer.ready else 503)
+
+
+async def health(request: Request) -> Response:
+    """200 while the engine works, also while it finishes its last requests; 503 before and after."""
+    working = api_of(request).service.state in (LinkState.READY, LinkState.DRAINING)
+    return Response(status_code=200 if working else 503)
+
+
+async def version(request: Request) -> Response:
+    """The version of the server."""
+    return json_response(Version(__version__))
+
+
+async def load(request: Request) -> Response:
+    """How many generating requests are being answered."""
+    return json_response(Load(api_of(request).active))
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus text."""
+    api = api_of(request)
+    body, content_type = api.metrics.render(api.service.stats)
+    return Response(body, media_type=content_type)
+
+
+def json_response(value: msgspec.Struct, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")

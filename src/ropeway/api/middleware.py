@@ -1,0 +1,261 @@
+"""The gate in front of every route: nothing reaches a handler that has not passed it.
+
+Because the gate stands before routing and lets only the listed public paths through without a key, a route cannot be
+added that forgets to ask for one. It compares the very path that the router will match, never a rebuilt URL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import logging
+import re
+import time
+from collections.abc import Sequence
+from email.utils import formatdate
+from typing import Final
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ropeway.api.errors import HttpError, error_response
+from ropeway.api.limits import BODY_SECONDS
+from ropeway.config import ServerConfig
+from ropeway.errors import EngineError, RopewayError
+from ropeway.observe.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+PUBLIC: Final = frozenset({"/livez", "/readyz", "/health", "/ping", "/version"})
+"""What anybody may ask, with GET or HEAD, on a server that has a key."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+class Keys:
+    """The API keys, kept as digests. A key's tenant is a name made from its digest."""
+
+    def __init__(self, keys: str | None) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in split_list(keys)]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def tenant(self, key: bytes) -> str | None:
+        """The tenant of a presented key, or None. The time taken does not depend on the key."""
+        digest, found = hashlib.sha256(key).digest(), None
+        for known in self._digests:
+            if hmac.compare_digest(digest, known):
+                found = known.hex()[:16]
+        return found
+
+
+class Gate:
+    """ASGI middleware: request id, host, browser and key checks, body limits, timing headers, one log line."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._keys = Keys(config.api_key)
+        self._hosts = allowed_hosts(config)
+        self._max_body = int(config.max_body_mib * 1024 * 1024)
+        self._date = (0, b"")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        headers = _Headers(scope["headers"])
+        request_id = _request_id(headers)
+        scope.setdefault("state", {}).update(request_id=request_id, tenant="")
+        status = 0
+
+        async def tell(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                took = (time.perf_counter() - started) * 1000
+                message["headers"] = [*message.get("headers", ()), *self._common(request_id, took)]
+            await send(message)
+
+        try:
+            self._check(scope, headers)
+            await self._app(scope, self._bounded(receive, headers), tell)
+        except RopewayError as error:
+            if status == 0:
+                await error_response(error)(scope, receive, tell)
+        except Exception as error:
+            _log.exception("request %s failed in %s", request_id, _route(scope))
+            if status == 0:
+                await error_response(EngineError(type(error).__name__))(scope, receive, tell)
+            else:
+                raise
+        finally:
+            seconds = time.perf_counter() - started
+            self._metrics.http_request(scope["method"], _route(scope), status, seconds)
+            where = (scope["method"], scope["path"], status or "-", seconds * 1000, request_id)
+            _log.debug("%s %s %s %.1f ms %s", *where)
+
+    def _check(self, scope: Scope, headers: _Headers) -> None:
+        """Raises HttpError for whoever may not come in."""
+        self._check_host(headers.one(b"host"))
+        if scope["method"] not in _SAFE_METHODS:
+            self._check_browser(headers)
+        public = scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")
+        if self._keys and not public:
+            tenant = self._keys.tenant(_presented_key(headers))
+            if tenant is None:
+                raise HttpError(
+                    401,
+                    "Incorrect or missing API key. Send it as 'Authorization: Bearer KEY'.",
+                    code="invalid_api_key",
+                )
+            scope["state"]["tenant"] = tenant
+        if headers.one(b"content-encoding").lower() not in (b"", b"identity"):
+            raise HttpError(415, "Compressed bodies are not accepted. Send it without Content-Encoding.", close=True)
+        length = headers.one(b"content-length")
+        if length.isdigit() and int(length) > self._max_body:
+            raise self._too_large()
+
+    def _check_host(self, host: bytes) -> None:
+        """A page on the web can make a browser call this server under a name that the page's owner controls (DNS
+        rebinding). Addresses cannot be rebound; names have to be known."""
+        name = _host_name(host.decode("latin-1"))
+        if name in self._hosts or "*" in self._hosts or _is_address(name):
+            return
+        if any(known.startswith(".") and name.endswith(known) for known in self._hosts):
+            return
+        shown = name if len(name) <= 64 else name[:64] + "..."
+        raise HttpError(
+            403,
+            f"This server does not answer to the host name '{shown}'. Start it with --allowed-hosts to add it.",
+            code="host_not_allowed",
+        )
+
+    @staticmethod
+    def _check_browser(headers: _Headers) -> None:
+        """No page of another origin may make a visitor's browser spend this server's time."""
+        site = headers.one(b"sec-fetch-site")
+        origin = headers.one(b"origin")
+        foreign = site not in (b"", b"same-origin", b"none")
+        if not site and origin:
+            foreign = urlsplit(origin.decode("latin-1")).netloc != headers.one(b"host").decode("latin-1")
+        if foreign:
+            message = "Requests from pages of another origin are refused. Call the server from your own back end."
+            raise HttpError(403, message, code="cross_origin")
+
+    def _bounded(self, receive: Receive, headers: _Headers) -> Receive:
+        """`receive` that counts a body while it arrives, and does not wait for it for ever."""
+        if not headers.one(b"content-length") and not headers.one(b"transfer-encoding"):
+            return receive
+        seen, complete = 0, False
+        deadline = time.monotonic() + BODY_SECONDS
+
+        async def bounded() -> Message:
+            nonlocal seen, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    message = await receive()
+            except TimeoutError:
+                message_text = f"The body had not arrived completely after {BODY_SECONDS:g} s."
+                raise HttpError(408, message_text, close=True) from None
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
+                if seen > self._max_body:
+                    raise self._too_large()
+            return message
+
+        return bounded
+
+    def _too_large(self) -> HttpError:
+        mib = self._max_body / 1024 / 1024
+        return HttpError(
+            413,
+            f"The body is larger than {mib:g} MiB. Send less, or start the server with a higher --max-body-mib.",
+            code="request_too_large",
+        )
+
+    def _common(self, request_id: str, took_ms: float) -> Sequence[tuple[bytes, bytes]]:
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = now, formatdate(now, usegmt=True).encode()
+        return (
+            (b"date", self._date[1]),
+            (b"x-request-id", request_id.encode()),
+            (b"openai-processing-ms", b"%d" % took_ms),
+            (b"openai-version", b"2020-10-01"),
+            (b"x-content-type-options", b"nosniff"),
+        )
+
+
+class _Headers:
+    """Header lookup that sees repeated headers: a request that sends one of these twice is not trusted."""
+
+    def __init__(self, raw: list[tuple[bytes, bytes]]) -> None:
+        self._values: dict[bytes, bytes] = {}
+        for name, value in raw:
+            self._values[name] = value if name not in self._values else self._values[name] + b", " + value
+
+    def one(self, name: bytes) -> bytes:
+        return self._values.get(name, b"")
+
+
+def allowed_hosts(config: ServerConfig) -> frozenset[str]:
+    """Host names that the server answers to, in lower case; '.example.org' stands for all names below it."""
+    return frozenset({*_LOOPBACK_NAMES, config.host.lower(), *(h.lower() for h in split_list(config.allowed_hosts))})
+
+
+def split_list(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether binding to `host` keeps the server on this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _request_id(headers: _Headers) -> str:
+    """The client's own id if it is harmless, a new one otherwise."""
+    given = headers.one(b"x-request-id").decode("latin-1")
+    return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid4().hex}"
+
+
+def _presented_key(headers: _Headers) -> bytes:
+    scheme, _, key = headers.one(b"authorization").partition(b" ")
+    if scheme.lower() == b"bearer":
+        return key.strip()
+    return headers.one(b"x-api-key")
+
+
+def _host_name(host: str) -> str:
+    """The name in a Host header, without port, brackets and letter case; '' if it is not one."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::\d{1,5})?", host)
+    return (match[1] or match[2]).lower().rstrip(".") if match else ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _route(scope: Scope) -> str:
+    """The template of the matched route, from a closed set; never client text."""
+    route = scope.get("route")
+    path = getattr(route, "path", None)
+    return path if isinstance(path, str) else "other"

@@ -1,0 +1,28 @@
+"""GET /v1/models and /v1/models/{model}."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ropeway.api.health import json_response
+from ropeway.api.schema import ModelCard, ModelList
+from ropeway.api.state import Api, api_of
+
+
+def _card(api: Api) -> ModelCard:
+    service, info = api.service, api.service.info
+    root = info.model if info is not None else service.model_name
+    return ModelCard(id=service.model_name, created=api.created, root=root, max_model_len=service.max_model_len)
+
+
+async def list_models(request: Request) -> Response:
+    """The served models."""
+    return json_response(ModelList(data=[_card(api_of(request))]))
+
+
+async def get_model(request: Request) -> Response:
+    """One model; 404 for a name that is not served."""
+    api = api_of(request)
+    api.check_model(request.path_params["model"])
+    return json_response(_card(api))
