@@ -14,6 +14,7 @@ from ropeway.hub import locate
 from ropeway.modelspec import ModelSpec, load_spec
 from ropeway.runtime.attention.backend import AttentionSpec
 from ropeway.runtime.attention.select import select
+from ropeway.runtime.cpu_info import detect
 from ropeway.runtime.kernels.ops import select_ops
 from ropeway.runtime.kvstore import KVStore
 from ropeway.runtime.layers.linear import describe_linear
@@ -22,7 +23,6 @@ from ropeway.runtime.models.registry import MODELS
 from ropeway.runtime.runner import Runner
 from ropeway.runtime.sampler import Sampler
 from ropeway.runtime.slots import Slots
-from ropeway.runtime.threads import physical_cores
 from ropeway.runtime.weights.loader import Weights
 
 
@@ -129,18 +129,13 @@ def choose_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) ->
         native, reason = torch.cuda.is_bf16_supported(), "this GPU"
         fallback = torch.float16
     else:
-        native, reason = cpu_has_bfloat16(), "this CPU (neither AVX512_BF16 nor AMX)"
+        native, reason = detect().native_bf16, "this CPU (neither AVX512_BF16 nor AMX)"
         fallback = torch.float32
     if native:
         how = "the checkpoint's" if spec.dtype == "bfloat16" else f"the checkpoint's {spec.dtype} is not for CPUs"
         return torch.bfloat16, f"dtype: bfloat16 ({how})."
     name = str(fallback).removeprefix("torch.")
     return fallback, f"dtype: {name} (the checkpoint's {spec.dtype} is not native to {reason})."
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 natively."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def device_memory(device: torch.device) -> MemoryState:
@@ -152,7 +147,7 @@ def device_memory(device: torch.device) -> MemoryState:
 
 def _set_threads(config: EngineConfig) -> tuple[int, str]:
     """The only place that sets the number of CPU threads."""
-    threads = config.threads or physical_cores()
+    threads = config.threads or detect().cores
     torch.set_num_threads(threads)
     why = "as told" if config.threads else "one for each physical core"
     return threads, f"Threads: {threads} ({why})."
