@@ -49,7 +49,7 @@ class Usage(Struct, frozen=True, kw_only=True):
     total_s: float
 
 
-class TokenEvent(Struct, frozen=True, omit_defaults=True):
+class TokenEvent(Struct, frozen=True, omit_defaults=True, gc=False):
     """News of one request. The first event of an accepted request has `accepted` set and no tokens.
     `finish` is set on the last event only; then `usage` is set too, and `error` unless it ended by stop or length.
     `stop_token` is the token id of `stop_token_ids` that ended it (not set for the model's own end token).

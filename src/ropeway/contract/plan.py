@@ -22,7 +22,7 @@ class Admit(Struct, frozen=True):
     eos_ids: tuple[int, ...]
 
 
-class Row(Struct, frozen=True):
+class Row(Struct, frozen=True, gc=False):
     """Compute tokens [start, start + count) of a sequence. `new_blocks` are appended to the slot's block table first.
     `emit` is true when the row reaches the end of what is known, so that its last position yields a token."""
 
