@@ -145,7 +145,7 @@ def _biases(value: Any, vocab_size: int | None) -> dict[int, float]:
 
 def check_tokens(tokens: Sequence[Any], vocab_size: int, *, param: str = "prompt") -> list[int]:
     """A prompt of token ids as a list. Raises RequestError if one is not an id below `vocab_size`."""
-    for token in tokens:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise _wrong(param, token, f"a token id from 0 to {vocab_size - 1}")
+    if set(map(type, tokens)) - {int} or (tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size):
+        wrong = next(token for token in tokens if type(token) is not int or not 0 <= token < vocab_size)
+        raise _wrong(param, wrong, f"made of token ids from 0 to {vocab_size - 1}")
     return list(tokens)

@@ -1,0 +1,95 @@
+"""Prompts to tokens, without holding up the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from ropeway.errors import ContextLengthError, TemplateError
+from ropeway.service.request import TextRequest
+from ropeway.text.template import ChatTemplate
+from ropeway.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+LARGE = 8 * 1024
+"""Characters (or token ids) above which the work is done on a thread: about 2 ms of it."""
+
+
+class Encoder:
+    """Renders and tokenizes requests; large ones on a pool of `threads` threads."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, *, threads: int = 2) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
+
+    async def encode(self, request: TextRequest, max_model_len: int | None = None) -> list[int]:
+        """The prompt's tokens. Text that cannot fit into `max_model_len` tokens by its length alone is refused without
+        being tokenized. Raises RequestError."""
+        if request.tokens is not None:
+            return list(request.tokens)
+        text, special = request.text or "", request.add_special_tokens
+        if request.messages is not None:
+            text = await self._require_template().render_async(
+                request.messages,
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+                variables=request.template_kwargs,
+            )
+            special = bool(special)
+        elif special is None:
+            special = True
+        if len(text) <= LARGE:
+            return self._tokenizer.encode(text, special)
+        param = "prompt" if request.messages is None else "messages"
+        return await self._run(self._encode_large, text, special, max_model_len, param)
+
+    def encode_now(self, request: TextRequest) -> list[int]:
+        """The same for callers without an event loop."""
+        if request.tokens is not None:
+            return list(request.tokens)
+        if request.messages is None:
+            return self._tokenizer.encode(request.text or "", request.add_special_tokens is not False)
+        text = self._require_template().render(
+            request.messages,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            variables=request.template_kwargs,
+        )
+        return self._tokenizer.encode(text, bool(request.add_special_tokens))
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """A text with its special tokens."""
+        if len(tokens) <= LARGE:
+            return self._tokenizer.decode(tokens, False)
+        return await self._run(self._tokenizer.decode, tokens, False)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._template is not None:
+            self._template.close()
+
+    def _encode_large(self, text: str, special: bool, max_model_len: int | None, param: str) -> list[int]:
+        most = self._tokenizer.max_chars
+        if most is not None and max_model_len is not None and len(text) > most * max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {max_model_len} tokens. However, your prompt of {len(text)} "
+                f"characters has at least {len(text) // most} tokens. Shorten it.",
+                param=param,
+            )
+        return self._tokenizer.encode(text, special)
+
+    def _require_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise TemplateError(
+                "The model has no chat template, so it cannot read messages. Send a prompt to /v1/completions, or "
+                "start the server with --chat-template FILE.",
+                param="messages",
+            )
+        return self._template
+
+    async def _run(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)

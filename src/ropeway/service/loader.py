@@ -1,0 +1,69 @@
+"""Everything about a model that is not its weights: vocabulary, template, end tokens, context length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ropeway import hub
+from ropeway.errors import ConfigError
+from ropeway.modelspec import load_spec
+from ropeway.text.template import ChatTemplate, load_template
+from ropeway.text.tokenizer import HubTokenizer, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelText:
+    """`eos_ids` end an answer. `context_limit` is the longest prompt plus answer in tokens. `generation` holds the
+    checkpoint's own sampling defaults."""
+
+    name: str
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    eos_ids: tuple[int, ...]
+    context_limit: int
+    generation: Mapping[str, Any]
+
+
+def load_text(
+    model: str,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
+    max_model_len: int | None = None,
+) -> ModelText:
+    """What the service needs of `model` ('bundled', a directory, or a hub name), without its weights.
+
+    `tokenizer` names another directory or hub model for vocabulary and template, `chat_template` a file.
+    Blocks, and may download. Raises ModelError or ConfigError.
+    """
+    directory = hub.locate(model, revision=revision, download_dir=download_dir, weights=False)
+    spec = load_spec(directory, model)
+    words = directory if tokenizer is None else _tokenizer_directory(tokenizer, download_dir)
+    vocabulary = HubTokenizer.load(words)
+    if max_model_len is not None and max_model_len > spec.context_limit:
+        raise ConfigError(
+            f"max_model_len is {max_model_len}, but {model} is made for at most {spec.context_limit} tokens. Lower it.",
+            param="max_model_len",
+        )
+    eos = [*spec.eos_ids, *([vocabulary.eos_id] if vocabulary.eos_id is not None else [])]
+    return ModelText(
+        name=model,
+        tokenizer=vocabulary,
+        template=load_template(words, chat_template),
+        eos_ids=tuple(dict.fromkeys(eos)),
+        context_limit=max_model_len or spec.context_limit,
+        generation=spec.generation,
+    )
+
+
+def _tokenizer_directory(name: str, download_dir: str | None) -> Path:
+    path = Path(name).expanduser()
+    # A directory with nothing but a tokenizer is fine here, and a file in it may be meant.
+    if path.name == "tokenizer.json" and path.is_file():
+        return path.parent
+    return hub.locate(name, download_dir=download_dir, weights=False)

@@ -1,0 +1,95 @@
+"""The result shape of `LLM`, and its progress bar. Names are vLLM's where the meaning is equal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ropeway.contract import Usage
+from ropeway.errors import RopewayError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+@dataclass
+class CompletionOutput:
+    """One answer. `finish_reason` is "stop", "length", or "error" for a request that failed alone; `stop_reason` is the
+    stop string or stop token id that ended it, None for the model's own end token."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class RequestOutput:
+    """All answers to one prompt. `metrics` are the first answer's costs. `error` is set if an answer failed."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    metrics: Usage | None = None
+    num_cached_tokens: int = 0
+    error: RopewayError | None = None
+
+
+class Bar:
+    """A progress bar on the terminal's standard error, or nothing where that is not a terminal."""
+
+    def __init__(self, total: int, *, show: bool) -> None:
+        self._progress: Progress | None = None
+        self._tokens = 0
+        if show and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                TextColumn("[progress.description]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[rate]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._progress.add_task("Answers", total=total, rate="")
+
+    def __enter__(self) -> Bar:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, finished: int, new_tokens: int) -> None:
+        """Show that `finished` answers are complete and that `new_tokens` have come since the last call."""
+        if self._progress is None:
+            return
+        self._tokens += new_tokens
+        elapsed = self._progress.tasks[0].elapsed or 0.0
+        rate = f"{self._tokens / elapsed:.0f} tokens/s" if elapsed > 0 else ""
+        self._progress.update(self._task, completed=finished, rate=rate)
+
+
+def flat_content(content: object) -> str:
+    """A message's content as text: a string as it is, a list of text parts joined by line breaks.
+    Raises RequestError for anything else."""
+    from ropeway.errors import RequestError
+
+    if isinstance(content, str):
+        return content
+    if content is None:
+        return ""
+    parts: Sequence[object] = content if isinstance(content, list | tuple) else [content]
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise RequestError("A message's content must be text or a list of text parts.", param="messages")
+    return "\n".join(text for text in texts if isinstance(text, str))

@@ -1,0 +1,262 @@
+"""Text in, text out, over an engine that knows only tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from ropeway.contract import (
+    Cancel,
+    Drain,
+    EngineStats,
+    ErrorInfo,
+    ExecutorInfo,
+    Explain,
+    Explained,
+    GenerateRequest,
+    Ready,
+    Report,
+    Step,
+    Stopped,
+    Submit,
+    TokenEvent,
+    Why,
+)
+from ropeway.engine.channel import EngineLink, LinkState
+from ropeway.errors import DrainingError, EngineError, NotReadyError, RopewayError
+from ropeway.service.context import check_context
+from ropeway.service.decoding import AnswerDecoder
+from ropeway.service.encoder import Encoder
+from ropeway.service.loader import ModelText
+from ropeway.service.params import check_tokens, validate, with_max_tokens
+from ropeway.service.request import TextRequest, TextStream
+from ropeway.service.stream import AnswerStream
+
+_log = logging.getLogger(__name__)
+_LOST = EngineError("The engine stopped before this request was finished. Please send it again.")
+_RETRY_AFTER = 5.0
+
+
+class _Live:
+    """A request that the engine has and that is not over for its reader."""
+
+    __slots__ = ("decoder", "stream")
+
+    def __init__(self, stream: AnswerStream, decoder: AnswerDecoder) -> None:
+        self.stream = stream
+        self.decoder = decoder
+
+
+class EngineTextService:
+    """The `TextService` over an engine. Lives on one event loop, like its link.
+
+    `seed` starts the draws for requests that bring no seed of their own. `clock` gives seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        link: EngineLink,
+        text: ModelText,
+        *,
+        model_name: str | None = None,
+        seed: int = 0,
+        default_priority: int = 0,
+        threads: int = 2,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model_name = model_name or text.name
+        self._link = link
+        self._text = text
+        self._encoder = Encoder(text.tokenizer, text.template, threads=threads)
+        self._priority = default_priority
+        self._clock = clock
+        self._seeds = random.Random(seed)
+        self._numbers = itertools.count(1)
+        self._live: dict[int, _Live] = {}
+        self._questions: dict[int, asyncio.Future[list[Why]]] = {}
+        self._stats: EngineStats | None = None
+        self._draining = False
+        link.subscribe(self._on_report)
+        if text.template is not None:
+            text.template.warm()
+
+    @property
+    def state(self) -> LinkState:
+        if self._draining and self._link.state is not LinkState.DEAD:
+            return LinkState.DRAINING
+        return self._link.state
+
+    @property
+    def info(self) -> ExecutorInfo | None:
+        return self._link.info
+
+    @property
+    def stats(self) -> EngineStats | None:
+        return self._stats
+
+    @property
+    def max_model_len(self) -> int:
+        info = self._link.info
+        return info.max_model_len if info is not None else self._text.context_limit
+
+    @property
+    def open_streams(self) -> int:
+        """Requests whose answers are not over."""
+        return len(self._live)
+
+    async def submit(self, request: TextRequest) -> TextStream:
+        """`sampling.max_tokens` may be `params.FIT` for as many tokens as the context has room for."""
+        info = self._check_state()
+        sampling = validate(request.sampling, vocab_size=info.vocab_size)
+        tokens = await self._encoder.encode(request, info.max_model_len)
+        sampling = with_max_tokens(sampling, check_context(len(tokens), sampling.max_tokens, info.max_model_len))
+        tokens = check_tokens(tokens, info.vocab_size)
+        if sampling.seed is None:
+            sampling = msgspec.structs.replace(sampling, seed=self._seeds.getrandbits(63))
+        self._check_state()  # the engine may have gone while the prompt was being tokenized
+        rid = next(self._numbers)
+        stream = AnswerStream(request.request_id, tokens, rid=rid, on_cancel=lambda: self._give_up(rid))
+        decoder = AnswerDecoder(
+            self._text.tokenizer,
+            sampling,
+            len(tokens),
+            starts=request.messages is not None and not request.continue_final_message,
+            started=self._clock(),
+        )
+        generate = GenerateRequest(
+            rid=rid,
+            tokens=tokens,
+            sampling=sampling,
+            eos_ids=() if sampling.ignore_eos else self._text.eos_ids,
+            priority=self._priority if request.priority is None else request.priority,
+            tenant=request.tenant,
+            salt=cache_salt(request.tenant, request.salt),
+            deadline_s=request.deadline_s,
+        )
+        self._live[rid] = _Live(stream, decoder)
+        try:
+            self._link.send(Submit(generate))
+            await stream.accepted()
+        except BaseException:
+            stream.cancel()
+            raise
+        return stream
+
+    async def tokenize(self, request: TextRequest) -> list[int]:
+        return await self._encoder.encode(request)
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        return await self._encoder.decode(check_tokens(tokens, self._vocab_size, param="tokens"))
+
+    def token_strings(self, tokens: Sequence[int]) -> list[str]:
+        return [self._text.tokenizer.token_string(token) for token in tokens]
+
+    async def why(self, rid: int | None = None) -> list[Why]:
+        """Why request `rid` waits, or all that wait. Raises NotReadyError or EngineError if the engine cannot say."""
+        number = next(self._numbers)
+        answer: asyncio.Future[list[Why]] = asyncio.get_running_loop().create_future()
+        self._link.send(Explain(number, [] if rid is None else [rid]))
+        self._questions[number] = answer
+        try:
+            return await answer
+        finally:
+            self._questions.pop(number, None)
+
+    def drain(self) -> None:
+        if not self._draining:
+            self._draining = True
+            with contextlib.suppress(RopewayError):  # an engine that is not ready has nothing to finish
+                self._link.send(Drain())
+
+    def close(self) -> None:
+        """End what is still open and the helpers (threads, template worker). The link is its owner's to close."""
+        self._fail_all(EngineError("The server has stopped before this request was finished. Please send it again."))
+        self._encoder.close()
+
+    @property
+    def _vocab_size(self) -> int:
+        info = self._link.info
+        return info.vocab_size if info is not None else self._text.tokenizer.vocab_size
+
+    def _check_state(self) -> ExecutorInfo:
+        state, info = self.state, self._link.info
+        if state is LinkState.DRAINING:
+            raise DrainingError("The server is shutting down. Send the request to another.", retry_after=_RETRY_AFTER)
+        if state is LinkState.DEAD:
+            raise EngineError("The engine has failed and will not come back. See the server's log.")
+        if state is LinkState.STARTING or info is None:
+            raise NotReadyError("The engine is starting. Retry shortly.", retry_after=_RETRY_AFTER)
+        return info
+
+    # The engine's news
+
+    def _on_report(self, report: Report) -> None:
+        match report:
+            case Step(events, stats):
+                self._stats = stats
+                now = self._clock()
+                for event in events:
+                    live = self._live.get(event.rid)
+                    if live is not None:  # otherwise it was cancelled or stopped here, and this is late
+                        self._on_event(live, event, now)
+            case Explained(token, reasons):
+                question = self._questions.get(token)
+                if question is not None and not question.done():
+                    question.set_result(reasons)
+            case Ready():
+                self._fail_all(_LOST)  # a new engine knows nothing of the old one's requests
+            case Stopped(error):
+                self._fail_all(error.error() if error is not None else _LOST)
+
+    def _on_event(self, live: _Live, event: TokenEvent, now: float) -> None:
+        stream = live.stream
+        try:
+            chunk = live.decoder.take(event, now)
+        except RopewayError as error:
+            self._live.pop(event.rid, None)
+            stream.fail(error)
+            return
+        except Exception:
+            # Whatever is wrong with one answer's text must not reach the others.
+            _log.exception("request %s: decoding failed", stream.request_id)
+            self._give_up(event.rid)
+            stream.fail(EngineError("The answer could not be decoded. See the server's log."))
+            return
+        if event.accepted:
+            stream.accept()
+        stream.feed(chunk.text, chunk.tokens)
+        if chunk.finish is None:
+            return
+        if event.finish is None:
+            self._give_up(event.rid, stop=True)
+        else:
+            self._live.pop(event.rid, None)
+        stream.end(chunk.finish, stop_reason=chunk.stop_reason, usage=chunk.usage)
+
+    def _give_up(self, rid: int, *, stop: bool = False) -> None:
+        """Forget a request here and end it in the engine. Its late news will be dropped."""
+        if self._live.pop(rid, None) is not None:
+            with contextlib.suppress(RopewayError):  # an engine that is gone has forgotten it already
+                self._link.send(Cancel(rid, stop))
+
+    def _fail_all(self, error: RopewayError) -> None:
+        live, self._live = self._live, {}
+        for request in live.values():
+            # Each reader gets an exception of its own: one object raised in many tasks would mix their tracebacks.
+            request.stream.fail(ErrorInfo.of(error).error())
+        for question in self._questions.values():
+            if not question.done():
+                question.set_exception(ErrorInfo.of(error).error())
+
+
+def cache_salt(tenant: str, salt: str) -> str:
+    """The prefix cache's salt: a tenant never shares with another one, and may split its own cache further. Empty for
+    requests with neither, which share among themselves."""
+    return f"{len(tenant)}:{tenant}{salt}" if tenant or salt else ""
