@@ -24,25 +24,22 @@ def plan(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name, or 'bundled'.")] = "bundled",
     *,
     device: Annotated[
-        str, typer.Option(help="This machine's 'cpu', or a device by name: see `--device list`.", metavar="NAME")
+        str, typer.Option(help="'cpu' or 'cuda' of this machine, or a name from `--device list`.", metavar="NAME")
     ] = "cpu",
-    memory_gib: Annotated[float | None, typer.Option(help="Memory of the device in GiB.", min=0.01)] = None,
+    memory_gib: Annotated[float | None, typer.Option(help="Plan for this much free memory, in GiB.", min=0.01)] = None,
     flags: dict[str, Any],
 ) -> None:
     """Show what fits on a device: weights, KV cache, and sequences by length. Reads the model's settings alone."""
-    from ropeway.cli.budget import DEVICES, find_device, make_budget
-    from ropeway.cli.budget_table import print_budget
+    from rich.console import Console
 
-    if device == "list":
-        for name, gib in DEVICES.items():
-            typer.echo(f"{name:<12} {gib:g} GiB")
-        return
-    config, _ = load(EngineConfig, {**flags, "model": model})
+    from ropeway.cli.budget import DEVICES, find_device, show
     from ropeway.hub import locate
     from ropeway.modelspec import load_spec
 
+    if device == "list":
+        for name, mib in DEVICES.items():
+            typer.echo(f"{name:<12} {mib / 1024:.1f} GiB")
+        return
+    config, _ = load(EngineConfig, {**flags, "model": model})
     directory = locate(model, revision=config.revision, download_dir=config.download_dir, weights=False)
-    budget = make_budget(load_spec(directory, model), config, find_device(device, memory_gib))
-    print_budget(budget)
-    if not budget.fits:
-        raise typer.Exit(2)
+    show(config, load_spec(directory, model), find_device(device, memory_gib), Console(highlight=False))
