@@ -15,6 +15,7 @@ from ropeway.runtime.attention.cpu import CpuBackend
 from ropeway.runtime.attention.reference import ReferenceBackend
 from ropeway.runtime.kernels.build import VARIANTS
 from ropeway.runtime.kernels.library import load
+
 from .paged import World, assert_close, spec_of
 
 CPU = torch.device("cpu")

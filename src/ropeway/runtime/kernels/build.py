@@ -48,7 +48,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("avx2", "avx2", _AVX2),
         Variant("generic", "generic"),
         # The algorithm and layout of avx512_bf16 with its instructions emulated, to be tested on lesser processors.
-        Variant("avx512_bf16_emulated", "avx2", (*_AVX2, "-DROPEWAY_LANES=16", "-DROPEWAY_PAIR_DOT=1")),
+        Variant("avx512_bf16_emulated", "avx2", (*_AVX2, "-O1", "-DROPEWAY_LANES=16", "-DROPEWAY_PAIR_DOT=1")),
     )
 }
 

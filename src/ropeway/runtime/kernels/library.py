@@ -53,10 +53,19 @@ class NativeLibrary:
         except OSError as error:
             raise KernelError(f"the compiled kernels cannot be loaded: {error}. Delete {path} to rebuild.") from None
         self.threads = torch.get_num_threads()
+        i, p, d = c_int64, c_void_p, c_double
         self.attention = {
-            torch.float32: self._bind("ropeway_attention_f32", [c_void_p, c_void_p]),
-            torch.bfloat16: self._bind("ropeway_attention_bf16", [c_void_p, c_void_p]),
+            torch.float32: self._bind("ropeway_attention_f32", [p, p]),
+            torch.bfloat16: self._bind("ropeway_attention_bf16", [p, p]),
         }
+
+        self.rms_norm = self._bind("ropeway_rms_norm", [i, p, p, p, i, i, i, i, i, d, i])
+        self.add_rms_norm = self._bind("ropeway_add_rms_norm", [i, p, p, p, p, i, i, d, i])
+        self.rotary = self._bind("ropeway_rotary", [i, p, p, p, p, p, i, i, i, i, i, i, i, i])
+        self.silu_mul = self._bind("ropeway_silu_mul", [i, p, p, i, i, i])
+        self.argmax = self._bind("ropeway_argmax", [p, p, p, i, i, i])
+        self.read = self._bind("ropeway_read", [p, i, i])
+        self.read.restype = ctypes.c_uint64
 
     def refresh(self) -> int:
         """Take over torch's number of threads, and return it."""

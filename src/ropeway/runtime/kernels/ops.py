@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ropeway.runtime.kernels.library import NativeLibrary, load
+
 
 class Ops(Protocol):
     """Fused element-wise operations on float32 or bfloat16 rows.
@@ -77,6 +79,112 @@ class TorchOps:
         return ids, torch.isfinite(best)
 
 
+class NativeOps:
+    """The operations as fused kernels on the CPU. A call that the kernels cannot take (another type or layout) goes to
+    torch, so that both implementations accept the same arguments."""
+
+    name = "native"
+
+    def __init__(self, library: NativeLibrary) -> None:
+        self._library = library
+        self._torch = TorchOps()
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        kind = _TYPES.get(x.dtype)
+        if kind is None or weight.dtype != x.dtype or not 1 <= x.dim() <= 3 or x.stride(-1) != 1:
+            return self._torch.rms_norm(x, weight, eps)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        *lead, dim = x.shape
+        *steps, _ = x.stride()
+        outer, inner = (lead[0] if lead else 1), (lead[1] if len(lead) > 1 else 1)
+        outer_step, inner_step = (steps[0] if steps else 0), (steps[1] if len(steps) > 1 else 0)
+        library = self._library
+        library.rms_norm(
+            kind,
+            x.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            outer,
+            inner,
+            outer_step,
+            inner_step,
+            dim,
+            eps,
+            library.threads,
+        )
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        kind = _TYPES.get(x.dtype)
+        if kind is None or weight.dtype != x.dtype or not (x.is_contiguous() and residual.is_contiguous()):
+            return self._torch.add_rms_norm(x, residual, weight, eps)
+        rows, dim = x.shape
+        out = torch.empty((rows, dim), dtype=x.dtype)
+        self._library.add_rms_norm(
+            kind,
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows,
+            dim,
+            eps,
+            self._library.threads,
+        )
+        return out
+
+    def rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+        kind = _TYPES.get(q.dtype)
+        if kind is None or cos.dtype != torch.float32 or not (cos.is_contiguous() and sin.is_contiguous()):
+            self._torch.rotary(q, k, cos, sin, positions)
+            return
+        tokens, heads, dim = q.shape
+        self._library.rotary(
+            kind,
+            q.data_ptr(),
+            k.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            positions.data_ptr(),
+            tokens,
+            heads,
+            k.shape[1],
+            dim,
+            cos.shape[1],
+            q.stride(0),
+            k.stride(0),
+            self._library.threads,
+        )
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        kind = _TYPES.get(gate_up.dtype)
+        if kind is None or not gate_up.is_contiguous():
+            return self._torch.silu_mul(gate_up)
+        rows, twice = gate_up.shape
+        out = torch.empty((rows, twice // 2), dtype=gate_up.dtype)
+        self._library.silu_mul(kind, gate_up.data_ptr(), out.data_ptr(), rows, twice // 2, self._library.threads)
+        return out
+
+    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if logits.dtype != torch.float32 or not logits.is_contiguous():
+            return self._torch.argmax(logits)
+        rows, width = logits.shape
+        ids = torch.empty(rows, dtype=torch.int64)
+        finite = torch.empty(rows, dtype=torch.bool)
+        self._library.argmax(logits.data_ptr(), ids.data_ptr(), finite.data_ptr(), rows, width, self._library.threads)
+        return ids, finite
+
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
 def select_ops(device: torch.device, dtype: torch.dtype) -> tuple[Ops, list[str]]:
     """The operations to use on `device` for `dtype`, and one sentence for each implementation that was passed over."""
-    return TorchOps(), []
+    if device.type != "cpu":
+        return TorchOps(), [f"native: it runs on the CPU, not on {device.type}"]
+    if dtype not in _TYPES:
+        return TorchOps(), [f"native: it computes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"]
+    library = load()
+    if isinstance(library, str):
+        return TorchOps(), [f"native: {library}"]
+    return NativeOps(library), []

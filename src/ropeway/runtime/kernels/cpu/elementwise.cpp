@@ -1,0 +1,257 @@
+// The small operations between the matrix products: normalisation, rotary positions, the gated activation, argmax.
+// Arithmetic is float32; values are rounded to the tensors' type where Hugging Face models round them.
+
+#include <omp.h>
+
+#include <cmath>
+#include <limits>
+
+#include "vec.h"
+
+namespace ropeway {
+
+constexpr int W = ROPEWAY_LANES;
+using F = Lanes<W>::F;
+using I = Lanes<W>::I;
+constexpr int64_t WORTH_THREADS = 1 << 15;  // elements below which waking the other threads costs more than it saves
+
+template <class Fn>
+int with_type(int64_t type, Fn&& fn) {
+    return type == 0 ? fn(static_cast<float*>(nullptr)) : fn(static_cast<bf16*>(nullptr));
+}
+
+// Run fn(i, width) over [0, n): whole vectors, then single elements.
+template <class Fn>
+ROPEWAY_INLINE void each(int64_t n, Fn&& fn) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) fn(i, std::integral_constant<int, W>{});
+    for (; i < n; ++i) fn(i, std::integral_constant<int, 1>{});
+}
+
+// The same code for a vector and for a single element.
+template <class T, int N>
+ROPEWAY_INLINE auto get(const T* p) {
+    if constexpr (N == 1) {
+        return to_float(*p);
+    } else {
+        return load<N>(p);
+    }
+}
+
+template <class T, int N, class X>
+ROPEWAY_INLINE void put(T* p, X x) {
+    if constexpr (N == 1) {
+        *p = from_float<T>(x);
+    } else {
+        store<N>(p, x);
+    }
+}
+
+template <class T, int N, class X>
+ROPEWAY_INLINE X as_stored(X x) {
+    if constexpr (std::is_same_v<T, float>) {
+        return x;
+    } else if constexpr (N == 1) {
+        return to_float(from_float<T>(x));
+    } else {
+        return rounded<T, N>(x);
+    }
+}
+
+// out = x / sqrt(mean(x^2) + eps) * weight, where x is `residual` after `residual += added` if something is added.
+template <class T>
+ROPEWAY_INLINE void norm_row(T* residual, const T* x, const T* added, const T* weight, T* out, int64_t dim, float eps) {
+    F squares[4] = {};
+    float rest = 0.0f;
+    each(dim, [&](int64_t i, auto n) ROPEWAY_INLINE_LAMBDA {
+        constexpr int N = decltype(n)::value;
+        auto y = get<T, N>(x + i);
+        if (added) {
+            y = as_stored<T, N>(y + get<T, N>(added + i));
+            put<T, N>(residual + i, y);
+        }
+        if constexpr (N == 1) {
+            rest += y * y;
+        } else {
+            squares[i / W % 4] += y * y;
+        }
+    });
+    const float mean = (sum<W>((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest) / float(dim);
+    const float factor = 1.0f / std::sqrt(mean + eps);
+    each(dim, [&](int64_t i, auto n) ROPEWAY_INLINE_LAMBDA {
+        constexpr int N = decltype(n)::value;
+        const auto y = as_stored<T, N>(get<T, N>(x + i) * factor);
+        put<T, N>(out + i, y * get<T, N>(weight + i));
+    });
+}
+
+template <class T>
+int rms_norm(const T* x, const T* weight, T* out, int64_t outer, int64_t inner, int64_t outer_stride,
+             int64_t inner_stride, int64_t dim, double eps, int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static) if (outer * inner * dim > WORTH_THREADS)
+    for (int64_t r = 0; r < outer * inner; ++r) {
+        const T* row = x + r / inner * outer_stride + r % inner * inner_stride;
+        norm_row<T>(nullptr, row, nullptr, weight, out + r * dim, dim, float(eps));
+    }
+    return 0;
+}
+
+template <class T>
+int add_rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_t dim, double eps,
+                 int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static) if (rows * dim > WORTH_THREADS)
+    for (int64_t r = 0; r < rows; ++r) {
+        T* to = residual + r * dim;
+        norm_row<T>(to, to, x + r * dim, weight, out + r * dim, dim, float(eps));
+    }
+    return 0;
+}
+
+template <class T>
+ROPEWAY_INLINE void rotate(T* x, const float* cosine, const float* sine, int64_t half) {
+    each(half, [&](int64_t i, auto n) ROPEWAY_INLINE_LAMBDA {
+        constexpr int N = decltype(n)::value;
+        const auto low = get<T, N>(x + i), high = get<T, N>(x + half + i);
+        const auto c = get<float, N>(cosine + i), s = get<float, N>(sine + i);
+        put<T, N>(x + i, low * c - high * s);
+        put<T, N>(x + half + i, high * c + low * s);
+    });
+}
+
+template <class T>
+int rotary(T* q, T* k, const float* cosine, const float* sine, const int64_t* positions, int64_t tokens, int64_t heads,
+           int64_t kv_heads, int64_t dim, int64_t half, int64_t q_stride, int64_t k_stride, int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static) if (tokens * heads * dim > WORTH_THREADS)
+    for (int64_t t = 0; t < tokens; ++t) {
+        const float* c = cosine + positions[t] * half;
+        const float* s = sine + positions[t] * half;
+        for (int64_t h = 0; h < heads; ++h) rotate(q + t * q_stride + h * dim, c, s, half);
+        for (int64_t h = 0; h < kv_heads; ++h) rotate(k + t * k_stride + h * dim, c, s, half);
+    }
+    return 0;
+}
+
+ROPEWAY_INLINE float exp_minus(float x) { return exp2<8>(splat<8>(-x * LOG2_E))[0]; }
+ROPEWAY_INLINE F exp_minus(F x) { return exp2<W>(x * -LOG2_E); }
+
+template <class T>
+int silu_mul(const T* gate_up, T* out, int64_t rows, int64_t width, int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static) if (rows * width > WORTH_THREADS)
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* gate = gate_up + r * 2 * width;
+        each(width, [&](int64_t i, auto n) ROPEWAY_INLINE_LAMBDA {
+            constexpr int N = decltype(n)::value;
+            const auto g = get<T, N>(gate + i);
+            const auto silu = as_stored<T, N>(g / (exp_minus(g) + 1.0f));
+            put<T, N>(out + r * width + i, silu * get<T, N>(gate + width + i));
+        });
+    }
+    return 0;
+}
+
+// The first index of the largest value, and whether that value is finite and no value is NaN.
+ROPEWAY_INLINE void argmax_row(const float* x, int64_t n, int64_t* id, uint8_t* finite) {
+    constexpr int CHAINS = 4;
+    const float nothing = -std::numeric_limits<float>::infinity();
+    F best[CHAINS];
+    I at[CHAINS] = {}, invalid[CHAINS] = {}, lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    for (int c = 0; c < CHAINS; ++c) best[c] = splat<W>(nothing);
+    int64_t i = 0;
+    for (; i + CHAINS * W <= n; i += CHAINS * W) {
+        ROPEWAY_UNROLL for (int c = 0; c < CHAINS; ++c) {
+            const F y = load<W>(x + i + c * W);
+            const I higher = y > best[c];
+            best[c] = higher ? y : best[c];
+            at[c] = higher ? lane + int32_t(i + c * W) : at[c];
+            invalid[c] |= y != y;
+        }
+    }
+    float top = nothing;
+    int64_t where = 0;
+    bool bad = false;
+    for (int c = 0; c < CHAINS; ++c) {
+        for (int l = 0; l < W; ++l) {
+            bad |= invalid[c][l] != 0;
+            if (best[c][l] > top || (best[c][l] == top && at[c][l] < where)) {
+                top = best[c][l];
+                where = at[c][l];
+            }
+        }
+    }
+    for (; i < n; ++i) {
+        bad |= x[i] != x[i];
+        if (x[i] > top) {
+            top = x[i];
+            where = i;
+        }
+    }
+    *id = where;
+    *finite = !bad && std::isfinite(top);
+}
+
+}  // namespace ropeway
+
+// `type` is 0 for float32 and 1 for bfloat16. All return 0.
+
+ROPEWAY_EXPORT int ropeway_rms_norm(int64_t type, const void* x, const void* weight, void* out, int64_t outer,
+                                    int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t dim, double eps,
+                                    int64_t threads) {
+    return ropeway::with_type(type, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        return ropeway::rms_norm(static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<T*>(out), outer,
+                                 inner, outer_stride, inner_stride, dim, eps, threads);
+    });
+}
+
+ROPEWAY_EXPORT int ropeway_add_rms_norm(int64_t type, const void* x, void* residual, const void* weight, void* out,
+                                        int64_t rows, int64_t dim, double eps, int64_t threads) {
+    return ropeway::with_type(type, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        return ropeway::add_rms_norm(static_cast<const T*>(x), static_cast<T*>(residual), static_cast<const T*>(weight),
+                                     static_cast<T*>(out), rows, dim, eps, threads);
+    });
+}
+
+ROPEWAY_EXPORT int ropeway_rotary(int64_t type, void* q, void* k, const float* cosine, const float* sine,
+                                  const int64_t* positions, int64_t tokens, int64_t heads, int64_t kv_heads,
+                                  int64_t dim, int64_t half, int64_t q_stride, int64_t k_stride, int64_t threads) {
+    return ropeway::with_type(type, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        return ropeway::rotary(static_cast<T*>(q), static_cast<T*>(k), cosine, sine, positions, tokens, heads, kv_heads,
+                               dim, half, q_stride, k_stride, threads);
+    });
+}
+
+ROPEWAY_EXPORT int ropeway_silu_mul(int64_t type, const void* gate_up, void* out, int64_t rows, int64_t width,
+                                    int64_t threads) {
+    return ropeway::with_type(type, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        return ropeway::silu_mul(static_cast<const T*>(gate_up), static_cast<T*>(out), rows, width, threads);
+    });
+}
+
+ROPEWAY_EXPORT int ropeway_argmax(const float* logits, int64_t* ids, uint8_t* finite, int64_t rows, int64_t width,
+                                  int64_t threads) {
+#pragma omp parallel for num_threads(int(threads)) schedule(static) if (rows * width > ropeway::WORTH_THREADS)
+    for (int64_t r = 0; r < rows; ++r) ropeway::argmax_row(logits + r * width, width, ids + r, finite + r);
+    return 0;
+}
+
+// Read `size` bytes and return their exclusive-or: how benchmarks measure the bandwidth that a kernel could reach.
+ROPEWAY_EXPORT uint64_t ropeway_read(const char* data, int64_t size, int64_t threads) {
+    uint64_t total = 0;
+#pragma omp parallel num_threads(int(threads)) reduction(^ : total)
+    {
+        const int64_t pages = size / 4096, n = omp_get_num_threads(), t = omp_get_thread_num();
+        ropeway::I sums[4] = {};
+        for (int64_t i = pages * t / n * 4096; i < pages * (t + 1) / n * 4096; i += 4 * int64_t(sizeof sums[0])) {
+            ROPEWAY_UNROLL for (int c = 0; c < 4; ++c) {
+                sums[c] ^= ropeway::load_as<ropeway::I>(data + i + c * int64_t(sizeof sums[0]));
+            }
+        }
+        const ropeway::I all = (sums[0] ^ sums[1]) ^ (sums[2] ^ sums[3]);
+        for (int l = 0; l < ropeway::W; ++l) total ^= uint64_t(uint32_t(all[l])) << (l % 2 * 32);
+    }
+    return total;
+}

@@ -1,0 +1,153 @@
+"""The fused operations: torch and native give the same, and what Hugging Face models compute."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ropeway.runtime import cpu_info
+from ropeway.runtime.kernels.build import VARIANTS
+from ropeway.runtime.kernels.library import load
+from ropeway.runtime.kernels.ops import NativeOps, Ops, TorchOps, select_ops
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=["torch", *VARIANTS])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    if request.param == "torch":
+        return TorchOps()
+    if not cpu_info.ISA_FLAGS[VARIANTS[request.param].isa] <= cpu_info.detect().flags:
+        pytest.skip(f"this processor lacks {VARIANTS[request.param].isa}")
+    library = load(request.param)
+    if isinstance(library, str):
+        pytest.skip(library)
+    return NativeOps(library)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """float32 within about eight units in the last place, bfloat16 within two; what is near 0 by as much of 1."""
+    unit = 2.0**-20 if actual.dtype == torch.float32 else 2.0**-7
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=unit, atol=unit / 2)
+
+
+def norm_like_transformers(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dim", [8, 64, 100, 960, 1023])
+def test_rms_norm(ops: Ops, dim: int, dtype: torch.dtype) -> None:
+    x = torch.randn(7, dim).to(dtype)
+    weight = torch.randn(dim).to(dtype)
+    close(ops.rms_norm(x, weight, 1e-5), norm_like_transformers(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rms_norm_of_heads_in_a_fused_tensor(ops: Ops, dtype: torch.dtype) -> None:
+    fused = torch.randn(5, 6 * 64).to(dtype)
+    k = fused[:, 128:256].view(5, 2, 64)
+    weight = torch.randn(64).to(dtype)
+    before = fused.clone()
+    close(ops.rms_norm(k, weight, 1e-6), norm_like_transformers(k, weight, 1e-6))
+    assert torch.equal(fused, before)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [1, 3, 80])
+def test_add_rms_norm(ops: Ops, rows: int, dtype: torch.dtype) -> None:
+    x, residual = torch.randn(rows, 968).to(dtype), torch.randn(rows, 968).to(dtype)
+    weight = torch.randn(968).to(dtype)
+    total = residual + x
+    out = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(residual, total)
+    close(out, norm_like_transformers(total, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("dim", "rotated"), [(64, 64), (80, 80), (128, 32), (8, 8)])
+def test_rotary(ops: Ops, dim: int, rotated: int, dtype: torch.dtype) -> None:
+    heads, kv_heads, tokens = 5, 2, 9
+    angles = torch.outer(torch.arange(50).float(), 10000.0 ** (-torch.arange(0, rotated, 2).float() / rotated))
+    positions = torch.randint(0, 50, (tokens,))
+    fused = torch.randn(tokens, (heads + 2 * kv_heads) * dim).to(dtype)
+    before = fused.clone()
+    q = fused[:, : heads * dim].view(tokens, heads, dim)
+    k = fused[:, heads * dim : (heads + kv_heads) * dim].view(tokens, kv_heads, dim)
+    ops.rotary(q, k, angles.cos(), angles.sin(), positions)
+
+    def rotate_half(x: torch.Tensor) -> torch.Tensor:
+        low, high = x.chunk(2, dim=-1)
+        return torch.cat([-high, low], dim=-1)
+
+    cos = torch.cat([angles.cos(), angles.cos()], -1)[positions][:, None].double()
+    sin = torch.cat([angles.sin(), angles.sin()], -1)[positions][:, None].double()
+    x = before.view(tokens, -1, dim).double()
+    rotating = x[..., :rotated] * cos + rotate_half(x[..., :rotated]) * sin
+    expected = torch.cat([rotating, x[..., rotated:]], -1)
+    expected[:, heads + kv_heads :] = x[:, heads + kv_heads :]
+    close(fused.view(tokens, -1, dim), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (3, 100), (40, 2560)])
+def test_silu_mul(ops: Ops, rows: int, width: int, dtype: torch.dtype) -> None:
+    gate_up = (torch.randn(rows, 2 * width) * 8).to(dtype)
+    gate_up[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -88.0])
+    gate, up = gate_up.chunk(2, dim=-1)
+    close(ops.silu_mul(gate_up), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("width", [1, 7, 32, 33, 4099])
+def test_argmax_takes_the_lowest_of_equals(ops: Ops, width: int) -> None:
+    logits = torch.randint(-3, 3, (20, width)).float()
+    logits[0] = -5.0
+    ids, finite = ops.argmax(logits)
+    best = logits.max(dim=1, keepdim=True).values
+    assert torch.equal(ids, (logits == best).int().argmax(dim=1))
+    assert ids.dtype == torch.int64
+    assert finite.dtype == torch.bool
+    assert finite.all()
+
+
+@pytest.mark.parametrize("at", [0, 5, 31, 32, 98, 99])
+def test_argmax_flags_rows_that_are_not_finite(ops: Ops, at: int) -> None:
+    logits = torch.randn(5, 100)
+    logits[1, at] = math.nan
+    logits[2, at] = math.inf
+    logits[3] = -math.inf
+    logits[4, :] = -math.inf
+    logits[4, at] = -1e30  # a mask that leaves one choice is not a fault
+    ids, finite = ops.argmax(logits)
+    assert finite.tolist() == [True, False, False, False, True]
+    assert ids[0] == logits[0].argmax()
+    assert ids[4] == at
+
+
+def test_nan_is_not_hidden(ops: Ops) -> None:
+    for dtype in FLOATS:
+        x = torch.randn(2, 64).to(dtype)
+        x[1, 40] = math.nan
+        assert ops.rms_norm(x, torch.ones(64, dtype=dtype), 1e-5)[1].isnan().all()
+        out = ops.silu_mul(x)
+        assert out[1, 8].isnan()
+        assert out.isnan().sum() == 1
+
+
+def test_a_row_does_not_depend_on_its_neighbours(ops: Ops) -> None:
+    x = torch.randn(70, 1000)
+    weight = torch.randn(1000)
+    assert torch.equal(ops.rms_norm(x, weight, 1e-5)[33:34], ops.rms_norm(x[33:34], weight, 1e-5))
+    assert torch.equal(ops.silu_mul(x)[33:34], ops.silu_mul(x[33:34]))
+
+
+def test_other_types_fall_back_to_torch() -> None:
+    chosen, reasons = select_ops(torch.device("cpu"), torch.float16)
+    assert isinstance(chosen, TorchOps)
+    assert "float16" in reasons[0]
+    chosen, _ = select_ops(torch.device("cpu"), torch.float32)
+    x = torch.randn(3, 16).half()
+    assert torch.equal(chosen.silu_mul(x), TorchOps().silu_mul(x))
