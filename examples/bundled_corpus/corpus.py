@@ -20,7 +20,7 @@ _CONCEPTS = Path(__file__).with_name("concepts.toml")
 
 TASKS: dict[Callable[[random.Random], Item], int] = {
     tasks.arithmetic: 34, tasks.lists: 12, tasks.counting: 5, tasks.order: 5, tasks.compare: 4, tasks.sorting: 6,
-    tasks.copying: 5, tasks.fact: 6, tasks.poem: 3, tasks.unknown: 5,
+    tasks.copying: 14, tasks.fact: 6, tasks.poem: 3, tasks.unknown: 5,
 }  # fmt: skip
 
 BRIEF = [

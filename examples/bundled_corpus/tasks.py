@@ -134,7 +134,7 @@ def lists(rng: random.Random) -> Item:
 
 def counting(rng: random.Random) -> Item:
     first = rng.randint(0, 30) if rng.random() < 0.5 else 1
-    last = first + rng.randint(2, 14)
+    last = first + (rng.randint(15, 59) if rng.random() < 0.08 else rng.randint(2, 14))
     up = rng.random() < 0.7
     numbers = ", ".join(str(i) for i in (range(first, last + 1) if up else range(last, first - 1, -1)))
     if up:
@@ -216,13 +216,13 @@ def sorting(rng: random.Random) -> Item:
 
 
 def copying(rng: random.Random) -> Item:
+    """Say something again. Rows of unrelated words teach a model to look back, which sums and stories need as well."""
     f = facts()
-    words = (
-        rng.choice(f["text"]["copy"])
-        if rng.random() < 0.3
-        else " ".join(rng.choice(f["lists"][rng.choice(sorted(f["lists"]))]) for _ in range(rng.randint(1, 4)))
-    )
-    if rng.random() < 0.3:
+    pool = [w for _, ws in sorted(f["lists"].items()) for w in ws] + [str(n) for n in range(100)]
+    words = " ".join(rng.choice(pool) for _ in range(rng.choice((1, 2, 3, 4, 6, 8, 10, 12))))
+    if rng.random() < 0.2:
+        words = rng.choice(f["text"]["copy"])
+    if rng.random() < 0.1 and len(words) < 40:
         question, answer = f'How many words are in "{words}"?', str(len(words.split()))
         return Item("copy", question, answer, f"copy {words}", (rf"^{answer}\b",))
     question = rng.choice([f"Repeat after me: {words}", f"Repeat: {words}", f"Say: {words}", f'Say "{words}".'])
@@ -252,7 +252,7 @@ def poem(rng: random.Random) -> Item:
         ]
     )
     if rng.random() < 0.2:
-        question, short = rng.choice(["Write a poem.", "Tell me a poem.", "Write a haiku.", "Sing a song."]), False
+        question, short = rng.choice(["Write a poem.", "Tell me a poem.", "Write some verses.", "Sing a song."]), False
     return Item(
         "poem",
         question,
