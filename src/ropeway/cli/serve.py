@@ -31,4 +31,4 @@ def serve(
     server, more = load(ServerConfig, given, file=config, also=(EngineConfig,))
     from ropeway.cli.server import run_server
 
-    raise typer.Exit(run_server(check(engine), server, {**origins, **more}))
+    run_server(check(engine), server, {**origins, **more})

@@ -1,0 +1,51 @@
+"""What `serve` prints when it is ready."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+
+from ropeway._version import __version__
+from ropeway.config import ServerConfig
+from ropeway.contract import ExecutorInfo
+
+QUESTION = "What is continuous batching?"
+
+
+def curl_line(url: str, model: str, *, chat: bool, key: bool) -> str:
+    """A command that streams an answer, to be pasted into a shell."""
+    fields: dict[str, object] = {"model": model, "stream": True}
+    if chat:
+        path, fields["messages"] = "/v1/chat/completions", [{"role": "user", "content": QUESTION}]
+    else:
+        path, fields["prompt"], fields["max_tokens"] = "/v1/completions", "Once upon a time", 64
+    # The key itself is never printed: a banner ends up in logs.
+    lines = [f"curl -N {url}{path}", "-H 'content-type: application/json'"]
+    if key:
+        lines.append('-H "authorization: Bearer $ROPEWAY_API_KEY"')
+    return " \\\n    ".join([*lines, f"-d {shlex.quote(json.dumps(fields))}"])
+
+
+def banner(
+    url: str, model: str, info: ExecutorInfo, server: ServerConfig, has_template: bool, phases: Mapping[str, float]
+) -> str:
+    """Address, a first request, what runs where and why, and what start-up took.
+
+    `phases` are seconds since the start at which the text side, the HTTP side and everything was ready.
+    """
+    what = f"{model} ({info.model})" if info.model != model else model
+    chat = "ropeway chat" if url == "http://127.0.0.1:8000" else f"ropeway chat --url {url}"
+    lines = [
+        f"Ropeway {__version__} serves {what} at {url}",
+        "",
+        *(f"  {note}" for note in info.notes),
+        f"  Seats: {info.max_slots} requests run at once; the context is {info.max_model_len:,} tokens.",
+        f"  Start-up: tokenizer and template after {phases['text']:.1f} s, HTTP after {phases['http']:.1f} s, "
+        f"engine ready after {phases['ready']:.1f} s.",
+        "",
+        "  " + curl_line(url, model, chat=has_template, key=server.api_key is not None),
+        "",
+        f"  or: {chat}    API page: {url}/docs    Ctrl-C stops.",
+    ]
+    return "\n".join(lines)
