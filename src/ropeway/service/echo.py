@@ -101,9 +101,8 @@ class EchoService:
             min_tokens=sampling.min_tokens,
         )
         self._prompt_tokens += len(tokens)
-        task = asyncio.create_task(self._answer(request, stream, tokens, output, sampling.max_tokens))
+        task = asyncio.create_task(self._serve(request, stream, tokens, output, sampling.max_tokens))
         self._live[rid] = stream, task
-        task.add_done_callback(lambda _: self._live.pop(rid, None))
         stream.accept()
         return stream
 
@@ -148,6 +147,14 @@ class EchoService:
     def _cancel(self, rid: int) -> None:
         if rid in self._live:
             self._live.pop(rid)[1].cancel()
+
+    async def _serve(
+        self, request: TextRequest, stream: AnswerStream, tokens: list[int], output: OutputText, max_tokens: int
+    ) -> None:
+        try:
+            await self._answer(request, stream, tokens, output, max_tokens)
+        finally:
+            self._live.pop(stream.rid, None)
 
     async def _answer(
         self, request: TextRequest, stream: AnswerStream, tokens: list[int], output: OutputText, max_tokens: int
