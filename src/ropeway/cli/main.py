@@ -57,3 +57,7 @@ def _wants_tracebacks(arguments: Sequence[str], environ: Mapping[str, str]) -> b
     if "--log-level" in joined:
         return "--log-level debug" in joined or "--log-level=debug" in joined
     return environ.get("ROPEWAY_LOG_LEVEL", "") == "debug"
+
+
+if __name__ == "__main__":
+    main()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ropeway.cli.options import ENVIRONMENT_NOTE, with_settings
-from ropeway.config import EngineConfig, ServerConfig, check, load
+from ropeway.config import EngineConfig, ServerConfig, check, load, settings
+
+
+_OTHER_VARIABLES = {"ROPEWAY_CACHE_DIR"}
 
 
 def register(app: typer.Typer) -> None:
@@ -27,8 +33,19 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, compatible with OpenAI clients."""
     given = {**flags, "model": model}
+    for warning in unknown_variables(os.environ):
+        typer.echo(warning, err=True)
     engine, origins = load(EngineConfig, given, file=config, also=(ServerConfig,))
     server, more = load(ServerConfig, given, file=config, also=(EngineConfig,))
     from ropeway.cli.server import run_server
 
     run_server(check(engine), server, {**origins, **more})
+
+
+def unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
+    """One warning for each `ROPEWAY_*` variable that nothing reads: a misspelt one would else be silently ignored."""
+    known = {setting.variable for setting in settings(EngineConfig, ServerConfig)} | _OTHER_VARIABLES
+    for name in environ:
+        if name.startswith("ROPEWAY_") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            yield f"{name} is set, but there is no such setting." + (f" Did you mean {close[0]}?" if close else "")

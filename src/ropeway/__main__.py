@@ -1,0 +1,5 @@
+"""`python -m ropeway` is the command `ropeway`."""
+
+from ropeway.cli.main import main
+
+main()
