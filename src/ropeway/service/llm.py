@@ -102,6 +102,13 @@ class LLM:
     def get_tokenizer(self) -> Tokenizer:
         return self._text.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What holds where no `sampling_params` are given: the checkpoint's generation_config.json."""
+        given = self._text.generation
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        own = {name: given[name] for name in names if name in given}
+        return SamplingParams(**own, max_tokens=given.get("max_new_tokens", SamplingParams().max_tokens))
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -113,9 +120,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer each prompt, in order: a text, `{"prompt": text}` or `{"prompt_token_ids": ids}`, or a list of those.
 
-        `sampling_params` hold for all prompts, or are one for each. `n` answers are made for each prompt; with a seed
-        the i-th uses seed + i. All requests are checked before anything runs. `use_tqdm` shows a progress bar on a
-        terminal. Raises RequestError; a request that fails while it runs has `error` set instead.
+        `sampling_params` hold for all prompts, or are one for each (default: `get_default_sampling_params`). `n`
+        answers are made for each prompt; with a seed the i-th uses seed + i. All requests are checked before anything
+        runs. `use_tqdm` shows a progress bar on a terminal. Raises RequestError; a request that fails while it runs
+        has `error` set instead.
         """
         requests = [_request(prompt, number) for number, prompt in enumerate(_list_of_prompts(prompts))]
         return self._run(requests, sampling_params, use_tqdm, n, priority)
@@ -181,7 +189,8 @@ class LLM:
         if type(n) is not int or not 1 <= n <= 1024:
             raise RequestError(f"n is {n!r}; it must be a whole number from 1 to 1024.", param="n")
         results, jobs, commands = [], dict[int, _Job](), list[Command]()
-        for request, sampling in zip(requests, _each(sampling_params, len(requests)), strict=True):
+        given = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        for request, sampling in zip(requests, _each(given, len(requests)), strict=True):
             result, mine = self._prepare(request, sampling, n, priority)
             results.append(result)
             for job, generate in mine:
@@ -323,9 +332,7 @@ def _request(prompt: Any, number: int) -> TextRequest:
     return TextRequest(request_id=str(number), sampling=SamplingParams(), text=text)
 
 
-def _each(given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if given is None:
-        return [SamplingParams()] * count
+def _each(given: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
     if isinstance(given, SamplingParams):
         return [given] * count
     if len(given) != count:

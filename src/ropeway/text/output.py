@@ -46,6 +46,14 @@ class OutputText:
         """Take the next tokens. Those after a stop string are dropped."""
         shown: list[str] = []
         stopper = self._stopper
+        if stopper is None and len(tokens) == 1 and not self._waiting:
+            # The usual case. Nothing is held, so what is decoded is shown, and neither needs to be counted.
+            text = self._decoder.push(tokens)
+            self.count += 1
+            if not self._decoder.pending:
+                return Piece(text, [tokens[0]])
+            self._waiting.append((self._decoded + 1, tokens[0]))
+            return Piece(text)
         for token in tokens:
             text = self._decoder.push((token,))
             self.count += 1
