@@ -165,11 +165,14 @@ def _remedy(config: EngineConfig, blocks: int, needed: int, block: int, room: in
     ways = []
     if needed * block <= room:
         ways.append(f"--num-kv-blocks {needed}")
-        ways.append(f"--kv-cache-gib {_up(needed * block / GIB)}")
+        if config.num_kv_blocks is None:
+            ways.append(f"--kv-cache-gib {_up(needed * block / GIB)}")
     if blocks:
         ways.append(f"--max-model-len {blocks * config.block_size}")
-    elif room >= block:
-        ways.append(f"--num-kv-blocks {needed} with --max-model-len {room // block * config.block_size}")
+    elif not ways and room >= block:
+        most = room // block
+        shorter = f" with --max-model-len {most * config.block_size}" if config.max_model_len is not None else ""
+        ways.append(f"--num-kv-blocks {most}{shorter}")
     return f"Use {' or '.join(ways)}." if ways else "Free memory or choose a smaller model."
 
 

@@ -1,0 +1,90 @@
+"""What a local executor says of itself, and what it refuses to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ropeway.config import EngineConfig
+from ropeway.errors import ConfigError, MemoryBudgetError
+from ropeway.modelspec import ModelSpec, load_spec
+from ropeway.runtime import local
+from ropeway.runtime.cpu_info import CpuInfo
+from ropeway.runtime.local import LocalExecutor, choose_dtype
+
+Make = Callable[[str], Path]
+
+
+def test_info(checkpoint: Make) -> None:
+    directory = checkpoint("llama")
+    executor = LocalExecutor(
+        EngineConfig(model=str(directory), num_kv_blocks=50, threads=2, max_num_seqs=5, attention_backend="reference")
+    )
+    info = executor.info
+    assert (info.num_blocks, info.block_size, info.max_slots, info.max_model_len) == (50, 16, 5, 256)
+    assert (info.device, info.dtype, info.threads, info.vocab_size) == ("cpu", "float32", 2, 300)
+    assert info.kv_bytes == 50 * 16 * load_spec(directory).kv_bytes_per_token("float32")
+    assert info.weight_bytes == load_spec(directory).parameters * 4
+    assert torch.get_num_threads() == 2
+    for start in ("Device: CPU", "dtype: float32", "Threads: 2 (as told)", "Attention: reference", "Weights: "):
+        assert any(note.startswith(start) for note in info.notes), start
+    assert "50 blocks of 16 tokens" in info.notes[-1]
+    assert "3.1 requests of the full 256 tokens" in info.notes[-1]
+    executor.close()
+    executor.close()
+
+
+def test_a_reduced_length_is_the_last_word(checkpoint: Make) -> None:
+    info = LocalExecutor(EngineConfig(model=str(checkpoint("llama")), num_kv_blocks=4, threads=1)).info
+    assert info.max_model_len == 64
+    assert "max-model-len is 64 instead of the model's 256" in info.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"device": "cuda"}, ConfigError, "no CUDA device"),
+        ({"dtype": "float16"}, ConfigError, "dtype is float16"),
+        ({"max_model_len": 257}, ConfigError, "made for 256 tokens"),
+        ({"max_model_len": 100, "num_kv_blocks": 6}, MemoryBudgetError, "needs 7 KV blocks .* has 6"),
+        ({"num_kv_blocks": 10**9}, MemoryBudgetError, "Use --num-kv-blocks"),
+    ],
+)
+def test_refusals(checkpoint: Make, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    if options.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("has a CUDA device")
+    with pytest.raises(error, match=message):
+        LocalExecutor(EngineConfig(**{"model": str(checkpoint("llama")), "device": "cpu", **options}))
+
+
+@pytest.mark.parametrize(
+    ("stored", "native", "wanted", "expected"),
+    [
+        ("bfloat16", True, "auto", torch.bfloat16),
+        ("bfloat16", False, "auto", torch.float32),
+        ("float16", True, "auto", torch.bfloat16),
+        ("float16", False, "auto", torch.float32),
+        ("float32", True, "auto", torch.float32),
+        ("float32", False, "bfloat16", torch.bfloat16),
+        ("bfloat16", False, "float32", torch.float32),
+    ],
+)
+def test_dtype_on_a_cpu(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, stored: str, native: bool, wanted: Any, expected: torch.dtype
+) -> None:
+    flags = frozenset({"avx512_bf16"} if native else {"avx2"})
+    monkeypatch.setattr(local, "detect", lambda: CpuInfo("", flags, 1))
+    spec: ModelSpec = load_spec(checkpoint("llama"))
+    changed = ModelSpec(**{**{f: getattr(spec, f) for f in spec.__dataclass_fields__}, "dtype": stored})
+    found, note = choose_dtype(EngineConfig(dtype=wanted), changed, torch.device("cpu"))
+    assert found == expected
+    assert str(found).removeprefix("torch.") in note
+
+
+def test_bundled_by_name() -> None:
+    executor = LocalExecutor(EngineConfig(num_kv_blocks=200, threads=1))
+    assert executor.info.model == "bundled"
