@@ -6,7 +6,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from ropeway.text.tokenizer import HubTokenizer
 
-CORPUS = ["the quick brown fox jumps over the lazy dog", "naïve café — déjà vu", "你好，世界", "👩‍👩‍👧 family 🎉🎉", "  two  spaces\n"]
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "naïve café — déjà vu",
+    "你好，世界",
+    "👩‍👩‍👧 family 🎉🎉",
+    "  two  spaces\n",
+]
 
 
 def byte_level() -> HubTokenizer:
