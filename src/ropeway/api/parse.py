@@ -65,6 +65,7 @@ _REFUSED_CHAT: dict[str, tuple[tuple[bytes, ...], str]] = {
 _REFUSED_COMPLETION: dict[str, tuple[tuple[bytes, ...], str]] = {
     "suffix": ((b"null", b'""'), "Text after the insertion (suffix) is not supported."),
     "echo": (_NULL_OR_FALSE, "Repeating the prompt in the answer is not supported."),
+    "best_of": ((b"null", b"1"), "Choosing the best of several answers is not supported; use n."),
     "prompt_embeds": (_NULL, "Prompts as embeddings are not supported."),
 }
 CHAT_REFUSED = _REFUSED | _REFUSED_CHAT

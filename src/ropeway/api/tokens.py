@@ -24,11 +24,11 @@ async def tokenize(request: Request) -> Response:
     api = api_of(request)
     body, ignored = decode(TokenizeRequest, await read_body(request), {})
     api.check_model(body.model)
-    has_messages = body.messages is not None and bytes(body.messages).strip() != b"null"
+    has_messages = bytes(body.messages).strip() not in (b"", b"null")
     if (body.prompt is None) != has_messages:
         raise RequestError("Send either prompt or messages.", param="prompt")
     what: dict[str, Any] = {"text": body.prompt}
-    if body.messages is not None and has_messages:
+    if has_messages:
         what = {
             "messages": parse_messages(body.messages),
             "template_kwargs": template_kwargs(body.chat_template_kwargs),

@@ -1,0 +1,138 @@
+"""A real HTTP server on a free loopback port, in a thread of its own, for tests that talk to it from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
+import openai
+import uvloop
+
+from ropeway.api.app import create_app
+from ropeway.api.server import serve
+from ropeway.api.state import Api
+from ropeway.config import ServerConfig
+from ropeway.errors import RopewayError
+from ropeway.observe.metrics import Metrics
+from ropeway.service.request import TextService
+
+T = TypeVar("T")
+
+
+class Server:
+    """What a test may do to the running server. `done` holds what `serve` raised or returned."""
+
+    def __init__(self, service: TextService, config: ServerConfig) -> None:
+        self.service = service
+        self.metrics = Metrics(service.model_name)
+        self.app = create_app(service, config, self.metrics)
+        self.api: Api = self.app.state.api
+        self.config = config
+        self.url = ""
+        self.http = httpx2.Client()
+        self.done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._loop = uvloop.new_event_loop()
+        self._stop: asyncio.Future[RopewayError | None] | None = None
+        self._up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="api-server")
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port or 0
+
+    def client(self, **kwargs: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "unused", "max_retries": 0, **kwargs})
+
+    def async_client(self, **kwargs: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", **{"api_key": "unused", "max_retries": 0, **kwargs})
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Run `work` on the server's loop."""
+
+        async def run() -> T:
+            return work()
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(10)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def exchange(self, data: bytes) -> bytes:
+        """Send raw bytes and read until the server closes."""
+        with self.connect() as raw:
+            raw.sendall(data)
+            return read_all(raw)
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._up.wait(10)
+        if self.done.done():
+            self.done.result()
+
+    def stop(self, error: RopewayError | None = None) -> None:
+        """Ask for the end, without waiting for it."""
+
+        def ask() -> None:
+            if self._stop is not None and not self._stop.done():
+                self._stop.set_result(error)
+
+        if not self.done.done():
+            self._loop.call_soon_threadsafe(ask)
+
+    def join(self) -> None:
+        self.http.close()
+        self._thread.join(20)
+        assert not self._thread.is_alive(), "the server does not end"
+
+    def _run(self) -> None:
+        async def main() -> None:
+            self._stop = asyncio.get_running_loop().create_future()
+            await serve(self.app, self.service, self.config, self._ready, stop=self._stop)
+
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(main())
+        except BaseException as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+        finally:
+            self._up.set()
+            self._loop.close()
+
+    def _ready(self, url: str) -> None:
+        self.url = url
+        self.http = httpx2.Client(base_url=url, timeout=20.0)
+        self._up.set()
+
+
+@contextmanager
+def running(service: TextService, **settings: Any) -> Iterator[Server]:
+    """A server with `settings` over the defaults, ended without waiting for open answers."""
+    server = Server(service, ServerConfig(**{"port": 0, "shutdown_timeout": 0.0, **settings}))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        server.join()
+
+
+def read_all(raw: socket.socket) -> bytes:
+    parts = []
+    while True:
+        try:
+            part = raw.recv(65536)
+        except ConnectionResetError:
+            break
+        if not part:
+            break
+        parts.append(part)
+    return b"".join(parts)

@@ -1,0 +1,201 @@
+"""Metrics and log lines: names that dashboards know, and nothing that a client can grow or break."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from ropeway.contract import (
+    EngineStats,
+    ErrorInfo,
+    ExecutorInfo,
+    FinishReason,
+    Ready,
+    Step,
+    TokenEvent,
+    Usage,
+)
+from ropeway.observe.logs import StatsLine, configure
+from ropeway.observe.metrics import ITL_BUCKETS, LATENCY_BUCKETS, TTFT_BUCKETS, Histogram, Metrics, one_two_five
+
+INFO = ExecutorInfo(
+    model="m",
+    device="cpu",
+    dtype="bfloat16",
+    num_blocks=100,
+    block_size=16,
+    max_slots=8,
+    max_model_len=64,
+    vocab_size=9,
+)
+
+
+def stats(step: int, **changes: float) -> EngineStats:
+    fields: dict[str, float] = {
+        "running": 2, "waiting": 1, "slots": 8, "blocks_total": 100, "blocks_used": 25, "blocks_cached": 5, "rows": 2,
+        "step_tokens": 40, "step_seconds": 0.02, "prompt_tokens": 30, "generation_tokens": 10, "cache_queries": 20,
+        "cache_hits": 5, "preemptions": 1,
+    }  # fmt: skip
+    return EngineStats(step=step, **{**fields, **changes})  # type: ignore[arg-type]
+
+
+def read(metrics: Metrics, latest: EngineStats | None = None) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    text = metrics.render(latest)[0].decode()
+    ignored = {"model_name", "engine"}
+    return {
+        (sample.name, tuple(sorted((k, v) for k, v in sample.labels.items() if k not in ignored))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def usage() -> Usage:
+    return Usage(
+        prompt_tokens=12, completion_tokens=3, cached_tokens=0, preemptions=0, first_scheduled_s=0.02,
+        first_token_s=0.05, total_s=0.4,
+    )  # fmt: skip
+
+
+def test_the_names_that_vllm_dashboards_ask_for_are_there() -> None:
+    metrics = Metrics("m")
+    metrics.on_report(Ready(INFO))
+    metrics.on_report(Step([], stats(1)))
+    found = {name for name, _ in read(metrics)}
+    expected = [
+        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total",
+        "generation_tokens_total", "prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total",
+        "request_success_total", "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket",
+        "e2e_request_latency_seconds_sum", "request_queue_time_seconds_count", "request_prompt_tokens_bucket",
+        "request_generation_tokens_bucket", "iteration_tokens_total_bucket", "cache_config_info",
+    ]  # fmt: skip
+    assert {f"vllm:{name}" for name in expected} <= found
+    assert {"ropeway_batch_occupancy", "ropeway_step_seconds_bucket", "ropeway_requests_rejected_total"} <= found
+    assert b'model_name="m"' in metrics.render()[0]
+    assert b'engine="0"' in metrics.render()[0]
+
+
+def test_a_step_is_counted_once_and_states_are_shares() -> None:
+    metrics = Metrics("m")
+    metrics.on_report(Step([], stats(1)))
+    metrics.on_report(Step([], stats(1)))
+    metrics.on_report(Step([], stats(2, step_tokens=0)))
+    found = read(metrics)
+    assert found["vllm:kv_cache_usage_perc", ()] == 0.25
+    assert found["ropeway_batch_occupancy", ()] == 0.25
+    assert found["vllm:iteration_tokens_total_count", ()] == 1
+    assert found["ropeway_step_seconds_sum", ()] == pytest.approx(0.02)
+    assert read(metrics, stats(3, running=7))["vllm:num_requests_running", ()] == 7
+
+
+def test_a_request_leaves_its_times_and_lengths() -> None:
+    now = [10.0]
+    metrics = Metrics("m", clock=lambda: now[0])
+    metrics.on_report(Step([TokenEvent(1, accepted=True)], stats(1)))
+    metrics.on_report(Step([TokenEvent(1, tokens=[5])], stats(2)))
+    now[0] = 10.06
+    metrics.on_report(Step([TokenEvent(1, tokens=[6, 7], finish=FinishReason.STOP, usage=usage())], stats(3)))
+    found = read(metrics)
+    assert found["vllm:inter_token_latency_seconds_count", ()] == 2
+    assert found["vllm:inter_token_latency_seconds_sum", ()] == pytest.approx(0.06)
+    assert found["vllm:time_to_first_token_seconds_bucket", (("le", "0.06"),)] == 1
+    assert found["vllm:time_to_first_token_seconds_bucket", (("le", "0.04"),)] == 0
+    assert found["vllm:request_queue_time_seconds_sum", ()] == pytest.approx(0.02)
+    assert found["vllm:e2e_request_latency_seconds_sum", ()] == pytest.approx(0.4)
+    assert found["vllm:request_prompt_tokens_sum", ()] == 12
+    assert found["vllm:request_generation_tokens_sum", ()] == 3
+    assert found["vllm:request_success_total", (("finished_reason", "stop"),)] == 1
+
+
+@pytest.mark.parametrize("finish", list(FinishReason))
+def test_every_end_is_counted_exactly_once(finish: FinishReason) -> None:
+    metrics = Metrics("m")
+    event = TokenEvent(1, finish=finish, error=ErrorInfo("RW-BUSY", "full"))
+    metrics.on_report(Step([event], stats(1)))
+    found = read(metrics)
+    ended = sum(v for (name, _), v in found.items() if name == "vllm:request_success_total")
+    refused = found["ropeway_requests_rejected_total", (("reason", "queue_full"),)]
+    assert (ended, refused) == ((0, 1) if finish is FinishReason.REJECTED else (1, 0))
+
+
+def test_no_client_can_create_a_series() -> None:
+    metrics = Metrics("m")
+    metrics.http_request("GET", "/v1/models", 200, 0.1)
+    before = len(read(metrics))
+    for number in range(1000):
+        metrics.http_request(f"XYZ{number}", "other", 404, 0.1)
+        metrics.on_report(
+            Step([TokenEvent(1, finish=FinishReason.REJECTED, error=ErrorInfo(f"E{number}", ""))], stats(1))
+        )
+    assert len(read(metrics)) <= before + 20
+    assert read(metrics)["http_requests_total", (("handler", "other"), ("method", "other"), ("status", "4xx"))] == 1000
+
+
+def test_two_servers_in_one_process_do_not_share_anything() -> None:
+    first, second = Metrics("a"), Metrics("b")
+    first.on_report(Step([TokenEvent(1, finish=FinishReason.STOP)], stats(1)))
+    assert read(second)["vllm:request_success_total", (("finished_reason", "stop"),)] == 0
+
+
+def test_histogram_bounds_are_inclusive_and_cumulative() -> None:
+    histogram = Histogram("h", "", (1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.5):
+        histogram.observe(value)
+    counts = [(s.labels["le"], s.value) for s in histogram.family((), ()).samples if s.name == "h_bucket"]
+    assert counts == [("1.0", 2.0), ("2.0", 3.0), ("+Inf", 4.0)]
+
+
+def test_buckets_are_vllms() -> None:
+    assert (TTFT_BUCKETS[0], TTFT_BUCKETS[-1], len(TTFT_BUCKETS)) == (0.001, 2560.0, 22)
+    assert (ITL_BUCKETS[0], ITL_BUCKETS[-1], len(ITL_BUCKETS)) == (0.01, 80.0, 19)
+    assert (LATENCY_BUCKETS[0], LATENCY_BUCKETS[-1], len(LATENCY_BUCKETS)) == (0.3, 7680.0, 21)
+    assert one_two_five(100) == (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+
+
+def lines(shape: str, message: str, *arguments: object) -> list[str]:
+    stream = io.StringIO()
+    logger = logging.getLogger("ropeway")
+    kept = logger.handlers[:], logger.level, logger.propagate
+    try:
+        configure("info", shape, stream)  # type: ignore[arg-type]
+        logging.getLogger("ropeway.api").info(message, *arguments)
+    finally:
+        logger.handlers[:], level, logger.propagate = kept[0], kept[1], kept[2]
+        logger.setLevel(level)
+    return stream.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("shape", ["text", "json"])
+def test_one_event_is_one_line_whatever_it_contains(shape: str) -> None:
+    evil = "a\r\nINFO forged\x1b[2J\x85\u2028b"
+    found = lines(shape, "request %s", evil)
+    assert len(found) == 1
+    assert not any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 for c in found[0])
+    if shape == "json":
+        assert json.loads(found[0])["message"] == f"request {evil}"
+
+
+def test_the_statistics_line_is_the_one_that_operators_look_for(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    line = StatsLine(10.0, clock=lambda: now[0])
+    with caplog.at_level(logging.INFO, "ropeway.observe.logs"):
+        line.on_report(Step([], stats(1, prompt_tokens=0, generation_tokens=0)))
+        now[0] = 9.0
+        line.on_report(Step([], stats(2)))
+        now[0] = 10.0
+        line.on_report(Step([], stats(3, prompt_tokens=1000, generation_tokens=200)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "Engine 000: Avg prompt throughput: 100.0 tokens/s, Avg generation throughput: 20.0 tokens/s, "
+        "Running: 2 reqs, Waiting: 1 reqs, GPU KV cache usage: 25.0%, Prefix cache hit rate: 25.0%"
+    ]
+
+
+def test_an_idle_engine_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    line = StatsLine(0.0)
+    with caplog.at_level(logging.INFO, "ropeway.observe.logs"):
+        line.on_report(Step([], stats(1)))
+        line.on_report(Step([], stats(2)))
+    assert not caplog.records
