@@ -27,7 +27,8 @@ LATE = 0.1
 
 def run(config: LoadConfig, dataset: DatasetConfig, header: Sequence[str], goodput: Sequence[str]) -> None:
     """Measure, print the table, write the file. Exits with 1 if no request succeeded."""
-    shown, objectives, headers = config.shown, parse_goodput(goodput), _headers(header)
+    # All that can be wrong with the settings is found before the server is bothered.
+    shown, _, objectives, headers = config.shown, config.percentiles, parse_goodput(goodput), _headers(header)
     samples = dataset.samples(FileTokens(config.tokenizer) if config.tokenizer else Words())
     with counting("requests", len(samples)) as advance:
         bench = asyncio.run(

@@ -42,7 +42,7 @@ class Session:
         try:
             for part in stream:
                 parts.append(part)
-                self.console.print(part, end="", markup=False, soft_wrap=True)
+                self.console.print(part, end="", markup=False, emoji=False, soft_wrap=True)
                 self.console.file.flush()
             complete = True
         except KeyboardInterrupt:
@@ -137,6 +137,6 @@ def converse(session: Session) -> None:
             try:
                 session.ask(line)
             except RopewayError as error:
-                session.console.print(f"\n{error.code}: {error.message}", markup=False, style="red")
+                session.console.print(f"\n{error.code}: {error.message}", markup=False, emoji=False, style="red")
                 if not interactive:
                     raise

@@ -13,7 +13,6 @@ import typer
 from ropeway.cli.options import ENVIRONMENT_NOTE, with_settings
 from ropeway.config import EngineConfig, ServerConfig, check, load, settings
 
-
 _OTHER_VARIABLES = {"ROPEWAY_CACHE_DIR"}
 
 

@@ -1,0 +1,60 @@
+"""What doctor finds on machines that are not well."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ropeway.cli import checks
+from ropeway.cli.main import app
+from ropeway.runtime.cpu_info import CpuInfo
+
+
+def test_every_line_is_ok_or_says_what_to_do() -> None:
+    found = list(checks.run_checks(0))
+    assert [c.name for c in found] == [
+        "Python", "torch", "CPU", "Memory", "Compiler", "Kernels", "CUDA", "Disk", "Port", "Proxies",
+    ]  # fmt: skip
+    assert all(c.found and (c.ok or c.advice) for c in found)
+    result = CliRunner().invoke(app, ["doctor", "--port", "1"])
+    assert result.exit_code == 0
+    assert result.stdout.count("OK  ") + result.stdout.count("WARN") == 10
+
+
+def test_old_python_weak_cpu_taken_port() -> None:
+    assert not checks.check_python((3, 10)).ok
+    weak = checks.check_cpu(CpuInfo("Old", frozenset({"sse2"}), 1))
+    assert (weak.ok, "generic" in weak.found) == (False, True)
+    assert "native bfloat16" in checks.check_cpu(CpuInfo("New", frozenset({"avx2", "fma", "amx_bf16"}), 8)).found
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        check = checks.check_port(taken.getsockname()[1])
+    assert not check.ok
+    assert "--port" in check.advice
+
+
+def test_missing_compiler_and_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("ROPEWAY_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    compiler, kernels = checks.check_compiler(), checks.check_kernels("generic")
+    assert not compiler.ok
+    assert "g++" in compiler.advice
+    assert not kernels.ok
+
+
+def test_proxy_that_takes_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in checks.PROXIES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert checks.check_proxies().ok
+    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@proxy:3128")
+    check = checks.check_proxies()
+    assert not check.ok
+    assert "secret" not in check.found + check.advice
+    monkeypatch.setenv("NO_PROXY", "localhost, 127.0.0.1")
+    assert checks.check_proxies().ok

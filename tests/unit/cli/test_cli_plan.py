@@ -1,0 +1,102 @@
+"""The budget before weights: numbers, and a way out when it does not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ropeway.cli.budget import DEVICES, devices_that_fit, find_device, resolve_dtype, sequence_lengths, show
+from ropeway.config import EngineConfig
+from ropeway.errors import MemoryBudgetError
+from ropeway.modelspec import ModelSpec, load_spec
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> ModelSpec:
+    """Llama 3.1 8B by its config alone: 8,030,261,248 parameters, 128 KiB of KV per token in bfloat16."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return load_spec(tmp_path, "big")
+
+
+def shown(config: EngineConfig, spec: ModelSpec, device: str, memory_gib: float | None = None) -> str:
+    console = Console(width=160, highlight=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    try:
+        show(config, spec, find_device(device, memory_gib), console)
+    finally:
+        console.file.close()
+    return console.export_text()
+
+
+def test_a_known_model_on_a_known_device(big: ModelSpec) -> None:
+    text = shown(EngineConfig(max_model_len=8192, max_num_seqs=32), big, "h100-80")
+    assert "8,030,261,248 parameters, bfloat16" in text
+    assert "128 KiB per token" in text
+    rows = {int(r[0].replace(",", "")): [int(x.replace(",", "")) for x in r[1:]] for r in table_rows(text)}
+    assert list(rows) == [512, 1024, 2048, 4096, 8192]
+    blocks = int(re.search(r"([\d,]+) blocks of 16", text).group(1).replace(",", ""))  # type: ignore[union-attr]
+    for length, (needed, fit, run) in rows.items():
+        assert needed == length // 16
+        assert fit == blocks // needed
+        assert run == min(fit, 32)
+    # 0.9 of 79.6 GiB, less 15 GiB of weights and a step, at 128 KiB per token.
+    assert 54 * 8192 < blocks * 16 < 57 * 8192
+
+
+def table_rows(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if re.fullmatch(r"\s*[\d,]+(\s+[\d,]+){3}\s*", line)]
+
+
+def test_what_does_not_fit_says_what_would(big: ModelSpec) -> None:
+    with pytest.raises(MemoryBudgetError, match=r"14\.96 GiB for its weights.*It fits on RTX4090-24, L4-24, A100-40"):
+        shown(EngineConfig(dtype="bfloat16"), big, "cpu", 8.0)
+    with pytest.raises(MemoryBudgetError) as refused:
+        shown(EngineConfig(max_model_len=131072), big, "L4-24")
+    remedy = re.search(r"--max-model-len (\d+)", refused.value.message)
+    assert remedy is not None
+    # The value that is offered works.
+    assert "fit at once" in shown(EngineConfig(max_model_len=int(remedy.group(1))), big, "L4-24")
+
+
+def test_devices_that_fit_are_those_where_the_plan_succeeds(big: ModelSpec) -> None:
+    config = EngineConfig(max_model_len=131072)
+    fitting = devices_that_fit(config, big)
+    assert fitting == ["A100-40", "A100-80", "H100-80", "H200-141"]
+    for name in set(DEVICES) - set(fitting):
+        with pytest.raises(MemoryBudgetError):
+            shown(config, big, name)
+
+
+def test_memory_can_be_given(big: ModelSpec) -> None:
+    device = find_device("cpu", 3.5)
+    assert device.memory.free == device.memory.total == int(3.5 * 1024**3)
+    assert resolve_dtype(EngineConfig(dtype="float32"), big, "cpu") == "float32"
+    assert resolve_dtype(EngineConfig(), big, "cuda") == "bfloat16"
+
+
+def test_lengths_double_up_to_the_limit() -> None:
+    assert sequence_lengths(2048) == [512, 1024, 2048]
+    assert sequence_lengths(3000) == [512, 1024, 2048, 3000]
+    assert sequence_lengths(100) == [100]
+
+
+def test_planning_needs_no_torch(big: ModelSpec) -> None:
+    code = (
+        "import sys; from ropeway.cli.main import main\n"
+        f"try: main(['plan', {str(big.directory)!r}, '--device', 'H100-80'])\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "fit at once" in done.stdout
+    assert done.stdout.endswith("False\n")
