@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from bundled_corpus.corpus import documents
 from bundled_files import encode, train_tokenizer, write_model, write_tokenizer
-from bundled_model import Model, Shape
+from bundled_model import Model, Shape, plant_induction
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -154,7 +154,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     report = Report(args.save_minutes)
     tokenizer = train_tokenizer(documents(args.seed, 20000, ROOT), shape.vocab_size)
     write_tokenizer(tokenizer, args.out, shape.max_position_embeddings)
-    model = Model(shape).to(device)
+    model = Model(shape)
+    plant_induction(model, args.seed)
+    model.to(device)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     adam = torch.optim.AdamW(others, lr=args.lr / 6, betas=(0.9, 0.95), weight_decay=0.0)
