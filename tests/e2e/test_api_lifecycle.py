@@ -356,10 +356,52 @@ uvloop.run(serve(create_app(service, config, Metrics("echo")), service, config, 
 """
 
 
+ENDS_ITSELF = """
+import asyncio, uvloop
+from ropeway.api.app import create_app
+from ropeway.api.server import serve
+from ropeway.config import ServerConfig
+from ropeway.contract import FinishReason
+from ropeway.observe.metrics import Metrics
+from ropeway.service.echo import EchoService
+from ropeway.service.request import TextChunk
+
+async def main():
+    release, gone = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+    class Stream:
+        request_id, prompt_tokens = "r", [1]
+
+        async def __aiter__(self):
+            yield TextChunk(text="a", tokens=[1])
+            await release.wait()
+            await asyncio.sleep(0.01)
+            gone.set_result(None)
+            await asyncio.sleep(0.05)
+            yield TextChunk(finish=FinishReason.STOP)
+
+        def cancel(self): ...
+
+    class Service(EchoService):
+        async def submit(self, request):
+            return Stream()
+
+        def drain(self):
+            super().drain()
+            release.set()
+
+    service, config = Service(), ServerConfig(port=0)
+    app = create_app(service, config, Metrics("echo"))
+    await serve(app, service, config, lambda url: print(url, flush=True), stop=gone)
+
+uvloop.run(main())
+"""
+
+
 @contextmanager
-def process(tmp_path: Path, shutdown_timeout: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(tmp_path: Path, shutdown_timeout: float, text: str = SCRIPT) -> Iterator[tuple[subprocess.Popen[str], str]]:
     script = tmp_path / "server.py"
-    script.write_text(SCRIPT)
+    script.write_text(text)
     started = subprocess.Popen([sys.executable, str(script), str(shutdown_timeout)], stdout=subprocess.PIPE, text=True)
     try:
         assert started.stdout is not None
@@ -392,4 +434,17 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert "server_draining" in rest[-2]
+        assert server.wait(10) == 0
+
+
+def test_an_owner_that_ends_after_its_last_word_cuts_nobody_off(tmp_path: Path) -> None:
+    """A drained engine ends by itself, perhaps before what it said last has reached the client."""
+    with process(tmp_path, 30.0, ENDS_ITSELF) as (server, url):
+        with httpx2.stream("POST", url + "/v1/completions", json={"prompt": "x", "stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"stop"' in rest[-2]
         assert server.wait(10) == 0

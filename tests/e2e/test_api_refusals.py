@@ -91,6 +91,22 @@ def test_every_refusal_of_the_engine_has_its_status_even_for_streams(
     assert error.response.headers.get("retry-after") == ("3" if status == 503 else None)
 
 
+def test_refusals_are_counted_by_reason(server: Server, refuser: Refuser) -> None:
+    def count(reason: str) -> float:
+        lines = server.http.get("/metrics").text.splitlines()
+        [found] = [line for line in lines if line.startswith("ropeway_requests_rejected_total") and reason in line]
+        return float(found.split()[-1])
+
+    before = count("queue_full"), count("context_length")
+    refuser.error = BY_CODE["RW-BUSY"]("full", retry_after=1.0)
+    try:
+        server.http.post("/v1/completions", json={"prompt": ["a", "b"]})
+    finally:
+        refuser.error = None
+    server.http.post("/v1/completions", json={"prompt": "a" * 5000})
+    assert (count("queue_full"), count("context_length")) == (before[0] + 1, before[1] + 1)
+
+
 def test_a_mistake_of_ours_is_a_500_without_details(server: Server, refuser: Refuser, caplog: Any) -> None:
     async def broken(request: TextRequest) -> TextStream:
         raise KeyError("/root/secret")
@@ -165,6 +181,34 @@ def test_bodies_are_counted_while_they_arrive(server: Server) -> None:
     assert response.status_code == 413
     assert "--max-body-mib" in response.json()["error"]["message"]
     assert server.http.post(url, content=b"{}", headers={"content-encoding": "gzip"}).status_code == 415
+
+
+def test_a_refused_body_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_DISCARDED", 1_000_000)
+    with running(EchoService()) as server, server.connect() as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999999\r\n\r\n")
+        assert raw.recv(1000).startswith(b"HTTP/1.1 413")
+        endless = (raw.sendall(b"x" * 65536) for _ in range(10_000))
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            list(endless)
+
+
+def test_prompts_and_keys_are_in_no_log_line_and_no_refusal(guarded: Server, caplog: Any) -> None:
+    caplog.set_level("DEBUG")
+    bodies: list[dict[str, Any]] = [
+        {"prompt": "CANARY"},
+        {"prompt": "CANARY", "stream": True, "user": "CANARY", "metadata": {"CANARY": "CANARY"}},
+        {"prompt": "CANARY" * 2000},
+        {"prompt": "CANARY", "temperature": 9, "CANARY\r\nx": 1},
+        {"prompt": ["CANARY", 1]},
+    ]
+    for key, body in itertools.product(("first", "CANARY"), bodies):
+        response = guarded.http.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+        if response.status_code != 200:
+            assert "CANARY" not in response.text
+    server_lines = [record.getMessage() for record in caplog.records if record.name.startswith(("ropeway", "uvicorn"))]
+    assert any("finished" in line for line in server_lines)
+    assert not any("CANARY" in line or "first" in line for line in server_lines)
 
 
 def test_json_that_is_too_deep_is_refused_at_once(server: Server) -> None:

@@ -155,6 +155,13 @@ class Answer(Response):
 
     async def _submit(self) -> None:
         """All sequences are accepted, or none."""
+        try:
+            await self._submit_all()
+        except RopewayError as error:
+            self._api.metrics.rejected(error.code)
+            raise
+
+    async def _submit_all(self) -> None:
         choices = self._plan.choices
         if len(choices) == 1:
             self._streams = [await self._api.service.submit(choices[0].request)]

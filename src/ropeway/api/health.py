@@ -9,19 +9,20 @@ from starlette.responses import Response
 from ropeway._version import __version__
 from ropeway.api.schema import Load, Readiness, Version
 from ropeway.api.state import Api, api_of
-from ropeway.engine.channel import LinkState
 
 _REASONS = {
-    LinkState.STARTING: "The engine is loading the model.",
-    LinkState.DRAINING: "The server is shutting down.",
-    LinkState.DEAD: "The engine has failed and will not be restarted.",
+    "starting": "The engine is loading the model.",
+    "draining": "The server is shutting down.",
+    "dead": "The engine has failed and will not be restarted.",
 }
 
 
 def readiness(api: Api) -> Readiness:
-    state = LinkState.DRAINING if api.draining and api.service.state is LinkState.READY else api.service.state
-    reason = _REASONS.get(state)
-    return Readiness(reason is None, str(state), [reason] if reason else [])
+    state = api.service.state.value
+    if api.draining and state == "ready":
+        state = "draining"
+    reasons = [_REASONS[state]] if state in _REASONS else []
+    return Readiness(not reasons, state, reasons)
 
 
 async def livez(request: Request) -> Response:
@@ -37,7 +38,7 @@ async def readyz(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """200 while the engine works, also while it finishes its last requests; 503 before and after."""
-    working = api_of(request).service.state in (LinkState.READY, LinkState.DRAINING)
+    working = api_of(request).service.state in ("ready", "draining")
     return Response(status_code=200 if working else 503)
 
 

@@ -125,9 +125,13 @@ async def _drain(
     api.drain()
     _log.info("shutting down: %d answers have up to %g s to finish", api.active, seconds)
     tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(api.idle()), asyncio.ensure_future(forced.wait())]
-    watched: list[asyncio.Future[Any]] = [*tasks, stop] if stop is not None and not stop.done() else tasks
+    owner = stop if stop is not None and not stop.done() else None
+    watched: list[asyncio.Future[Any]] = [*tasks, owner] if owner is not None else tasks
     try:
         await asyncio.wait(watched, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if owner is not None and owner.done() and owner.result() is None:
+            # The owner has finished all work; what it produced last may still be on its way to the clients.
+            await asyncio.wait(tasks, timeout=min(seconds, _FLUSH_SECONDS), return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()

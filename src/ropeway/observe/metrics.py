@@ -52,6 +52,8 @@ _REJECTED = {
     "RW-LOAD": "not_ready",
     "RW-DRAIN": "draining",
     "RW-TIME": "deadline",
+    "RW-REQ": "invalid",
+    "RW-TPL": "invalid",
 }
 
 
@@ -124,6 +126,10 @@ class Metrics:
             self._info = report.info
             self._last_token.clear()
 
+    def rejected(self, code: str) -> None:
+        """Count a request that was refused at the door, by the code of its error."""
+        self._rejected[_REJECTED.get(code, "other")] += 1
+
     def http_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count an answered HTTP request. `route` is a route's template or 'other'; `status` 0 means no answer."""
         key = (method if method in _METHODS else "other", route, f"{status // 100}xx" if status else "none")
@@ -154,8 +160,7 @@ class Metrics:
 
     def _on_finish(self, event: TokenEvent, finish: FinishReason) -> None:
         if finish is FinishReason.REJECTED:
-            self._rejected[_REJECTED.get(event.error.code if event.error else "", "other")] += 1
-            return
+            return  # counted where the client is told, together with what never came as far as the engine
         self._finished[_FINISHED[finish]] += 1
         if event.usage is not None:
             self._on_usage(event.usage)
@@ -178,7 +183,7 @@ class Metrics:
             finished.add_metric((*values, reason), count)
         yield finished
         rejected = CounterMetricFamily(
-            "ropeway_requests_rejected", "Requests refused at the engine's door", labels=(*labels, "reason")
+            "ropeway_requests_rejected", "Requests that were refused before they ran", labels=(*labels, "reason")
         )
         for reason, count in self._rejected.items():
             rejected.add_metric((*values, reason), count)
