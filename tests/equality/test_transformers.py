@@ -19,9 +19,9 @@ NUMBER = 20
 LENGTHS = (5, 17, 33, 58)
 
 
-def driver(directory: Path, backend: str = "auto", dtype: str = "float32") -> Driver:
+def driver(directory: Path, backend: str = "auto", dtype: str = "float32", device: str = "cpu") -> Driver:
     config = EngineConfig(
-        model=str(directory), dtype=dtype, num_kv_blocks=80, block_size=8, max_num_seqs=8, threads=1,
+        model=str(directory), dtype=dtype, device=device, num_kv_blocks=80, block_size=8, max_num_seqs=8, threads=1,
         attention_backend=backend, max_model_len=128,
     )  # fmt: skip
     return Driver(LocalExecutor(config))
@@ -101,6 +101,31 @@ def test_dynamic_rope_beyond_the_trained_length(checkpoint: Make) -> None:
     line = d.add(prompt(58, 58))
     d.run([line], 60)
     assert line.output == greedy(directory, prompt(58, 58), 60)
+
+
+def test_dynamic_rope_with_a_prompt_beyond_the_trained_length(checkpoint: Make) -> None:
+    """There transformers rotates by the longest length in the batch. Here the text is one and the same in one piece,
+    in chunks, and on blocks that a shorter sequence has left."""
+    directory = checkpoint("dynamic")
+    d = driver(directory)
+    whole = d.add(prompt(9, 90))
+    d.run([whole], NUMBER)
+    short = d.add(prompt(9, 90)[:70])
+    d.run([short], 2)
+    shared, chunked = d.add(prompt(9, 90), shared=short.blocks[:8]), d.add(prompt(9, 90))
+    d.run([chunked, short, shared], NUMBER, chunk=7)
+    assert whole.output == chunked.output == shared.output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen3"])
+def test_on_a_gpu(checkpoint: Make, kind: str) -> None:
+    directory = checkpoint(kind)
+    d = driver(directory, device="cuda")
+    lines = [d.add(prompt(length, length)) for length in LENGTHS]
+    d.run(lines, NUMBER, chunk=7)
+    assert [line.output for line in lines] == [expected(directory, length) for length in LENGTHS]
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])

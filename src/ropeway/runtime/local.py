@@ -49,13 +49,13 @@ class LocalExecutor:
                 model = MODELS[spec.architecture](spec, weights, backend, ops, device, budget.max_model_len)
             loaded = time.perf_counter() - begun
             kv = KVStore(budget.num_blocks, spec.layers, backend.block_shape(), dtype, device)
-            slots = Slots(
-                config.max_num_seqs, budget.max_model_len, config.block_size, budget.num_blocks, spec.vocab
-            )
-        except (MemoryError, torch.OutOfMemoryError, OSError) as error:
+            slots = Slots(config.max_num_seqs, budget.max_model_len, config.block_size, budget.num_blocks, spec.vocab)
+        except (MemoryError, OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
             raise MemoryBudgetError(
-                f"{spec.name} could not be allocated ({error}): {gib(budget.weight_bytes)} for weights, "
-                f"{gib(budget.kv_bytes)} for the KV cache. Lower --kv-cache-gib or free memory."
+                f"{spec.name} could not be allocated ({str(error).splitlines()[0]}): {gib(budget.weight_bytes)} for "
+                f"weights, {gib(budget.kv_bytes)} for the KV cache. Lower --kv-cache-gib or free memory."
             ) from error
         self.runner = Runner(model, kv, slots, Sampler(ops), device, config.seed)
         _warm_up(self.runner)

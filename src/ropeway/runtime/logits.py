@@ -64,9 +64,7 @@ class _Counts:
 
 
 def has_penalties(sampling: SamplingParams) -> bool:
-    return (
-        sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
-    )
+    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
 
 
 def wants_adjusting(sampling: SamplingParams, generated: int) -> bool:

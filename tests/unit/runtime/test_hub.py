@@ -41,8 +41,8 @@ def test_only_harmless_files_of_one_revision_are_downloaded(monkeypatch: pytest.
     hub.locate("owner/name", weights=False)
     (name, full), (_, light) = asked
     assert (name, full["revision"], full["cache_dir"]) == ("owner/name", "abc", "/cache")
-    assert "*.safetensors" in full["allow_patterns"]
-    assert not any(p.endswith((".safetensors", "*")) for p in light["allow_patterns"])
+    assert "model*.safetensors" in full["allow_patterns"]
+    assert set(full["allow_patterns"]) - set(light["allow_patterns"]) == {"model*.safetensors"}
     assert all(p.endswith((".json", ".jinja", ".safetensors")) for p in full["allow_patterns"])
 
 

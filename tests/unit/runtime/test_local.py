@@ -85,6 +85,20 @@ def test_dtype_on_a_cpu(
     assert str(found).removeprefix("torch.") in note
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(12, "Cannot allocate memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 5")]
+)
+def test_an_allocation_that_fails(checkpoint: Make, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """As under a limit on the address space, which no budget can foresee."""
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(local, "KVStore", refuse)
+    with pytest.raises(MemoryBudgetError, match=r"allocate memory.* for the KV cache. Lower --kv-cache-gib"):
+        LocalExecutor(EngineConfig(model=str(checkpoint("llama")), num_kv_blocks=50, threads=1))
+
+
 def test_bundled_by_name() -> None:
     executor = LocalExecutor(EngineConfig(num_kv_blocks=200, threads=1))
     assert executor.info.model == "bundled"
