@@ -66,7 +66,7 @@ def bench_batching(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name.")] = "bundled",
     seats: Annotated[int, typer.Option("--max-num-seqs", help="Seats.", min=1)] = 4,
     lengths: Annotated[str, typer.Option(help="Answer lengths, in tokens.")] = "50,100,200,500",
-    num_prompts: Annotated[int, typer.Option(help="Requests in the long queue.", min=1)] = 48,
+    num_prompts: Annotated[int, typer.Option(help="Requests in the long queue.", min=1)] = 24,
     input_len: Annotated[int, typer.Option(help="Prompt tokens of each request.", min=1)] = 16,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="PNG to write (default: bench-results/batching.png).")

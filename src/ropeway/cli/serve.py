@@ -38,7 +38,8 @@ def serve(
     server, more = load(ServerConfig, given, file=config, also=(EngineConfig,))
     from ropeway.cli.server import run_server
 
-    run_server(check(engine), server, {**origins, **more})
+    where = {**origins, **more, **({"model": "MODEL"} if model is not None else {})}
+    run_server(check(engine), server, where)
 
 
 def unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
