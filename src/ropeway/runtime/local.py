@@ -25,6 +25,10 @@ from ropeway.runtime.sampler import Sampler
 from ropeway.runtime.slots import Slots
 from ropeway.runtime.weights.loader import Weights
 
+_SMALL = 64 * 2**20
+"""Bytes of weights below which one thread serves. Each of a step's hundred or so parallel stretches then lasts only
+microseconds, and waits for whichever core is busy with something else."""
+
 
 class LocalExecutor:
     """Loads the model of `config` and carries out plans one at a time.
@@ -38,8 +42,8 @@ class LocalExecutor:
         spec = load_spec(directory, config.model)
         device, device_note = choose_device(config)
         dtype, dtype_note = choose_dtype(config, spec, device)
-        threads, threads_note = _set_threads(config)
         name = str(dtype).removeprefix("torch.")
+        threads, threads_note = _set_threads(config, spec.weight_bytes(name))
         budget = plan_budget(config, spec, name, device.type, device_memory(device))
         backend, passed = select(_attention_spec(spec, config, dtype), device, config.attention_backend)
         ops, ops_passed = select_ops(device, dtype)
@@ -145,11 +149,15 @@ def device_memory(device: torch.device) -> MemoryState:
     return cpu_memory()
 
 
-def _set_threads(config: EngineConfig) -> tuple[int, str]:
+def _set_threads(config: EngineConfig, weight_bytes: int) -> tuple[int, str]:
     """The only place that sets the number of CPU threads."""
-    threads = config.threads or detect().cores
+    if config.threads:
+        threads, why = config.threads, "as told"
+    elif weight_bytes < _SMALL:
+        threads, why = 1, "sharing the steps of so small a model costs more than it saves"
+    else:
+        threads, why = detect().cores, "one for each physical core"
     torch.set_num_threads(threads)
-    why = "as told" if config.threads else "one for each physical core"
     return threads, f"Threads: {threads} ({why})."
 
 
