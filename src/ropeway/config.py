@@ -41,7 +41,9 @@ class EngineConfig:
     seed: int = _option(0, "Model", "Seed of the engine's own draws (for requests that bring no seed).", low=0)
 
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "Device", "Where to compute.")
-    threads: int = _option(0, "Device", "CPU threads for the model; 0: one for each physical core, one in all for tiny models.", low=0)
+    threads: int = _option(
+        0, "Device", "CPU threads for the model; 0: one for each physical core, one in all for tiny models.", low=0
+    )
     attention_backend: Literal["auto", "cpu", "reference"] = _option(
         "auto", "Device", "Attention implementation; start-up says why others were passed over."
     )

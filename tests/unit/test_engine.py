@@ -160,6 +160,16 @@ def test_a_faulty_row_fails_alone() -> None:
     driver.engine.scheduler.check()
 
 
+def test_nobody_builds_on_the_blocks_of_a_faulty_request() -> None:
+    driver = Driver(EngineConfig(max_num_batched_tokens=64, max_num_seqs=4), fault=lambda rid, index: "NaN" if rid == 1 else None)
+    driver.ask(1, prompt=100)  # two chunks: the first is published before the fault is seen
+    driver.steps()
+    driver.ask(2, prompt=100)
+    driver.steps()
+    assert driver.final(1).finish is FinishReason.FAILED
+    assert driver.final(2).cached_tokens == 0
+
+
 def test_cancel_is_idempotent_in_every_state() -> None:
     driver = Driver(EngineConfig(max_num_seqs=1))
     driver.ask(1, output=50)

@@ -1,4 +1,4 @@
-"""The pool of KV blocks: five verbs (match, share, alloc, release, publish) and a check.
+"""The pool of KV blocks: match, share, alloc, release, publish, forget, and a check.
 
 A block is free (nobody holds it), private (one holder) or shared (several). A free block may still carry a key: its
 content is remembered and can be matched until the block is handed out again. Free blocks form one doubly linked list
@@ -95,6 +95,11 @@ class BlockPool:
             return
         self._key[block] = key
         self._by_key[key] = block
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Let the content of these blocks, held or free, be matched no more."""
+        for block in blocks:
+            self._forget(block)
 
     def check(self, tables: Iterable[Sequence[int]] | None = None) -> None:
         """Raise AssertionError unless all invariants hold; `tables` are the block tables of all holders, if known."""

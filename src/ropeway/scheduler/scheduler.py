@@ -153,6 +153,8 @@ class Scheduler:
                 continue  # cancelled or preempted while the step was under way
             fault = faults.get(number)
             if fault is not None:
+                # What made it fail may already be in its earlier blocks: nobody may build on them.
+                self.pool.forget(seq.blocks)
                 events.append(self._finish(seq, FinishReason.FAILED, now, ErrorInfo(fault.code, fault.message)))
                 continue
             seq.committed = max(seq.committed, row.start + row.count)
