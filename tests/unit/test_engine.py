@@ -161,7 +161,8 @@ def test_a_faulty_row_fails_alone() -> None:
 
 
 def test_nobody_builds_on_the_blocks_of_a_faulty_request() -> None:
-    driver = Driver(EngineConfig(max_num_batched_tokens=64, max_num_seqs=4), fault=lambda rid, index: "NaN" if rid == 1 else None)
+    config = EngineConfig(max_num_batched_tokens=64, max_num_seqs=4)
+    driver = Driver(config, fault=lambda rid, index: "NaN" if rid == 1 else None)
     driver.ask(1, prompt=100)  # two chunks: the first is published before the fault is seen
     driver.steps()
     driver.ask(2, prompt=100)
