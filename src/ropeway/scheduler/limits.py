@@ -5,8 +5,7 @@ A limit that a sequence runs into also says so in words, which is what `why` tel
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Row
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from ropeway.kv import BlockPool
@@ -16,7 +15,7 @@ from ropeway.scheduler.sequence import Sequence, State
 class Limit(Protocol):
     name: str
 
-    def begin(self, running: Row[Sequence], line: Callable[[], list[Sequence]]) -> None:
+    def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
         """A step is about to be planned. `running` is live: it grows as sequences board during the step."""
 
     def cap(self, seq: Sequence, want: int) -> int:
@@ -30,7 +29,7 @@ class Limit(Protocol):
 
 
 class _Stateless:
-    def begin(self, running: Row[Sequence], line: Callable[[], list[Sequence]]) -> None:
+    def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
         """Nothing to prepare."""
 
     def grant(self, seq: Sequence, count: int) -> None:
@@ -49,7 +48,7 @@ class TokenLimit:
     def fill(self, tokens: int) -> None:
         self.left = self._budget = tokens
 
-    def begin(self, running: Row[Sequence], line: Callable[[], list[Sequence]]) -> None:
+    def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
         """`fill` prepares it."""
 
     def cap(self, seq: Sequence, want: int) -> int:
@@ -119,10 +118,10 @@ class BlockLimit:
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self._pool = pool
         self._block_size = block_size
-        self._running: Row[Sequence] = ()
+        self._running: Collection[Sequence] = ()
         self._owed: int | None = None
 
-    def begin(self, running: Row[Sequence], line: Callable[[], list[Sequence]]) -> None:
+    def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
         self._running = running
         self._owed = None
 
@@ -163,7 +162,7 @@ class StaticBatch(_Stateless):
         self._slots = slots
         self._members: list[Sequence] = []
 
-    def begin(self, running: Row[Sequence], line: Callable[[], list[Sequence]]) -> None:
+    def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
         self._members = [seq for seq in self._members if seq.state is not State.FINISHED]
         if not self._members:
             self._members = line()[: self._slots]

@@ -10,7 +10,7 @@ the same plans, so any run can be replayed, and simulation runs this very code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Row_
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ropeway.contract import (
@@ -115,7 +115,7 @@ class Scheduler:
         seq = self._sequences.get(rid)
         return None if seq is None else self._finish(seq, reason, now, error)
 
-    def why(self, now: float, rids: Row_[int] = ()) -> list[Why]:
+    def why(self, now: float, rids: Collection[int] = ()) -> list[Why]:
         """What each of `rids` (all waiting requests if empty) waits for. Unknown ids are left out."""
         self._begin(now)
         line = self.waiting.line(now)
