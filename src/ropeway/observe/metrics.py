@@ -37,6 +37,12 @@ STEP_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2
 HTTP_BUCKETS: Final = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0, 600.0)
 MAX_TOKENS_BUCKET: Final = 2**20
 
+_NOTHING_YET = EngineStats(
+    step=0, running=0, waiting=0, slots=0, blocks_total=0, blocks_used=0, blocks_cached=0, rows=0, step_tokens=0,
+    step_seconds=0.0, prompt_tokens=0, generation_tokens=0, cache_queries=0, cache_hits=0, preemptions=0,
+)  # fmt: skip
+"""Before the first step: a series that starts at zero can be used in rates and alerts at once."""
+
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _FINISHED = {
     FinishReason.STOP: "stop",
@@ -176,8 +182,7 @@ class Metrics:
 
     def _families(self) -> Iterator[Metric]:
         labels, values = ("model_name", "engine"), (self.model_name, "0")
-        if self._stats is not None:
-            yield from _engine_families(self._stats, labels, values)
+        yield from _engine_families(self._stats or _NOTHING_YET, labels, values)
         finished = CounterMetricFamily("vllm:request_success", "Finished requests", labels=(*labels, "finished_reason"))
         for reason, count in self._finished.items():
             finished.add_metric((*values, reason), count)

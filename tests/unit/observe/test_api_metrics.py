@@ -78,6 +78,14 @@ def test_the_names_that_vllm_dashboards_ask_for_are_there() -> None:
     assert b'engine="0"' in metrics.render()[0]
 
 
+def test_all_series_exist_before_the_first_step() -> None:
+    metrics = Metrics("m")
+    metrics.on_report(Ready(INFO))
+    before = set(read(metrics))
+    metrics.on_report(Step([], stats(1)))
+    assert set(read(metrics)) == before
+
+
 def test_a_step_is_counted_once_and_states_are_shares() -> None:
     metrics = Metrics("m")
     metrics.on_report(Step([], stats(1)))
