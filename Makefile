@@ -16,6 +16,8 @@ DEVELOP := $(VENV)/.ropeway-develop
 BUILT := $(VENV)/.ropeway-kernels
 KERNEL_SOURCES := $(wildcard src/ropeway/runtime/kernels/*.py src/ropeway/runtime/kernels/cpu/*)
 
+# Both ways of installing write to one environment.
+.NOTPARALLEL:
 .PHONY: help serve test lint bench clean
 
 help: ## list the targets
@@ -28,7 +30,7 @@ test: $(DEVELOP) $(BUILT) ## run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 lint: $(DEVELOP) ## ruff and mypy --strict
-	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 bench: $(DEVELOP) $(BUILT) ## static against continuous batching on this machine, with a picture of the seats
