@@ -64,6 +64,11 @@ class NativeLibrary:
         self.rotary = self._bind("ropeway_rotary", [i, p, p, p, p, p, i, i, i, i, i, i, i, i])
         self.silu_mul = self._bind("ropeway_silu_mul", [i, p, p, i, i, i])
         self.argmax = self._bind("ropeway_argmax", [p, p, p, i, i, i])
+        self.pack = self._bind("ropeway_pack", [i, p, p, i, i, i])
+        self.unpack = self._bind("ropeway_unpack", [i, p, p, p, i, i, i])
+        self.linear = self._bind("ropeway_linear", [i, p, p, p, p, i, i, i, i])
+        self.packed_size = self._bind("ropeway_packed_size", [i, i, i])
+        self.packed_size.restype = c_int64
         self.read = self._bind("ropeway_read", [p, i, i])
         self.read.restype = ctypes.c_uint64
 

@@ -52,6 +52,14 @@ struct AttentionLayer {
 
 namespace ropeway {
 
+// One piece of work: some queries of a row, for some neighbouring KV heads.
+struct Item {
+    int32_t row, kv_head, heads;  // heads [kv_head, kv_head + heads)
+    int32_t first, count;         // queries [first, first + count) of the row's list, for each head
+    int32_t piece;                // this piece only, or -1 for all of them in turn
+    int32_t slot, pieces;         // where partial results go, and how many pieces the tile has
+};
+
 // Running softmax of a tile: maxima (in powers of two), sums, and weighted sums of V.
 struct Softmax {
     float top[TILE], total[TILE];
@@ -59,6 +67,7 @@ struct Softmax {
 };
 
 struct Scratch {
+    const Item* upcoming;  // probably this thread's next work item
     alignas(64) char query[TILE * MAX_DIM * 4];
     alignas(64) float scores[TILE * CHUNK];
     Softmax piece, whole;
@@ -79,23 +88,18 @@ class Buffer {
     }
 };
 
-struct Item {
-    int32_t row, kv_head, first, count;  // queries [first, first + count) of the row's list
-    int32_t piece;                       // this piece only, or -1 for all of them in turn
-    int32_t slot, pieces;                // where partial results go, and how many pieces the tile has
-};
-
 template <class D>
 class Attention {
-    // Queries [first, first + rows) of a tile, and the positions [from, to) of a chunk that some of them see, whole blocks first.
+    // `rows` queries: the list's from `query` on, the tile's from `first` on. Some of them see positions [from, to) of the
+    // chunk; `from` is where a block begins.
     struct Panel {
-        int first, rows;
+        int query, first, rows;
         int64_t from, to;
     };
 
     using T = typename D::T;
     using F = typename D::F;
-    static constexpr int W = D::LANES, STEP = D::STEP, VECTORS = CHUNK / W;
+    static constexpr int W = D::LANES, STEP = D::STEP, PER_LINE = 64 / (W * 4);  // vectors in a cache line
 
     const AttentionStep& step_;
     const AttentionLayer& layer_;
@@ -134,6 +138,7 @@ class Attention {
             Scratch& mine = scratch[omp_get_thread_num()];
             for (size_t i = next.fetch_add(1); i < items.size(); i = next.fetch_add(1)) {
                 const Item& item = items[i];
+                mine.upcoming = &items[std::min(next.load(std::memory_order_relaxed), items.size() - 1)];
                 if (item.piece < 0) {
                     whole_tile(item, mine);
                 } else {
@@ -151,35 +156,40 @@ class Attention {
    private:
     // ---- work
 
-    // The heaviest tiles of a row come first. Rows are split into pieces when there are too few tiles for the threads.
+    // Cut the rows into work items. With enough of them an item takes several KV heads, whose K and V lie side by side in
+    // each block: long reads are fast reads. With few, heads are divided first, then positions.
     std::vector<Item> plan(int threads, int& slots) const {
+        const size_t enough = threads == 1 ? 1 : size_t(4 * threads);
         std::vector<Item> items;
-        for (int64_t r = 0; r < step_.rows; ++r) {
-            const int64_t queries = (step_.cu_q[r + 1] - step_.cu_q[r]) * group_;
-            const int64_t tiles = (queries + TILE - 1) / TILE;
-            for (int64_t t = tiles - 1; t >= 0; --t) {
-                const int64_t first = queries * t / tiles, end = queries * (t + 1) / tiles;
-                for (int64_t h = 0; h < step_.kv_heads; ++h) {
-                    items.push_back({int32_t(r), int32_t(h), int32_t(first), int32_t(end - first), -1, 0, 1});
-                }
-            }
+        for (int64_t most = step_.kv_heads; most >= 1; most = most == 1 ? 0 : (most + 1) / 2) {
+            items.clear();
+            for (int64_t r = 0; r < step_.rows; ++r) add_tiles(r, most, items);
+            if (items.size() >= enough) return items;
         }
-        if (threads == 1 || items.size() >= size_t(4 * threads)) return items;
         std::vector<Item> split;
         for (Item item : items) {
-            const int64_t from = first_piece(item), to = last_piece(item);
-            item.pieces = int32_t(to - from + 1);
-            if (item.pieces == 1) {
-                split.push_back(item);
-                continue;
-            }
+            item.pieces = int32_t(last_piece(item) - first_piece(item) + 1);
             for (int p = 0; p < item.pieces; ++p) {
-                item.piece = p;
-                item.slot = slots++;
+                item.piece = item.pieces == 1 ? -1 : p;
+                item.slot = item.pieces == 1 ? 0 : slots++;
                 split.push_back(item);
             }
         }
         return split;
+    }
+
+    // The tiles of a row, those with the longest context first.
+    void add_tiles(int64_t row, int64_t most_heads, std::vector<Item>& items) const {
+        const int64_t queries = (step_.cu_q[row + 1] - step_.cu_q[row]) * group_;
+        const int64_t tiles = (queries + TILE - 1) / TILE;
+        const int64_t heads = std::max<int64_t>(1, std::min(most_heads, tiles == 1 ? TILE / queries : 1));
+        for (int64_t t = tiles - 1; t >= 0; --t) {
+            const int64_t first = queries * t / tiles, end = queries * (t + 1) / tiles;
+            for (int64_t h = 0; h < step_.kv_heads; h += heads) {
+                const int64_t n = std::min(heads, step_.kv_heads - h);
+                items.push_back({int32_t(row), int32_t(h), int32_t(n), int32_t(first), int32_t(end - first), -1, 0, 1});
+            }
+        }
     }
 
     int64_t position(const Item& item, int64_t query) const { return step_.starts[item.row] + query / group_; }
@@ -246,23 +256,26 @@ class Attention {
         write_out(item, partial[0]);
     }
 
-    const T* query(const Item& item, int64_t query) const {
-        const int64_t token = step_.cu_q[item.row] + query / group_;
-        return static_cast<const T*>(layer_.q) + token * layer_.q_stride + (item.kv_head * group_ + query % group_) * dim_;
+    // Row m of a tile is query m % count of head m / count. Its place in q, and in the result:
+    int64_t token(const Item& item, int m) const {
+        return step_.cu_q[item.row] + (item.first + m % item.count) / group_;
+    }
+
+    int64_t head(const Item& item, int m) const {
+        return (item.kv_head + m / item.count) * group_ + (item.first + m % item.count) % group_;
     }
 
     void read_query(const Item& item, Scratch& s) {
-        for (int m = 0; m < item.count; ++m) {
-            const T* from = query(item, item.first + m);
+        for (int m = 0; m < item.heads * item.count; ++m) {
+            const T* from = static_cast<const T*>(layer_.q) + token(item, m) * layer_.q_stride + head(item, m) * dim_;
             char* to = s.query + m * dim_ * D::A_BYTES;
             for (int64_t d = 0; d < dim_; d += W) D::store_a(to, d, load<W>(from + d));
         }
     }
 
     void write_out(const Item& item, const Softmax& x) {
-        for (int m = 0; m < item.count; ++m) {
-            const int64_t query = item.first + m, token = step_.cu_q[item.row] + query / group_;
-            T* to = static_cast<T*>(layer_.out) + (token * step_.heads + item.kv_head * group_ + query % group_) * dim_;
+        for (int m = 0; m < item.heads * item.count; ++m) {
+            T* to = static_cast<T*>(layer_.out) + (token(item, m) * step_.heads + head(item, m)) * dim_;
             const float inverse = 1.0f / x.total[m];
             for (int64_t d = 0; d < dim_; d += W) store<W>(to + d, load<W>(x.mixed + m * dim_ + d) * inverse);
         }
@@ -270,7 +283,7 @@ class Attention {
 
     // Add a later piece. A piece in which a query sees nothing has total 0 and leaves the rest as it is, bit for bit.
     __attribute__((noinline)) void merge(const Item& item, Softmax& into, const Softmax& from) {
-        for (int m = 0; m < item.count; ++m) {
+        for (int m = 0; m < item.heads * item.count; ++m) {
             const float top = into.top[m] > from.top[m] ? into.top[m] : from.top[m];
             const float keep = power(into.top[m] - top), add = power(from.top[m] - top);
             into.top[m] = top;
@@ -285,31 +298,54 @@ class Attention {
 
     // The softmax of one piece of SPLIT positions, from scratch.
     void attend(const Item& item, int64_t piece, Scratch& s, Softmax& x) {
-        std::fill_n(x.top, item.count, FLOOR);
-        std::fill_n(x.total, item.count, 0.0f);
-        std::fill_n(x.mixed, item.count * dim_, 0.0f);
+        const int rows = item.heads * item.count;
+        std::fill_n(x.top, rows, FLOOR);
+        std::fill_n(x.total, rows, 0.0f);
+        std::fill_n(x.mixed, rows * dim_, 0.0f);
         const int64_t low = first_seen(item, item.first), high = position(item, item.first + item.count - 1) + 1;
         const int64_t end = std::min(high, (piece + 1) * SPLIT);
+        const T *blocks[CHUNK / 8], *following[CHUNK / 8], *ahead[CHUNK / 8];
         for (int64_t base = piece * SPLIT; base < end; base += CHUNK) {
             if (base + CHUNK <= low) continue;
-            chunk(item, base, std::max(low, base), std::min(end, base + CHUNK), s, x);
+            const int64_t first = (std::max(low, base) - base) / size_, last = std::min(end, base + CHUNK);
+            for (int64_t b = first; base + b * size_ < last; ++b) blocks[b] = block(item, base + b * size_);
+            look_ahead(item, base, *s.upcoming, following);
+            for (int h = 0; h < item.heads; ++h) {
+                for (int64_t b = first; base + b * size_ < last; ++b) {
+                    ahead[b] = h + 1 < item.heads ? blocks[b] + head_elements_ : following[b];
+                }
+                chunk(item, h, base, std::max(low, base), last, blocks, ahead, s, x);
+                for (int64_t b = first; base + b * size_ < last; ++b) blocks[b] += head_elements_;
+            }
         }
     }
 
-    // Positions [low, high) of the 64 from `base` on; those outside are unseen by every query of the tile.
-    void chunk(const Item& item, int64_t base, int64_t low, int64_t high, Scratch& s, Softmax& x) {
-        const T* blocks[CHUNK / 8];
-        for (int64_t b = (low - base) / size_; base + b * size_ < high; ++b) blocks[b] = block(item, base + b * size_);
-        if (high < position(item, item.first + item.count - 1)) prefetch(item, base + CHUNK);
+    // While a chunk is computed the processor is asked for what comes next, a line for a line read: scores() asks for the V
+    // that lies behind each K, and mix() for the K of `ahead`: the next head's, or, from here, the tile's next chunk, or the
+    // next work item. Left to the hardware alone, each block is a new page, and decode waits for every one of them.
+    void look_ahead(const Item& item, int64_t base, const Item& next, const T** following) {
+        const bool more = base + CHUNK <= position(item, item.first + item.count - 1);
+        const Item& from = more ? item : next;
+        const int64_t low = first_seen(from, from.first), high = position(from, from.first + from.count - 1) + 1;
+        const int64_t start = more ? base + CHUNK : (first_piece(from) + std::max(from.piece, 0)) * SPLIT;
+        for (int64_t b = 0; b < CHUNK / size_; ++b) {
+            const int64_t at = std::max(start + b * size_, low);
+            following[b] = block(from, std::min(at, high - 1));
+        }
+    }
 
+    // Head h of a tile against positions [low, high) of the 64 from `base` on; no query of the tile sees the others.
+    void chunk(const Item& item, int h, int64_t base, int64_t low, int64_t high, const T* const* blocks,
+               const T* const* ahead, Scratch& s, Softmax& x) {
         const int panels = (item.count + D::MAX_ROWS - 1) / D::MAX_ROWS;
         float keep[TILE];
         const auto each_panel = [&](auto fn) ROPEWAY_INLINE_LAMBDA {
             for (int p = 0; p < panels; ++p) {
-                const int m0 = item.count * p / panels, rows = item.count * (p + 1) / panels - m0;
-                const int64_t from = std::max(low, first_seen(item, item.first + m0)) - base;
-                const int64_t to = std::min(high, position(item, item.first + m0 + rows - 1) + 1) - base;
-                if (from < to) fn(Panel{m0, rows, from / size_ * size_, to});
+                const int begin = item.count * p / panels, rows = item.count * (p + 1) / panels - begin;
+                const int query = item.first + begin;
+                const int64_t from = std::max(low, first_seen(item, query)) - base;
+                const int64_t to = std::min(high, position(item, query + rows - 1) + 1) - base;
+                if (from < to) fn(Panel{query, h * item.count + begin, rows, from / size_ * size_, to});
             }
         };
         each_panel([&](Panel p) ROPEWAY_INLINE_LAMBDA {
@@ -318,22 +354,13 @@ class Attention {
             });
         });
         each_panel([&](Panel p) ROPEWAY_INLINE_LAMBDA {
-            for (int m = p.first; m < p.first + p.rows; ++m) keep[m] = weigh(item, m, base, p, s, x);
+            for (int m = 0; m < p.rows; ++m) keep[p.first + m] = weigh(item, p.query + m, p.first + m, base, p, s, x);
         });
         each_panel([&](Panel p) ROPEWAY_INLINE_LAMBDA {
             with_constant<D::MAX_ROWS>(p.rows, [&](auto n) ROPEWAY_INLINE_LAMBDA {
-                mix<decltype(n)::value>(p, blocks, keep + p.first, s, x);
+                mix<decltype(n)::value>(p, blocks, ahead, keep + p.first, s, x);
             });
         });
-    }
-
-    // Ask for the next chunk's first lines while this one is computed; the hardware follows once a block has begun.
-    void prefetch(const Item& item, int64_t base) {
-        const int64_t end = std::min<int64_t>(base + CHUNK, position(item, item.first + item.count - 1) + 1);
-        for (int64_t at = base; at < end; at += size_) {
-            const char* p = reinterpret_cast<const char*>(block(item, at));
-            for (int64_t i = 0; i < head_elements_ * int64_t(sizeof(T)); i += 64) __builtin_prefetch(p + i, 0, 2);
-        }
     }
 
     // scores[m][t] = query m . key t, for R queries and all vectors of positions in the chunk.
@@ -350,12 +377,14 @@ class Attention {
     ROPEWAY_INLINE void scores_of(int m0, const T* const* blocks, int vector, Scratch& s) {
         const int64_t row_bytes = dim_ * D::A_BYTES, steps = dim_ / STEP, stride = size_ * STEP;
         const char* a = s.query + m0 * row_bytes;
+        const int64_t to_value = dim_ * size_;
         const T* b[N];
         for (int v = 0; v < N; ++v) b[v] = blocks[(vector + v) * W / size_] + (vector + v) * W % size_ * STEP;
         F acc[R][N] = {};
         for (int64_t i = 0; i < steps; ++i) {
             typename D::B y[N];
             ROPEWAY_UNROLL for (int v = 0; v < N; ++v) y[v] = D::load_b(b[v] + i * stride);
+            ROPEWAY_UNROLL for (int v = 0; v < N; v += PER_LINE) __builtin_prefetch(b[v] + i * stride + to_value);
             ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
                 const typename D::A q = D::load_a(a + m * row_bytes, i);
                 ROPEWAY_UNROLL for (int v = 0; v < N; ++v) D::step(acc[m][v], y[v], q);
@@ -368,11 +397,11 @@ class Attention {
 
     // Turn a query's scores into weights 2^(score - top), in place and in the form of operand A; unseen positions get 0.
     // Returns by how much the sums so far must shrink.
-    ROPEWAY_INLINE float weigh(const Item& item, int m, int64_t base, Panel p, Scratch& s, Softmax& x) {
+    ROPEWAY_INLINE float weigh(const Item& item, int query, int m, int64_t base, Panel p, Scratch& s, Softmax& x) {
         using I = typename Lanes<W>::I;
         const int first = int(p.from / W), end = int((p.to + W - 1) / W);
-        const int last = int(std::min<int64_t>(position(item, item.first + m) - base, CHUNK));
-        const int low = int(std::max<int64_t>(first_seen(item, item.first + m) - base, 0));
+        const int last = int(std::min<int64_t>(position(item, query) - base, CHUNK));
+        const int low = int(std::max<int64_t>(first_seen(item, query) - base, 0));
         const bool masked = last < end * W - 1 || low > first * W;
         float* row = s.scores + m * CHUNK;
         I lane;
@@ -400,16 +429,16 @@ class Attention {
 
     // mixed[m] = mixed[m] * keep + sum over positions of weight * value, for R queries and all of head_dim.
     template <int R>
-    ROPEWAY_INLINE void mix(Panel p, const T* const* blocks, const float* keep, Scratch& s, Softmax& x) {
+    ROPEWAY_INLINE void mix(Panel p, const T* const* blocks, const T* const* ahead, const float* keep, Scratch& s, Softmax& x) {
         constexpr int N = vectors_for<D>(R);
         int64_t d = 0;
-        for (; d + N * W <= dim_; d += N * W) mix_columns<R, N>(p, blocks, d, keep, s, x);
-        for (; d < dim_; d += W) mix_columns<R, 1>(p, blocks, d, keep, s, x);
+        for (; d + N * W <= dim_; d += N * W) mix_columns<R, N>(p, blocks, ahead, d, keep, s, x);
+        for (; d < dim_; d += W) mix_columns<R, 1>(p, blocks, ahead, d, keep, s, x);
     }
 
     template <int R, int N>
-    ROPEWAY_INLINE void mix_columns(Panel panel, const T* const* blocks, int64_t d, const float* keep, Scratch& s,
-                                    Softmax& x) {
+    ROPEWAY_INLINE void mix_columns(Panel panel, const T* const* blocks, const T* const* ahead, int64_t d,
+                                    const float* keep, Scratch& s, Softmax& x) {
         const int m0 = panel.first;
         const int64_t from = panel.from, to = panel.to;
         const char* a = reinterpret_cast<const char*>(s.scores + m0 * CHUNK);
@@ -431,8 +460,12 @@ class Attention {
         };
         for (int64_t start = from; start < to; start += size_) {
             const T* p = blocks[start / size_] + dim_ * size_ + d * STEP;
-            const int64_t i = start / STEP, end = std::min(start + size_, to) / STEP;
-            for (int64_t t = i; t < end; ++t, p += dim_ * STEP) add(p, t, std::true_type{});
+            const T* fetch = ahead[start / size_] + d * size_;
+            const int64_t end = std::min(start + size_, to) / STEP;
+            for (int64_t t = start / STEP; t < end; ++t, p += dim_ * STEP, fetch += N * W * STEP) {
+                for (int v = 0; v < N; v += PER_LINE) __builtin_prefetch(fetch + v * W * STEP);
+                add(p, t, std::true_type{});
+            }
         }
         // An odd end leaves half a pair that nobody has written: it may hold NaN, so it is cleared, not weighted with 0.
         if (to % STEP) {

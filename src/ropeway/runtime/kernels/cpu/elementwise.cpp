@@ -15,11 +15,6 @@ using F = Lanes<W>::F;
 using I = Lanes<W>::I;
 constexpr int64_t WORTH_THREADS = 1 << 15;  // elements below which waking the other threads costs more than it saves
 
-template <class Fn>
-int with_type(int64_t type, Fn&& fn) {
-    return type == 0 ? fn(static_cast<float*>(nullptr)) : fn(static_cast<bf16*>(nullptr));
-}
-
 // Run fn(i, width) over [0, n): whole vectors, then single elements.
 template <class Fn>
 ROPEWAY_INLINE void each(int64_t n, Fn&& fn) {

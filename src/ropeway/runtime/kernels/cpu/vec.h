@@ -230,7 +230,9 @@ struct DotBf16Wide {
         const U u = load_as<U>(p);
         return B{bits_as<F>(U(u << 16)), bits_as<F>(U(u & 0xffff0000u))};
     }
-    static ROPEWAY_INLINE A load_a(const char* row, int64_t i) { return load_as<A>(row + 8 * i); }
+    static ROPEWAY_INLINE A load_a(const char* row, int64_t i) {
+        return A{load_as<float>(row + 8 * i), load_as<float>(row + 8 * i + 4)};  // two loads: each becomes a broadcast
+    }
     static ROPEWAY_INLINE void step(F& acc, B b, A a) {
         acc += b.first * a.first;
         acc += b.second * a.second;
@@ -277,6 +279,12 @@ template <int W>
 struct DotOf<bf16, W> {
     using type = std::conditional_t<ROPEWAY_PAIR_DOT, DotBf16Pair<W>, DotBf16Wide<W>>;
 };
+
+// Call fn with a null pointer to the element type of this number: 0 for float32, 1 for bfloat16.
+template <class Fn>
+int with_type(int64_t type, Fn&& fn) {
+    return type == 0 ? fn(static_cast<float*>(nullptr)) : fn(static_cast<bf16*>(nullptr));
+}
 
 // Call fn with n (1 to N) as a compile-time constant.
 template <int N, class Fn>
