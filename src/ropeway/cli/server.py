@@ -7,9 +7,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping
+from typing import Any
 
-from ropeway.api.app import create_app
-from ropeway.api.server import check_bind, serve
 from ropeway.cli.banner import banner
 from ropeway.cli.engine import COMMAND
 from ropeway.config import EngineConfig, ServerConfig
@@ -23,13 +22,13 @@ from ropeway.service.service import EngineTextService
 
 _log = logging.getLogger(__name__)
 _SECRET = {"api_key"}
+_STOP_SECONDS = 5.0
 
 
 def run_server(engine: EngineConfig, server: ServerConfig, origins: Mapping[str, str]) -> None:
     """Serve until a signal ends it. Raises RopewayError if it could not start or the engine gave up."""
     begun = time.perf_counter()
     configure(server.log_level, server.log_format)
-    check_bind(server)
     chosen = {name: origin for name, origin in origins.items() if origin != "default"}
     if chosen:
         values = {**vars(engine), **vars(server)}
@@ -43,6 +42,7 @@ async def _serve(engine: EngineConfig, server: ServerConfig, begun: float) -> No
     host = EngineHost(engine, COMMAND, max_restarts=server.max_restarts)
     starting = asyncio.create_task(host.start())
     try:
+        http = asyncio.create_task(asyncio.to_thread(_import_http))
         text = await asyncio.to_thread(
             load_text,
             engine.model,
@@ -63,6 +63,7 @@ async def _serve(engine: EngineConfig, server: ServerConfig, begun: float) -> No
         metrics = Metrics(service.model_name)
         for listener in (metrics.on_report, StatsLine(server.log_stats_interval).on_report, _EngineLog().on_report):
             host.subscribe(listener)
+        create_app, serve = await http
         app = create_app(service, server, metrics)
 
         async def announce(url: str) -> None:
@@ -83,7 +84,8 @@ async def _serve(engine: EngineConfig, server: ServerConfig, begun: float) -> No
         starting.cancel()
         with contextlib.suppress(asyncio.CancelledError, RopewayError):
             await starting
-        await host.stop()
+        # An engine that is still loading would not hear a request to end; it has nothing to lose.
+        await host.stop(_STOP_SECONDS if host.info is not None else 0.0)
 
 
 async def _tell_when_ready(
@@ -102,6 +104,14 @@ async def _tell_when_ready(
         phases["ready"] = time.perf_counter() - begun
         if host.info is not None:
             print(banner(url, service.model_name, host.info, server, text.template is not None, phases), flush=True)
+
+
+def _import_http() -> tuple[Any, Any]:
+    """The HTTP floor, imported on a thread: it takes most of a second, in which the engine process loads torch."""
+    from ropeway.api.app import create_app
+    from ropeway.api.server import serve
+
+    return create_app, serve
 
 
 class _EngineLog:
