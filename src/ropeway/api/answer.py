@@ -300,7 +300,7 @@ class Answer(Response):
 
     async def _waiting_line(self) -> bytes:
         """Say why a stream is silent, if the service can tell."""
-        rid = getattr(self._streams[0], "rid", None) if self._streams and not self._written else None
+        rid = self._streams[0].rid if self._streams and not self._written else None
         if rid is None:
             return sse.KEEP_ALIVE
         try:

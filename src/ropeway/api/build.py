@@ -43,8 +43,8 @@ def check_stream_options(body: CommonFields) -> None:
         raise RequestError("stream_options can only be given together with stream: true.", param="stream_options")
 
 
-def sampling_params(body: CommonFields, max_tokens: int) -> SamplingParams:
-    """The sampling fields, with defaults for whatever is missing or null."""
+def sampling_params(body: CommonFields, max_tokens: int, defaults: SamplingParams) -> SamplingParams:
+    """The sampling fields; `defaults` hold for whatever is missing or null."""
 
     def given(**fields: Any) -> dict[str, Any]:
         return {name: value for name, value in fields.items() if value is not None}
@@ -52,7 +52,8 @@ def sampling_params(body: CommonFields, max_tokens: int) -> SamplingParams:
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     # top_p 0 means that only the likeliest token remains; a positive bound says the same without a special case.
     top_p = max(body.top_p, 1e-9) if body.top_p is not None else None
-    return SamplingParams(
+    return msgspec.structs.replace(
+        defaults,
         max_tokens=max_tokens,
         stop=stop,
         stop_token_ids=tuple(body.stop_token_ids or ()),

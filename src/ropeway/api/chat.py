@@ -29,7 +29,8 @@ async def chat_completions(request: Request) -> Answer:
     api.check_model(body.model)
     check_stream_options(body)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    sampling = sampling_params(body, limit if limit is not None else AS_MANY_AS_FIT)
+    limit = limit if limit is not None else AS_MANY_AS_FIT
+    sampling = sampling_params(body, limit, api.service.sampling_defaults)
     choices = fan_out(request, api, body, sampling, [chat_prompt(body)], "messages")
     return Answer(api, _plan(api, body, choices), ignored_header(ignored))
 

@@ -30,7 +30,8 @@ async def completions(request: Request) -> Answer:
     body, ignored = decode(CompletionRequest, await read_body(request), COMPLETION_REFUSED)
     api.check_model(body.model)
     check_stream_options(body)
-    sampling = sampling_params(body, body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS)
+    limit = body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS
+    sampling = sampling_params(body, limit, api.service.sampling_defaults)
     choices = fan_out(request, api, body, sampling, parse_prompt(api, body.prompt), "prompt")
     return Answer(api, _plan(api, body, choices), ignored_header(ignored))
 

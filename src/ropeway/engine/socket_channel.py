@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
+from typing import cast
 
 from ropeway.contract import Command, Report
 from ropeway.contract.codec import decode_command, decode_report, encode, frame_length
@@ -79,8 +80,7 @@ class ServiceEnd(asyncio.Protocol):
         return end
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's is one without saying so
 
     def data_received(self, data: bytes) -> None:
         for body in self._frames.feed(data):

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 
-from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Usage, Why
+from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, SamplingParams, Usage, Why
 from ropeway.engine.channel import LinkState
 from ropeway.errors import DeadlineError, DrainingError, EngineError, RopewayError, TemplateError
 from ropeway.service.context import check_context
@@ -63,6 +63,10 @@ class EchoService:
             max_model_len=self.max_model_len,
             vocab_size=self._tokenizer.vocab_size,
         )
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        return SamplingParams()
 
     @property
     def stats(self) -> EngineStats | None:

@@ -104,10 +104,8 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What holds where no `sampling_params` are given: the checkpoint's generation_config.json."""
-        given = self._text.generation
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        own = {name: given[name] for name in names if name in given}
-        return SamplingParams(**own, max_tokens=given.get("max_new_tokens", SamplingParams().max_tokens))
+        limit = self._text.generation.get("max_new_tokens", SamplingParams().max_tokens)
+        return msgspec.structs.replace(self._text.sampling_defaults, max_tokens=limit)
 
     def generate(
         self,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ropeway import hub
+from ropeway.contract import SamplingParams
 from ropeway.errors import ConfigError
 from ropeway.modelspec import load_spec
 from ropeway.text.template import ChatTemplate, load_template
@@ -25,6 +26,13 @@ class ModelText:
     eos_ids: tuple[int, ...]
     context_limit: int
     generation: Mapping[str, Any]
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        """What holds where a request says nothing: the checkpoint's generation_config.json, as in vLLM."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        own = {name: self.generation[name] for name in names if self.generation.get(name) is not None}
+        return SamplingParams(**own)
 
 
 def load_text(

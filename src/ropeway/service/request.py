@@ -57,6 +57,7 @@ class TextStream(Protocol):
 
     request_id: str
     prompt_tokens: Sequence[int]
+    rid: int
 
     def __aiter__(self) -> AsyncIterator[TextChunk]: ...
 
@@ -78,6 +79,10 @@ class TextService(Protocol):
 
     @property
     def model_name(self) -> str: ...
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        """What holds where a request says nothing: the model's own settings."""
 
     @property
     def max_model_len(self) -> int: ...

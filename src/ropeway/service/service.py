@@ -23,6 +23,7 @@ from ropeway.contract import (
     GenerateRequest,
     Ready,
     Report,
+    SamplingParams,
     Step,
     Stopped,
     Submit,
@@ -105,6 +106,10 @@ class EngineTextService:
     def max_model_len(self) -> int:
         info = self._link.info
         return info.max_model_len if info is not None else self._text.context_limit
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        return self._text.sampling_defaults
 
     @property
     def open_streams(self) -> int:

@@ -60,7 +60,7 @@ def test_every_optional_field_may_be_null() -> None:
     names = [name for name in ChatCompletionRequest.__struct_fields__ if name != "messages"]
     body, ignored = chat(**dict.fromkeys(names), **dict.fromkeys(CHAT_REFUSED))
     assert ignored == []
-    assert sampling_params(body, 7) == SamplingParams(max_tokens=7)
+    assert sampling_params(body, 7, SamplingParams()) == SamplingParams(max_tokens=7)
     fields = dict.fromkeys([*CompletionRequest.__struct_fields__, *COMPLETION_REFUSED])
     decode(CompletionRequest, json.dumps({**fields, "prompt": "x"}).encode(), COMPLETION_REFUSED)
 
@@ -147,14 +147,14 @@ def test_sampling_fields_arrive_where_they_belong() -> None:
     }  # fmt: skip
     body, _ = chat(**given, stop=["a", "b"], stop_token_ids=[4], logit_bias={"8": -3})
     expected = SamplingParams(**given, max_tokens=9, stop=("a", "b"), stop_token_ids=(4,), logit_bias={8: -3.0})
-    assert sampling_params(body, 9) == expected
+    assert sampling_params(body, 9, SamplingParams()) == expected
     missing = set(SamplingParams.__struct_fields__) - set(CommonFields.__struct_fields__)
     assert not missing, "a sampling parameter that clients cannot set"
 
 
 def test_the_extremes_of_the_wire_pass_the_service_as_well() -> None:
     body, _ = chat(top_p=0, stop="x", temperature=0, top_k=-1, seed=-(2**63))
-    checked = validate(sampling_params(body, -1))
+    checked = validate(sampling_params(body, -1, SamplingParams()))
     assert 0 < checked.top_p < 1e-6
     assert checked.stop == ("x",)
 
