@@ -151,8 +151,16 @@ class EngineHost(_Link):
             if self._stopping or (self._farewell is not None and self._farewell.error is None):
                 break
             error = self._death(code)
-            if self.info is None or not self._may_restart():
+            if self.info is None:
                 self._give_up(error)
+                return
+            if not self._may_restart():
+                self._give_up(
+                    EngineError(
+                        f"The engine failed again and the restarts allowed in ten minutes (--max-restarts "
+                        f"{self._max_restarts}) are used up. It failed with: {error.message}"
+                    )
+                )
                 return
             self.state = LinkState.STARTING
             self._tell(Stopped(ErrorInfo.of(error)))
@@ -211,7 +219,7 @@ class EngineHost(_Link):
             how = "went away"
         else:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        return EngineError(f"The engine process {how}; this request is lost. Please send it again.")
+        return EngineError(f"The engine process {how}. Its own last lines in the log may say why.")
 
     def _may_restart(self) -> bool:
         if self.state is LinkState.DRAINING:
