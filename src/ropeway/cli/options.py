@@ -17,6 +17,8 @@ ENVIRONMENT_NOTE = (
     "(max-num-seqs: 64). Order: flag, variable, file, default. Numbers may end in k, K, m or M (2K is 2048)."
 )
 
+_OFF = "no_"
+
 
 def limits(setting: Setting) -> str:
     """The bounds of a setting in words; empty if it has none."""
@@ -46,8 +48,11 @@ def flags_of(setting: Setting) -> str:
     """`--name`, or both forms of a switch, the default one first."""
     if setting.kind is not bool:
         return setting.flag
-    no = "--no-" + setting.flag.removeprefix("--")
-    return f"{setting.flag}/{no}"
+    return f"{setting.flag}/{_off_flag(setting)}"
+
+
+def _off_flag(setting: Setting) -> str:
+    return "--no-" + setting.flag.removeprefix("--")
 
 
 def with_settings(
@@ -64,10 +69,15 @@ def with_settings(
         @functools.wraps(function)
         def command(**given: Any) -> None:
             flags = {s.name: given.pop(s.name) for s in chosen}
+            for s in chosen:
+                if s.kind is bool and given.pop(_OFF + s.name):
+                    if flags[s.name]:
+                        raise ConfigError(f"{s.flag} and {_off_flag(s)} contradict each other. Give one.", param=s.name)
+                    flags[s.name] = False
             function(**given, flags={name: value for name, value in flags.items() if value is not None})
 
         own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "flags"]
-        parameters = [*own, *(_parameter(s) for s in chosen)]
+        parameters = [*own, *(parameter for s in chosen for parameter in _parameters(s))]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         return command
@@ -75,23 +85,33 @@ def with_settings(
     return decorate
 
 
-def _parameter(setting: Setting) -> inspect.Parameter:
-    notes = [f"default: {default_text(setting)}"] if default_text(setting) else []
+def _parameters(setting: Setting) -> list[inspect.Parameter]:
+    """The option of a setting. A switch also gets its opposite, named in the help rather than in a column of its own,
+    which would leave no room for either on a terminal of 80 columns."""
+    notes = [" or ".join(setting.choices)] if setting.choices else []
+    if default_text(setting):
+        notes.append(f"default: {default_text(setting)}")
     if limits(setting):
         notes.append(limits(setting))
+    if setting.kind is bool:
+        notes.append(f"opposite: {_off_flag(setting)}")
     tail = rf" [dim]\[{'; '.join(notes)}][/dim]" if notes else ""
     option = typer.Option(
-        flags_of(setting),
+        setting.flag,
         help=setting.help.replace("[", r"\[") + tail,
-        metavar=None if setting.kind is bool else value_name(setting),
+        metavar=None if setting.kind is bool else "NAME" if setting.choices else value_name(setting),
         rich_help_panel=setting.group,
         show_default=False,
         autocompletion=(lambda: list(setting.choices)) if setting.choices else None,
     )
     kind = bool | None if setting.kind is bool else str | None
-    return inspect.Parameter(
-        setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
-    )
+    own = [(setting.name, option)]
+    if setting.kind is bool:
+        own.append((_OFF + setting.name, typer.Option(_off_flag(setting), hidden=True)))
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, made])
+        for name, made in own
+    ]
 
 
 def show_settings(word: str, *classes: type) -> str:
