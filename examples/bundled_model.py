@@ -150,19 +150,21 @@ def plant_induction(model: Model, seed: int = 0) -> None:
     """Give a fresh model two heads that look back: "what followed the last time this token occurred?"
 
     Such induction heads (Olsson et al., 2022) are what copying, names in stories and the operands of sums need. They
-    arise by themselves, but only after many more tokens than an hour on two cores allows; set up by hand, they are
-    there from the first step, and training shapes them further. Layer 0 copies each token's left neighbour into a free
-    part of the residual stream; layer 1 looks for places whose left neighbour is the current token, and brings their
-    token. All other residual writes start at zero.
+    arise by themselves, but only after many more tokens than an hour on two cores allows. Layer 0 copies each token's
+    left neighbour into a free part of the residual stream; layer 1 looks for places whose left neighbour is the current
+    token, and brings their token. What the heads attend to stays as it is here, since the first noisy steps would wash
+    it out: its gradients are masked. What becomes of the token that they bring is learned, as is everything else.
+    All other residual writes start at zero.
     """
     shape = model.shape
     layers = [layer for layer in model.model.layers if isinstance(layer, Layer)]
-    first, second = layers[:2]
+    first, second = layers[0].self_attn, layers[1].self_attn
     for layer in layers:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     # Orthonormal directions without coordinate 0, which is the same for all tokens and serves as a constant.
-    model.model.embed_tokens.weight[:, 0] = 0.08
+    embedding = model.model.embed_tokens.weight
+    embedding[:, 0] = 0.5
     noise = torch.randn(shape.hidden_size - 1, shape.hidden_size - 1, generator=torch.Generator().manual_seed(seed))
     basis = F.pad(torch.linalg.qr(noise)[0], (1, 0))
     width, half = shape.head_dim, shape.head_dim // 2
@@ -171,19 +173,35 @@ def plant_induction(model: Model, seed: int = 0) -> None:
     # Layer 0: queries and keys know only positions. Their fast rotary pairs agree at a distance of exactly one.
     fast = half // 3
     angle = shape.rope_theta ** (-torch.arange(fast) / half)
-    q, k = first.self_attn.q_proj.weight[:width], first.self_attn.k_proj.weight[:width]
+    q, k = first.q_proj.weight[:width], first.k_proj.weight[:width]
     q.zero_()
     k.zero_()
     q[:fast, 0] = 1.8
     k[:fast, 0], k[half : half + fast, 0] = 1.8 * angle.cos(), 1.8 * angle.sin()
-    first.self_attn.v_proj.weight[:width] = token
-    first.self_attn.o_proj.weight[:, :width] = 0.06 * left.T
+    # A slow pair takes nearly all of that away again: then a larger constant cannot stand in for the right distance.
+    q[half - 1, 0] = 1.8 * (fast - 0.4) ** 0.5
+    k[half - 1, 0] = -q[half - 1, 0]
+    first.v_proj.weight[:width] = token
+    first.o_proj.weight[:, :width] = 0.2 * left.T
 
     # Layer 1: the slow rotary pairs, which hardly turn, compare the current token with the left neighbours.
     slow = torch.cat((torch.arange(half * 9 // 16, half), torch.arange(half + half * 9 // 16, 2 * half)))
-    q, k = second.self_attn.q_proj.weight[:width], second.self_attn.k_proj.weight[:width]
+    q, k = second.q_proj.weight[:width], second.k_proj.weight[:width]
     q.zero_()
     k.zero_()
-    q[slow], k[slow] = 2.0 * token[: len(slow)], 2.0 * left[: len(slow)]
-    second.self_attn.v_proj.weight[:width] = next_
-    second.self_attn.o_proj.weight[:, :width] = 0.3 * next_.T
+    q[slow], k[slow] = 2.5 * token[: len(slow)], 2.5 * left[: len(slow)]
+    second.v_proj.weight[:width] = next_
+    second.o_proj.weight[:, :width] = next_.T
+
+    rows, columns = slice(None, width), slice(None)
+    for linear in (first.q_proj, first.k_proj, first.v_proj, second.q_proj, second.k_proj, second.v_proj):
+        _freeze(linear.weight, rows, columns)
+    _freeze(first.o_proj.weight, columns, rows)
+    _freeze(embedding, columns, slice(None, 1))
+
+
+def _freeze(parameter: Tensor, rows: slice, columns: slice) -> None:
+    """Keep a part of a matrix as it is: no gradient reaches it. (It needs an optimizer without weight decay.)"""
+    learn = torch.ones_like(parameter)
+    learn[rows, columns] = 0
+    parameter.register_hook(lambda gradient: gradient * learn)

@@ -42,12 +42,12 @@ class Muon(torch.optim.Optimizer):
     counts in one hour on two cores.
     """
 
-    def __init__(self, params: Sequence[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(self, params: Sequence[Tensor], lr: float, momentum: float = 0.95) -> None:
         shapes: dict[torch.Size, list[Tensor]] = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
         groups = [{"params": same} for same in shapes.values()]
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -61,7 +61,7 @@ class Muon(torch.optim.Optimizer):
             rows, columns = group["params"][0].shape
             updates = _orthogonal(torch.stack(ready)) * max(1.0, rows / columns) ** 0.5
             for p, update in zip(group["params"], updates, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                p.add_(update, alpha=-group["lr"])
 
 
 def _orthogonal(x: Tensor, steps: int = 5) -> Tensor:
@@ -154,9 +154,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     report = Report(args.save_minutes)
     tokenizer = train_tokenizer(documents(args.seed, 20000, ROOT), shape.vocab_size)
     write_tokenizer(tokenizer, args.out, shape.max_position_embeddings)
-    model = Model(shape)
+    with device:  # the masks of the planted heads live where the weights do
+        model = Model(shape)
     plant_induction(model, args.seed)
-    model.to(device)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     adam = torch.optim.AdamW(others, lr=args.lr / 6, betas=(0.9, 0.95), weight_decay=0.0)

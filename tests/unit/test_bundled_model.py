@@ -46,6 +46,21 @@ def test_planted_heads_repeat_what_they_saw(planted: Model) -> None:
     assert (chance == words[:, 1:]).float().mean() < 0.1
 
 
+def test_training_leaves_the_planted_attention_alone() -> None:
+    torch.manual_seed(1)
+    model = Model(Shape())
+    plant_induction(model)
+    ids = torch.randint(0, 4096, (2, 40))
+    torch.autograd.backward(model.loss(ids, torch.ones(2, 40))[0])
+    width = model.shape.head_dim
+    for layer in model.model.layers[:2]:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            assert not getattr(layer.self_attn, name).weight.grad[:width].any()
+    assert not model.model.embed_tokens.weight.grad[:, 0].any()
+    assert model.model.embed_tokens.weight.grad[:, 1:].any()
+    assert model.model.layers[1].self_attn.o_proj.weight.grad[:, :width].any()
+
+
 def test_loss_counts_only_weighted_places(planted: Model) -> None:
     ids = torch.randint(0, 4096, (2, 12))
     weights = torch.zeros(2, 12)
