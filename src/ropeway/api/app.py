@@ -83,7 +83,7 @@ async def _openapi(request: Request) -> Response:
 
 
 async def _docs(request: Request) -> Response:
-    text = docs.page(describe(request.app), api_of(request).service.model_name)
+    text = docs.page(describe(request.app), api_of(request).service.model_name, f"http://{request.url.netloc}")
     return HTMLResponse(text, headers={"content-security-policy": _PAGE_POLICY})
 
 

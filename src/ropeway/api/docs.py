@@ -60,14 +60,14 @@ def operation(answer: type | None, body: type | None = None, *, streams: bool = 
     return entry
 
 
-def page(spec: dict[str, Any], model: str) -> str:
+def page(spec: dict[str, Any], model: str, url: str) -> str:
     """The description as one HTML page."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>{escape(spec['info']['title'])} API</title><style>{_STYLE}</style>",
         f"<h1>{escape(spec['info']['title'])} <span class=dim>{escape(spec['info']['version'])}</span></h1>",
         f"<p>{escape(spec['info']['description'])} Machine-readable: <a href=openapi.json>openapi.json</a>.</p>",
-        f"<pre>{escape(_example(model))}</pre><h2>Endpoints</h2>",
+        f"<pre>{escape(_example(model, url))}</pre><h2>Endpoints</h2>",
     ]
     for path, methods in spec["paths"].items():
         for method, entry in methods.items():
@@ -78,9 +78,9 @@ def page(spec: dict[str, Any], model: str) -> str:
     return "".join(parts)
 
 
-def _example(model: str) -> str:
+def _example(model: str, url: str) -> str:
     return (
-        "curl -N http://localhost:8000/v1/chat/completions -H 'content-type: application/json' \\\n"
+        f"curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\\n"
         f'  -d \'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}\''
     )
 

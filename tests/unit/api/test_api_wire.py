@@ -183,7 +183,7 @@ def test_the_description_shows_every_field_that_is_read(spec: dict[str, Any]) ->
 
 
 def test_the_page_needs_nothing_from_elsewhere(spec: dict[str, Any]) -> None:
-    page = docs.page(spec, "<model>")
+    page = docs.page(spec, "<model>", "http://<host>:1")
     assert "<script" not in page
     assert "&lt;model&gt;" in page
     assert not re.findall(r"(?:src|href)=['\"]?(?:https?:)?//", page)
