@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import platform
@@ -24,7 +23,7 @@ from ropeway.runtime import cpu_info
 
 SOURCES = Path(__file__).parent / "cpu"
 COMPILERS = ("g++", "c++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi")
 TIMEOUT = 300.0
 
 
@@ -80,8 +79,9 @@ def build(name: str, environ: Mapping[str, str] = os.environ) -> Path:
     The name of its directory is a hash of everything that shapes it, so that a changed source is never mixed with an
     old library. Several processes may ask at once: one compiles, the others wait for it.
     """
+    if sys.platform == "win32":
+        raise KernelError("they are built on Linux and macOS only. Use WSL on Windows.")
     variant = VARIANTS[name]
-    sources = sorted(SOURCES.glob("*.cpp"))
     directory = cache_dir(environ) / _fingerprint(variant, environ)
     library = directory / f"{name}.so"
     try:
@@ -91,7 +91,7 @@ def build(name: str, environ: Mapping[str, str] = os.environ) -> Path:
             return library
         with _locked(directory / f"{name}.lock"):
             if not library.exists():
-                _compile(find_compiler(environ), variant, sources, library)
+                _compile(find_compiler(environ), variant, library)
     except OSError as error:
         raise KernelError(
             f"the kernel cache {directory} cannot be used: {error.strerror}. Set ROPEWAY_CACHE_DIR to a private, "
@@ -122,31 +122,48 @@ def _refuse_shared(directory: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    import fcntl
+
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
-def _compile(compiler: list[str], variant: Variant, sources: list[Path], library: Path) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=library.parent, suffix=".tmp")
-    os.close(descriptor)
-    command = [*compiler, *FLAGS, *variant.flags, *map(str, sources), "-o", temporary]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+def _compile(compiler: list[str], variant: Variant, library: Path) -> None:
+    """Each source by a compiler of its own, all at once; then link, and move the result into place in one step."""
+    command = [*compiler, *FLAGS, *variant.flags]
+    with tempfile.TemporaryDirectory(dir=library.parent) as name:
+        objects = {source: Path(name) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
+        compiles = [[*command, "-c", str(source), "-o", str(target)] for source, target in objects.items()]
+        linked = Path(name) / library.name
+        _run(compiles, library)
+        _run([[*command, "-shared", *map(str, objects.values()), "-o", str(linked)]], library)
+        os.replace(linked, library)
+
+
+def _run(commands: list[list[str]], library: Path) -> None:
+    """Run `commands` side by side. What they say is kept beside the library if one fails, which is a KernelError."""
+    log = library.with_suffix(".log")
+    with log.open("wb") as output:
+        started = [subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) for command in commands]
+        try:
+            end = time.monotonic() + TIMEOUT
+            failed = [c for c, p in zip(commands, started, strict=True) if p.wait(max(0.0, end - time.monotonic()))]
+        except subprocess.TimeoutExpired:
             raise KernelError(
-                f"{compiler[0]} failed on the {variant.name} kernels: {(lines or ['no message'])[0].strip()} "
-                "Run `python -m ropeway.runtime.kernels.build` for the whole output, or set CXX to another compiler."
-            )
-        os.chmod(temporary, 0o755)  # noqa: S103 - a library is read and run by its owner, in a private directory
-        os.replace(temporary, library)
-    except subprocess.TimeoutExpired:
+                f"{commands[0][0]} did not finish the {library.stem} kernels within {TIMEOUT:.0f} s. Try another CXX."
+            ) from None
+        finally:
+            for process in started:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+    if failed:
         raise KernelError(
-            f"{compiler[0]} did not finish within {TIMEOUT:.0f} s. Set CXX to another compiler."
-        ) from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+            f"{failed[0][0]} failed on the {library.stem} kernels; what it said is in {log}. "
+            "Set CXX to another compiler, or install g++ 9 or newer."
+        )
+    log.unlink()
 
 
 def main(arguments: list[str]) -> int:

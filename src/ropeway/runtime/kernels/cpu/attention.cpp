@@ -1,14 +1,14 @@
 // Paged attention: one kernel for decode and for chunked prefill, reading K and V where the cache holds them.
 //
-// A block of the cache holds, for each layer and KV head, K then V. K is transposed, [head_dim / STEP][block][STEP], and V
-// is [block / STEP][head_dim][STEP]: both products then run over whole vectors and no sum crosses the lanes. STEP is 2 for
-// bfloat16, so that a pair fits one lane of a dot-product instruction, and 1 for float32.
+// A block of the cache holds, for each layer and KV head, K then V. K is transposed, [head_dim / STEP][block][STEP],
+// and V is [block / STEP][head_dim][STEP]: both products then run over whole vectors and no sum crosses the lanes. STEP
+// is 2 for bfloat16, so that a pair fits one lane of a dot-product instruction, and 1 for float32.
 //
 // The query heads of a KV head and the tokens of a row are one list of queries, cut into tiles: grouped-query attention
-// needs no copy of K or V, and decode is a prefill of one token. Softmax is online (Milakov and Gimelshein 2018; Dao et al.
-// 2022) over chunks of 64 positions, restarted every SPLIT positions; the pieces are then merged in order (flash-decoding).
-// Whether pieces run on one thread or on several changes nothing in the arithmetic, and all cuts are at absolute
-// positions, so that a query's result depends on its position and its sequence alone.
+// needs no copy of K or V, and decode is a prefill of one token. Softmax is online (Milakov and Gimelshein 2018; Dao et
+// al. 2022) over chunks of 64 positions, restarted every SPLIT positions; the pieces are then merged in order
+// (flash-decoding). Whether pieces run on one thread or on several changes nothing in the arithmetic, and all cuts are
+// at absolute positions, so that a query's result depends on its position and its sequence alone.
 
 #include <omp.h>
 
@@ -18,47 +18,10 @@
 #include <new>
 #include <vector>
 
+#include "attention_work.h"
 #include "vec.h"
 
 namespace ropeway {
-
-constexpr int CHUNK = 64;        // positions of one softmax update
-constexpr int SPLIT = 512;       // positions of one independent piece
-constexpr int TILE = 48;         // queries of one work item
-constexpr int MAX_DIM = 256;     // largest head_dim
-constexpr float FLOOR = -1e30f;  // below every score: a maximum that nothing has been compared with yet
-
-}  // namespace ropeway
-
-// Mirrored field by field in runtime/kernels/library.py.
-struct AttentionStep {
-    int64_t rows, tokens, heads, kv_heads, head_dim, block_size, layers, table_stride, threads;
-    const int32_t* cu_q;
-    const int32_t* starts;
-    const int32_t* tables;
-    const int32_t* slots;
-    double scale;
-};
-
-// One layer of one step. Strides are between tokens, in elements; `window` 0 means none.
-struct AttentionLayer {
-    const void* q;
-    const void* k;
-    const void* v;
-    void* kv;
-    void* out;
-    int64_t q_stride, k_stride, v_stride, layer, window;
-};
-
-namespace ropeway {
-
-// One piece of work: some queries of a row, for some neighbouring KV heads.
-struct Item {
-    int32_t row, kv_head, heads;  // heads [kv_head, kv_head + heads)
-    int32_t first, count;         // queries [first, first + count) of the row's list, for each head
-    int32_t piece;                // this piece only, or -1 for all of them in turn
-    int32_t slot, pieces;         // where partial results go, and how many pieces the tile has
-};
 
 // Running softmax of a tile: maxima (in powers of two), sums, and weighted sums of V.
 struct Softmax {
@@ -89,9 +52,9 @@ class Buffer {
 };
 
 template <class D>
-class Attention {
-    // `rows` queries: the list's from `query` on, the tile's from `first` on. Some of them see positions [from, to) of the
-    // chunk; `from` is where a block begins.
+class Attention : Work {
+    // `rows` queries: the list's from `query` on, the tile's from `first` on. Some of them see positions [from, to) of
+    // the chunk; `from` is where a block begins.
     struct Panel {
         int query, first, rows;
         int64_t from, to;
@@ -101,18 +64,14 @@ class Attention {
     using F = typename D::F;
     static constexpr int W = D::LANES, STEP = D::STEP, PER_LINE = 64 / (W * 4);  // vectors in a cache line
 
-    const AttentionStep& step_;
-    const AttentionLayer& layer_;
-    const int64_t group_, dim_, size_, head_elements_, block_elements_;
+    const int64_t dim_, size_, head_elements_, block_elements_;
     T* const kv_;
     const float log2_scale_;
     std::atomic<bool> damaged_{false};
 
    public:
     Attention(const AttentionStep& step, const AttentionLayer& layer)
-        : step_(step),
-          layer_(layer),
-          group_(step.heads / step.kv_heads),
+        : Work(step, layer),
           dim_(step.head_dim),
           size_(step.block_size),
           head_elements_(2 * step.head_dim * step.block_size),
@@ -154,53 +113,7 @@ class Attention {
     }
 
    private:
-    // ---- work
-
-    // Cut the rows into work items. With enough of them an item takes several KV heads, whose K and V lie side by side in
-    // each block: long reads are fast reads. With few, heads are divided first, then positions.
-    std::vector<Item> plan(int threads, int& slots) const {
-        const size_t enough = threads == 1 ? 1 : size_t(4 * threads);
-        std::vector<Item> items;
-        for (int64_t most = step_.kv_heads; most >= 1; most = most == 1 ? 0 : (most + 1) / 2) {
-            items.clear();
-            for (int64_t r = 0; r < step_.rows; ++r) add_tiles(r, most, items);
-            if (items.size() >= enough) return items;
-        }
-        std::vector<Item> split;
-        for (Item item : items) {
-            item.pieces = int32_t(last_piece(item) - first_piece(item) + 1);
-            for (int p = 0; p < item.pieces; ++p) {
-                item.piece = item.pieces == 1 ? -1 : p;
-                item.slot = item.pieces == 1 ? 0 : slots++;
-                split.push_back(item);
-            }
-        }
-        return split;
-    }
-
-    // The tiles of a row, those with the longest context first.
-    void add_tiles(int64_t row, int64_t most_heads, std::vector<Item>& items) const {
-        const int64_t queries = (step_.cu_q[row + 1] - step_.cu_q[row]) * group_;
-        const int64_t tiles = (queries + TILE - 1) / TILE;
-        const int64_t heads = std::max<int64_t>(1, std::min(most_heads, tiles == 1 ? TILE / queries : 1));
-        for (int64_t t = tiles - 1; t >= 0; --t) {
-            const int64_t first = queries * t / tiles, end = queries * (t + 1) / tiles;
-            for (int64_t h = 0; h < step_.kv_heads; h += heads) {
-                const int64_t n = std::min(heads, step_.kv_heads - h);
-                items.push_back({int32_t(row), int32_t(h), int32_t(n), int32_t(first), int32_t(end - first), -1, 0, 1});
-            }
-        }
-    }
-
-    int64_t position(const Item& item, int64_t query) const { return step_.starts[item.row] + query / group_; }
-
-    int64_t first_seen(const Item& item, int64_t query) const {
-        return layer_.window ? std::max<int64_t>(0, position(item, query) - layer_.window + 1) : 0;
-    }
-
-    int64_t first_piece(const Item& item) const { return first_seen(item, item.first) / SPLIT; }
-
-    int64_t last_piece(const Item& item) const { return position(item, item.first + item.count - 1) / SPLIT; }
+    // ---- the cache
 
     const T* block(const Item& item, int64_t position) {
         int64_t id = step_.tables[item.row * step_.table_stride + position / size_];
@@ -223,9 +136,9 @@ class Attention {
             }
             const T* k = static_cast<const T*>(layer_.k) + t * layer_.k_stride + h * dim_;
             const T* v = static_cast<const T*>(layer_.v) + t * layer_.v_stride + h * dim_;
-            T* to_k = kv_ + slot / size_ * block_elements_ + h * head_elements_ + offset * STEP;
-            T* to_v = kv_ + slot / size_ * block_elements_ + h * head_elements_ + dim_ * size_ + offset / STEP * dim_ * STEP +
-                      offset % STEP;
+            T* const to = kv_ + slot / size_ * block_elements_ + h * head_elements_;
+            T* const to_k = to + offset * STEP;
+            T* const to_v = to + dim_ * size_ + offset / STEP * dim_ * STEP + offset % STEP;
             for (int64_t d = 0; d < dim_; d += STEP) {
                 for (int s = 0; s < STEP; ++s) to_k[d * size_ + s] = k[d + s];
             }
@@ -320,9 +233,10 @@ class Attention {
         }
     }
 
-    // While a chunk is computed the processor is asked for what comes next, a line for a line read: scores() asks for the V
-    // that lies behind each K, and mix() for the K of `ahead`: the next head's, or, from here, the tile's next chunk, or the
-    // next work item. Left to the hardware alone, each block is a new page, and decode waits for every one of them.
+    // While a chunk is computed the processor is asked for what comes next, a line for a line read: scores() asks for
+    // the V that lies behind each K, and mix() for the K of `ahead`, in the order of addresses: the next head's, or,
+    // from here, the tile's next chunk's or the next work item's. Left to the hardware alone, each block is a new page,
+    // and decode waits for every one of them.
     void look_ahead(const Item& item, int64_t base, const Item& next, const T** following) {
         const bool more = base + CHUNK <= position(item, item.first + item.count - 1);
         const Item& from = more ? item : next;
@@ -391,12 +305,13 @@ class Attention {
             }
         }
         ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
-            ROPEWAY_UNROLL for (int v = 0; v < N; ++v) store<W>(s.scores + (m0 + m) * CHUNK + (vector + v) * W, acc[m][v]);
+            float* to = s.scores + (m0 + m) * CHUNK + vector * W;
+            ROPEWAY_UNROLL for (int v = 0; v < N; ++v) store<W>(to + v * W, acc[m][v]);
         }
     }
 
-    // Turn a query's scores into weights 2^(score - top), in place and in the form of operand A; unseen positions get 0.
-    // Returns by how much the sums so far must shrink.
+    // Turn a query's scores into weights 2^(score - top), in place and in the form of operand A; unseen positions get
+    // 0. Returns by how much the sums so far must shrink.
     ROPEWAY_INLINE float weigh(const Item& item, int query, int m, int64_t base, Panel p, Scratch& s, Softmax& x) {
         using I = typename Lanes<W>::I;
         const int first = int(p.from / W), end = int((p.to + W - 1) / W);
@@ -429,7 +344,8 @@ class Attention {
 
     // mixed[m] = mixed[m] * keep + sum over positions of weight * value, for R queries and all of head_dim.
     template <int R>
-    ROPEWAY_INLINE void mix(Panel p, const T* const* blocks, const T* const* ahead, const float* keep, Scratch& s, Softmax& x) {
+    ROPEWAY_INLINE void mix(Panel p, const T* const* blocks, const T* const* ahead, const float* keep, Scratch& s,
+                            Softmax& x) {
         constexpr int N = vectors_for<D>(R);
         int64_t d = 0;
         for (; d + N * W <= dim_; d += N * W) mix_columns<R, N>(p, blocks, ahead, d, keep, s, x);
@@ -467,10 +383,10 @@ class Attention {
                 add(p, t, std::true_type{});
             }
         }
-        // An odd end leaves half a pair that nobody has written: it may hold NaN, so it is cleared, not weighted with 0.
+        // An odd end leaves half a pair that nobody has written. It may hold NaN: it is cleared, not weighted with 0.
         if (to % STEP) {
-            const int64_t t = to / STEP;
-            add(blocks[(to - 1) / size_] + dim_ * size_ + d * STEP + t % (size_ / STEP) * dim_ * STEP, t, std::false_type{});
+            const T* const values = blocks[(to - 1) / size_] + dim_ * size_;
+            add(values + (to % size_ / STEP * dim_ + d) * STEP, to / STEP, std::false_type{});
         }
         ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
             ROPEWAY_UNROLL for (int v = 0; v < N; ++v) store<W>(out + m * dim_ + v * W, acc[m][v]);
@@ -493,8 +409,8 @@ int attention(const AttentionStep* step, const AttentionLayer* layer) {
 
 }  // namespace ropeway
 
-// Returns 0; 1 for a negative block id or slot where a valid one was needed (results are then meaningless); 2 for a shape
-// that is not supported; 3 when memory ran out.
+// Returns 0; 1 for a negative block id or slot where a valid one was needed (results are then meaningless); 2 for a
+// shape that is not supported; 3 when memory ran out.
 ROPEWAY_EXPORT int ropeway_attention_f32(const AttentionStep* step, const AttentionLayer* layer) {
     return ropeway::attention<float>(step, layer);
 }

@@ -1,5 +1,5 @@
-// y = x W^T + b with W packed once: panels of 16 output columns, in each the input dimension from first to last, one cache
-// line per step. One row of x then reads W as one long stream, and many rows reuse a panel from the cache.
+// y = x W^T + b with W packed once: panels of 16 output columns, in each the input dimension from first to last, one
+// cache line per step. One row of x then reads W as one long stream, and many rows reuse a panel from the cache.
 //
 // Every element of y is one running sum over the input dimension, so that a row's result does not depend on how many
 // rows come with it.
@@ -14,8 +14,8 @@
 
 namespace ropeway {
 
-constexpr int PANEL = 16;      // columns of a panel
-constexpr int BAND = 96;       // rows of x for which a panel is used before the next: what is left of it is still cached
+constexpr int PANEL = 16;        // columns of a panel
+constexpr int BAND = 96;         // rows of x that use a panel while it is cached, before the next panel
 constexpr int64_t AHEAD = 2048;  // bytes of W asked for before they are needed
 
 template <class D>
@@ -94,14 +94,18 @@ class Linear {
     }
 
     ROPEWAY_INLINE void finish(int64_t row, int64_t column, F sum) {
-        T* to = y_ + row * columns_ + column;
         if (column + W <= columns_) {
             if (bias_) sum += load<W>(bias_ + column);
-            store<W>(to, sum);
-            return;
+            store<W>(y_ + row * columns_ + column, sum);
+        } else {
+            finish_part(row, column, sum);
         }
+    }
+
+    // The last panel may be wider than what is left of the row.
+    __attribute__((noinline)) void finish_part(int64_t row, int64_t column, const F& sum) {
         for (int64_t c = column; c < columns_; ++c) {
-            to[c - column] = from_float<T>(sum[c - column] + (bias_ ? to_float(bias_[c]) : 0.0f));
+            y_[row * columns_ + c] = from_float<T>(sum[c - column] + (bias_ ? to_float(bias_[c]) : 0.0f));
         }
     }
 };

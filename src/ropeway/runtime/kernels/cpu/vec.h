@@ -197,6 +197,12 @@ constexpr float LOG2_E = 1.44269504088896341f;
 // STEP terms of the reduced dimension sit side by side in each lane of B: one float32, or two bfloat16. The other
 // operand A is the same for all lanes. `widen` turns stored elements into A; a row of A takes A_BYTES per term.
 
+// Rows of A that one pass over B can serve: 8 with the 32 registers of AVX-512, `few` with the 16 of AVX2. Shapes
+// that AVX-512 computes in half vectors are rare and make do with 4, which keeps the compilation short.
+constexpr int rows_for(int lanes, int few) {
+    return lanes == 16 ? 8 : (ROPEWAY_LANES == 16 ? 4 : few);
+}
+
 template <int W>
 struct DotF32 {
     using T = float;
@@ -204,7 +210,7 @@ struct DotF32 {
     using B = F;
     using A = float;
     static constexpr int LANES = W, STEP = 1, A_BYTES = 4;
-    static constexpr int MAX_ROWS = W == ROPEWAY_LANES && W == 16 ? 8 : 6;
+    static constexpr int MAX_ROWS = rows_for(W, 6);
     static ROPEWAY_INLINE B load_b(const T* p) { return load_as<F>(p); }
     static ROPEWAY_INLINE A load_a(const char* row, int64_t i) { return load_as<float>(row + 4 * i); }
     static ROPEWAY_INLINE void step(F& acc, B b, A a) { acc += b * a; }
@@ -225,7 +231,7 @@ struct DotBf16Wide {
         float first, second;
     };
     static constexpr int LANES = W, STEP = 2, A_BYTES = 4;
-    static constexpr int MAX_ROWS = W == ROPEWAY_LANES && W == 16 ? 8 : 4;
+    static constexpr int MAX_ROWS = rows_for(W, 4);
     static ROPEWAY_INLINE B load_b(const T* p) {
         const U u = load_as<U>(p);
         return B{bits_as<F>(U(u << 16)), bits_as<F>(U(u & 0xffff0000u))};
@@ -249,7 +255,7 @@ struct DotBf16Pair {
     using U = typename Lanes<W>::U;
     using B = U;
     using A = uint32_t;
-    static constexpr int LANES = W, STEP = 2, A_BYTES = 2, MAX_ROWS = 8;
+    static constexpr int LANES = W, STEP = 2, A_BYTES = 2, MAX_ROWS = rows_for(W, 4);
     static ROPEWAY_INLINE B load_b(const T* p) { return load_as<U>(p); }
     static ROPEWAY_INLINE A load_a(const char* row, int64_t i) { return load_as<uint32_t>(row + 4 * i); }
     static ROPEWAY_INLINE void step(F& acc, B b, A a) {
