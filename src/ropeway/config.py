@@ -69,7 +69,7 @@ class EngineConfig:
         "continuous", "Scheduling", "'static' admits only when the running batch is empty: the baseline."
     )
     scheduling_policy: Literal["fcfs", "priority"] = _option(
-        "fcfs", "Scheduling", "Who boards next: by arrival, or by the request's priority (lower first)."
+        "priority", "Scheduling", "Who boards next: lower priority numbers first and equals by arrival, or 'fcfs'."
     )
     promote_after: float = _option(
         30.0, "Scheduling", "Seconds of waiting that lift a request by one class, so that none starves.", low=0.001
