@@ -62,6 +62,7 @@ class Attention : Work {
 
     using T = typename D::T;
     using F = typename D::F;
+    static constexpr int64_t WORTH_THREADS = 1 << 18;  // multiply-adds: some ten microseconds
     static constexpr int W = D::LANES, STEP = D::STEP, PER_LINE = 64 / (W * 4);  // vectors in a cache line
 
     const int64_t dim_, size_, head_elements_, block_elements_;
@@ -90,7 +91,7 @@ class Attention : Work {
         Softmax* const partial = partials.at_least(size_t(slots));
         std::vector<std::atomic<int>> done(items.size());
         std::atomic<size_t> next{0};
-        const bool alone = threads == 1 || (items.size() == 1);
+        const bool alone = threads == 1 || items.size() == 1 || work() < WORTH_THREADS;
 #pragma omp parallel num_threads(threads) if (!alone)
         {
             write_kv();
@@ -113,6 +114,16 @@ class Attention : Work {
     }
 
    private:
+    // Multiply-adds of the step, roughly.
+    int64_t work() const {
+        int64_t pairs = 0;
+        for (int64_t r = 0; r < step_.rows; ++r) {
+            const int64_t count = step_.cu_q[r + 1] - step_.cu_q[r], length = step_.starts[r] + count;
+            pairs += count * (layer_.window ? std::min(length, layer_.window) : length);
+        }
+        return pairs * step_.heads * dim_ * 2;
+    }
+
     // ---- the cache
 
     const T* block(const Item& item, int64_t position) {

@@ -16,6 +16,7 @@ namespace ropeway {
 
 constexpr int PANEL = 16;        // columns of a panel
 constexpr int BAND = 96;         // rows of x that use a panel while it is cached, before the next panel
+constexpr int64_t WORTH_THREADS = 1 << 19;  // elements of W plus a share of the sums: some ten microseconds
 constexpr int64_t AHEAD = 2048;  // bytes of W asked for before they are needed
 
 template <class D>
@@ -45,8 +46,9 @@ class Linear {
         const int64_t panels = (columns_ + PANEL - 1) / PANEL, bands = (rows_ + BAND - 1) / BAND;
         const int64_t several = rows_ == 1 && panels % 2 == 0 ? 2 : 1;
         const int64_t items = panels / several * bands;
+        const int64_t work = columns_ * steps_ * STEP * (rows_ + 4);
         const int chunk = int(std::max<int64_t>(1, items / (threads * 8)));
-#pragma omp parallel for num_threads(int(threads)) schedule(dynamic, chunk) if (threads > 1)
+#pragma omp parallel for num_threads(int(threads)) schedule(dynamic, chunk) if (threads > 1 && work > WORTH_THREADS)
         for (int64_t i = 0; i < items; ++i) {
             const int64_t panel = i / bands * several, begin = i % bands * BAND, end = std::min(rows_, begin + BAND);
             if (several == 2) {
