@@ -46,9 +46,7 @@ def main() -> None:
         raise SystemExit(f"There are no native kernels here: {library}")
     buffer = torch.ones(1 << 25, dtype=torch.int32)
     print(f"{library.variant}, {torch.get_num_threads()} threads, {options.dtype}")
-    print(
-        f"{'out x in':>12} {'rows':>5} {'native us':>10} {'GB/s':>6} {'of read':>8} {'GFLOP/s':>8} {'oneDNN':>8} {'torch':>8}"
-    )
+    print("    out x in  rows  native us   GB/s  of read  GFLOP/s   oneDNN    torch")
     for columns, depth in SHAPES:
         size = columns * depth * dtype.itemsize
         weights = [torch.randn(columns, depth).to(dtype) for _ in range(max(2, int(80e6 / size)))]
