@@ -8,8 +8,8 @@ from ropeway.errors import ModelError
 
 BUNDLED = Path(__file__).parent / "bundled"
 _SETTINGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
-_TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.*",
-         "additional_chat_templates/*")  # fmt: skip
+_TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+         "chat_template.json", "additional_chat_templates/*.jinja")  # fmt: skip
 # Not every safetensors file: some repositories hold a second copy of all weights in another layout.
 _WEIGHTS = ("model*.safetensors",)
 

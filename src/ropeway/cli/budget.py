@@ -13,6 +13,7 @@ from ropeway.config import EngineConfig
 from ropeway.errors import ConfigError, MemoryBudgetError
 from ropeway.modelspec import ModelSpec
 from ropeway.runtime import cpu_info
+from ropeway.runtime.kernels import build
 from ropeway.runtime.memory import GIB, Budget, MemoryState, cpu_memory, gib, plan_budget, workspace_bytes
 
 DEVICES = {
@@ -75,7 +76,8 @@ def resolve_dtype(config: EngineConfig, spec: ModelSpec, kind: str) -> str:
         return config.dtype
     if kind == "cuda" or spec.dtype == "float32":
         return spec.dtype
-    return "bfloat16" if cpu_info.detect().native_bf16 else "float32"
+    cpu = cpu_info.detect()
+    return "bfloat16" if cpu.native_bf16 or build.obtainable(cpu.isa) else "float32"
 
 
 def sequence_lengths(limit: int) -> list[int]:

@@ -61,7 +61,7 @@ def check_torch() -> Check:
 
 def check_cpu(cpu: cpu_info.CpuInfo | None = None) -> Check:
     cpu = cpu or cpu_info.detect()
-    bf16 = "native bfloat16" if cpu.native_bf16 else "no native bfloat16, so models run in float32"
+    bf16 = "native bfloat16" if cpu.native_bf16 else "no native bfloat16"
     found = f"{cpu.model}, {cpu.cores} core{'s' if cpu.cores > 1 else ''}, {cpu.isa}, {bf16}"
     if cpu.isa == "generic":
         return Check("CPU", found, False, "It has no AVX2: everything works, but slowly.")

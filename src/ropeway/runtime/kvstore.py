@@ -22,8 +22,12 @@ class KVStore:
         shape = (num_blocks, layers, *block_shape)
         self.bytes = prod(shape) * dtype.itemsize
         if device.type == "cpu":
-            # Anonymous memory is zero, page-aligned, and costs nothing before it is touched.
-            self.data: Tensor = torch.frombuffer(mmap.mmap(-1, self.bytes), dtype=dtype).view(shape)
+            # Anonymous memory is zero, page-aligned, and costs nothing before it is touched. A block is read whole, and
+            # blocks lie anywhere: huge pages spare most of the address translation.
+            memory = mmap.mmap(-1, self.bytes)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self.data: Tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
         else:
             self.data = torch.zeros(shape, dtype=dtype, device=device)
 

@@ -15,6 +15,7 @@ from ropeway.modelspec import ModelSpec, load_spec
 from ropeway.runtime.attention.backend import AttentionSpec
 from ropeway.runtime.attention.select import select
 from ropeway.runtime.cpu_info import detect
+from ropeway.runtime.kernels.library import load
 from ropeway.runtime.kernels.ops import select_ops
 from ropeway.runtime.kvstore import KVStore
 from ropeway.runtime.layers.linear import describe_linear
@@ -133,7 +134,10 @@ def choose_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) ->
         native, reason = torch.cuda.is_bf16_supported(), "this GPU"
         fallback = torch.float16
     else:
-        native, reason = detect().native_bf16, "this CPU (neither AVX512_BF16 nor AMX)"
+        # Without such instructions the native kernels widen bfloat16 as they read it: half the memory to read, which
+        # is what decoding waits for.
+        native = detect().native_bf16 or not isinstance(load(), str)
+        reason = "this CPU (neither AVX512_BF16 nor AMX), and there are no native kernels to widen it"
         fallback = torch.float32
     if native:
         how = "the checkpoint's" if spec.dtype == "bfloat16" else f"the checkpoint's {spec.dtype} is not for CPUs"

@@ -109,8 +109,6 @@ def plan_budget(config: EngineConfig, spec: ModelSpec, dtype: str, device: str, 
     """Divide `memory` before anything is loaded. Raises MemoryBudgetError with the numbers and a value that would work,
     or ConfigError for a length beyond the model."""
     weights = spec.weight_bytes(dtype)
-    if spec.tied and device == "cpu":
-        weights += spec.vocab * spec.hidden * DTYPE_BYTES[dtype]  # looked up by row, and packed for the output product
     workspace = workspace_bytes(config, spec, dtype)
     room = memory.free - weights - workspace
     if room <= 0:

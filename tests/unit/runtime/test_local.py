@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,22 @@ def test_dtype_on_a_cpu(
 ) -> None:
     flags = frozenset({"avx512_bf16"} if native else {"avx2"})
     monkeypatch.setattr(local, "detect", lambda: CpuInfo("", flags, 1))
+    monkeypatch.setattr(local, "load", lambda: "there is no compiler")
     spec: ModelSpec = load_spec(checkpoint("llama"))
     changed = ModelSpec(**{**{f: getattr(spec, f) for f in spec.__dataclass_fields__}, "dtype": stored})
     found, note = choose_dtype(EngineConfig(dtype=wanted), changed, torch.device("cpu"))
     assert found == expected
     assert str(found).removeprefix("torch.") in note
+
+
+@pytest.mark.parametrize(("stored", "expected"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_native_kernels_read_bfloat16_on_any_cpu(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, stored: str, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(local, "detect", lambda: CpuInfo("", frozenset({"avx2"}), 1))
+    monkeypatch.setattr(local, "load", object)
+    spec = dataclasses.replace(load_spec(checkpoint("llama")), dtype=stored)
+    assert choose_dtype(EngineConfig(), spec, torch.device("cpu"))[0] == expected
 
 
 @pytest.mark.parametrize(

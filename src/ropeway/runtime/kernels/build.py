@@ -100,6 +100,19 @@ def build(name: str, environ: Mapping[str, str] = os.environ) -> Path:
     return library
 
 
+def obtainable(name: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether variant `name` is in the cache or there is a compiler to build it. Compiles nothing."""
+    if sys.platform == "win32":
+        return False
+    if (cache_dir(environ) / _fingerprint(VARIANTS[name], environ) / f"{name}.so").exists():
+        return True
+    try:
+        find_compiler(environ)
+    except KernelError:
+        return False
+    return True
+
+
 def _fingerprint(variant: Variant, environ: Mapping[str, str]) -> str:
     digest = hashlib.blake2b(digest_size=12)
     context = (variant.name, *variant.flags, *FLAGS, environ.get("CXX", ""), platform.machine(), *platform.libc_ver())

@@ -6,6 +6,7 @@ the KV store, and returns logits for the rows that want them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,22 +49,24 @@ class Llama:
     ) -> None:
         self.spec, self.weights, self.backend, self.ops, self.device = spec, weights, backend, ops, device
         embedding = weights.take("model.embed_tokens.weight", (spec.vocab, spec.hidden)).to(device)
-        self.embedding = Embedding(embedding)
         self.rotary = rotary_tables(spec.rope, spec.head_dim, spec.max_position, max_model_len, device)
         self.layers = [self.build_layer(f"model.layers.{i}.", i) for i in range(spec.layers)]
         self.norm = self.build_norm("model.norm.weight")
         if spec.tied:
-            self.head = PackedLinear(embedding, None, device)
+            # One copy serves both: the embedding reads the head's packed weight by row.
+            self.head = PackedLinear(embedding, None, device, lookup=True)
+            self.embed: Callable[[Tensor], Tensor] = self.head.rows
             weights.ignore(["lm_head.weight"])
         else:
             self.head = self.build_linear("", ["lm_head"], [spec.vocab], spec.hidden, bias=False)
+            self.embed = Embedding(embedding)
         weights.finish()
         del self.weights
 
     def forward(self, inputs: BatchInputs, kv: Tensor) -> Tensor:
         """Compute the step's tokens, write their K and V to `kv`, and return logits (E, vocab) float32."""
         meta = self.backend.prepare(inputs)
-        residual = self.embedding(inputs.token_ids)
+        residual = self.embed(inputs.token_ids)
         x = self.layers[0].input_norm(residual)
         for number, layer in enumerate(self.layers):
             if number:
