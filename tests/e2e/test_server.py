@@ -35,10 +35,11 @@ def ask(question: str) -> list[dict[str, str]]:
 
 
 async def test_it_answers_a_question_and_ends_by_itself(client: openai.AsyncOpenAI, model: str) -> None:
-    answer = await client.chat.completions.create(model=model, messages=ask("What is 3 + 4?"), temperature=0)
+    question = ask("What is continuous batching?")
+    answer = await client.chat.completions.create(model=model, messages=question, temperature=0)
     choice = answer.choices[0]
     assert choice.finish_reason == "stop"
-    assert "7" in (choice.message.content or "")
+    assert "batch" in (choice.message.content or "")
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
