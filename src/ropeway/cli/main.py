@@ -29,9 +29,6 @@ for verb in (serve, chat, complete, bench, plan, doctor, version):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; ends by SystemExit."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Must be set before torch loads its OpenMP, here or in the engine process, which inherits it. Threads that spin
-    # at the end of every parallel region take the cores from whatever else runs: a step became 8 times longer.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         asked = next((a.removeprefix("--help=") for a in arguments if a.startswith("--help=")), None)
         if asked is not None:
