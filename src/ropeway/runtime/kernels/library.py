@@ -17,23 +17,34 @@ logger = logging.getLogger(__name__)
 
 
 class AttentionStep(ctypes.Structure):
-    """What all layers of a step share; mirrors the struct of this name in cpu/attention.cpp."""
+    """What all layers of a step share; mirrors the struct of this name in cpu/attention.h."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("rows", "tokens", "heads", "kv_heads", "head_dim", "block_size", "layers")),
-        ("table_stride", c_int64),
-        ("threads", c_int64),
+        *((name, c_int64) for name in ("type", "rows", "tokens", "heads", "kv_heads", "head_dim", "block_size")),
+        *((name, c_int64) for name in ("layers", "table_stride", "threads")),
         *((name, c_void_p) for name in ("cu_q", "starts", "tables", "slots")),
         ("scale", c_double),
     )
 
 
 class AttentionLayer(ctypes.Structure):
-    """One layer of one step; mirrors the struct of this name in cpu/attention.cpp."""
+    """One layer of one step; mirrors the struct of this name in cpu/attention.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("q", "k", "v", "kv", "out")),
         *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "layer", "window")),
+    )
+
+
+class LinearWeight(ctypes.Structure):
+    """A packed weight of a linear layer; mirrors the struct of this name in cpu/linear.h.
+
+    It holds addresses only: whoever makes one keeps the memory alive.
+    """
+
+    _fields_ = (
+        *((name, c_int64) for name in ("type", "format", "columns", "depth", "group")),
+        *((name, c_void_p) for name in ("packed", "bias")),
     )
 
 
@@ -54,23 +65,20 @@ class NativeLibrary:
             raise KernelError(f"the compiled kernels cannot be loaded: {error}. Delete {path} to rebuild.") from None
         self.threads = torch.get_num_threads()
         i, p, d = c_int64, c_void_p, c_double
-        self.attention = {
-            torch.float32: self._bind("ropeway_attention_f32", [p, p]),
-            torch.bfloat16: self._bind("ropeway_attention_bf16", [p, p]),
-        }
-
+        self.attention = self._bind("ropeway_attention", [p, p])
         self.rms_norm = self._bind("ropeway_rms_norm", [i, p, p, p, i, i, i, i, i, d, i])
         self.add_rms_norm = self._bind("ropeway_add_rms_norm", [i, p, p, p, p, i, i, d, i])
         self.rotary = self._bind("ropeway_rotary", [i, p, p, p, p, p, i, i, i, i, i, i, i, i])
         self.silu_mul = self._bind("ropeway_silu_mul", [i, p, p, i, i, i])
         self.argmax = self._bind("ropeway_argmax", [p, p, p, i, i, i])
-        self.pack = self._bind("ropeway_pack", [i, p, p, i, i, i])
-        self.unpack = self._bind("ropeway_unpack", [i, p, p, p, i, i, i])
-        self.linear = self._bind("ropeway_linear", [i, p, p, p, p, i, i, i, i])
-        self.packed_size = self._bind("ropeway_packed_size", [i, i, i])
-        self.packed_size.restype = c_int64
         self.read = self._bind("ropeway_read", [p, i, i])
         self.read.restype = ctypes.c_uint64
+
+        self.packed_bytes = self._bind("ropeway_packed_bytes", [p])
+        self.packed_bytes.restype = c_int64
+        self.pack = self._bind("ropeway_pack", [p, p, p, i])
+        self.unpack = self._bind("ropeway_unpack", [p, p, p, i, i])
+        self.linear = self._bind("ropeway_linear", [p, p, p, i, i])
 
     def refresh(self) -> int:
         """Take over torch's number of threads, and return it."""

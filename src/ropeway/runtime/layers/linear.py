@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import mmap
 import time
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from ropeway.errors import KernelError
 from ropeway.runtime import cpu_info
-from ropeway.runtime.kernels.library import NativeLibrary, load
+from ropeway.runtime.kernels.library import LinearWeight, NativeLibrary, load
 
 HUGE_PAGE = 2 << 20
 CLEARLY = 1.5
@@ -62,52 +63,38 @@ class OneDnnProduct:
 
 
 class NativeProduct:
-    """Ropeway's own kernel (see kernels/cpu/linear.cpp): float32, or bfloat16 summed in float32 on any processor."""
+    """Ropeway's own kernel (see kernels/cpu/linear.cpp): float32, or bfloat16 summed in float32 on any processor.
+
+    `weight` describes the packed weight to C++ code, which may use it for as long as this product lives.
+    """
 
     def __init__(self, library: NativeLibrary, weight: Tensor, bias: Tensor | None) -> None:
         self._library = library
-        self._kind = {torch.float32: 0, torch.bfloat16: 1}[weight.dtype]
-        self._columns, self._depth = weight.shape
         self._dtype = weight.dtype
-        self._bias = bias
-        self._packed = _huge_pages(library.packed_size(self._kind, self._columns, self._depth), weight.dtype)
+        columns, depth = weight.shape
+        form = LinearWeight(type={torch.float32: 0, torch.bfloat16: 1}[weight.dtype], columns=columns, depth=depth)
+        self._packed = _huge_pages(library.packed_bytes(ctypes.byref(form)))
         plain = weight.contiguous()
-        library.pack(
-            self._kind, plain.data_ptr(), self._packed.data_ptr(), self._columns, self._depth, library.refresh()
-        )
-        self._address = self._packed.data_ptr()
-        self._bias_address = None if bias is None else bias.data_ptr()
+        library.pack(ctypes.byref(form), plain.data_ptr(), self._packed.data_ptr(), library.refresh())
+        self._bias = None if bias is None else bias.contiguous()
+        form.packed = self._packed.data_ptr()
+        form.bias = None if self._bias is None else self._bias.data_ptr()
+        self.weight = form
+        self._reference = ctypes.byref(form)
+        self._columns, self._depth = columns, depth
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         count = x.shape[0]
         y = torch.empty((count, self._columns), dtype=self._dtype)
-        status = self._library.linear(
-            self._kind,
-            x.data_ptr(),
-            self._address,
-            self._bias_address,
-            y.data_ptr(),
-            count,
-            self._columns,
-            self._depth,
-            self._library.threads,
-        )
-        if status:
+        if self._library.linear(self._reference, x.data_ptr(), y.data_ptr(), count, self._library.threads):
             raise KernelError(f"A linear layer of {count} rows ran out of memory. Lower --max-num-batched-tokens.")
         return y
 
     def rows(self, ids: Tensor) -> Tensor:
-        out = torch.empty((ids.shape[0], self._depth), dtype=self._dtype)
-        self._library.unpack(
-            self._kind,
-            self._address,
-            ids.data_ptr(),
-            out.data_ptr(),
-            ids.shape[0],
-            self._depth,
-            self._library.threads,
-        )
+        count = ids.shape[0]
+        out = torch.empty((count, self._depth), dtype=self._dtype)
+        self._library.unpack(self._reference, ids.data_ptr(), out.data_ptr(), count, self._library.threads)
         return out
 
 
@@ -242,12 +229,11 @@ def _pick(names: list[str], seconds: dict[str, float], reasons: list[str]) -> st
     return chosen
 
 
-def _huge_pages(elements: int, dtype: torch.dtype) -> Tensor:
-    """Memory for a packed weight. Large ones ask for huge pages: reading them is a fifth to a quarter faster where the
-    kernel grants them, since a stream over 4 KiB pages waits for address translation."""
-    size = elements * dtype.itemsize
+def _huge_pages(size: int) -> Tensor:
+    """`size` bytes for a packed weight. Large ones ask for huge pages: reading them is a fifth to a quarter faster
+    where the kernel grants them, since a stream over 4 KiB pages waits for address translation."""
     if size < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(elements, dtype=dtype)
+        return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=elements)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size)

@@ -10,6 +10,7 @@
 #include <memory>
 #include <new>
 
+#include "linear.h"
 #include "vec.h"
 
 namespace ropeway {
@@ -139,15 +140,23 @@ const char* as_operand(const typename D::T* x, int64_t rows, int64_t depth, int6
 }
 
 template <class T>
-int linear(const T* x, const T* packed, const T* bias, T* y, int64_t rows, int64_t columns, int64_t depth,
-           int64_t threads) {
+void plain_linear(const LinearWeight& w, const T* x, T* y, int64_t rows, int64_t threads) {
     using D = LinearDot<T>;
+    const char* a = as_operand<D>(x, rows, w.depth, threads);
+    const auto packed = static_cast<const T*>(w.packed), bias = static_cast<const T*>(w.bias);
+    Linear<D>(a, packed, bias, y, rows, w.columns, w.depth).run(threads);
+}
+
+int linear(const LinearWeight& weight, const void* x, void* y, int64_t rows, int64_t threads) {
     try {
-        Linear<D>(as_operand<D>(x, rows, depth, threads), packed, bias, y, rows, columns, depth).run(threads);
+        return with_type(weight.type, [&](auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            plain_linear(weight, static_cast<const T*>(x), static_cast<T*>(y), rows, threads);
+            return 0;
+        });
     } catch (const std::bad_alloc&) {
         return 3;
     }
-    return 0;
 }
 
 // [columns][depth] to [panel][depth / STEP][16][STEP], zeros where the panel or the pair is incomplete.
@@ -185,36 +194,33 @@ int unpack(const T* packed, const int64_t* ids, T* out, int64_t count, int64_t d
 
 }  // namespace ropeway
 
-// `type` is 0 for float32 and 1 for bfloat16. All return 0, or 3 when memory ran out.
-
-// Elements that the packed form of a (columns, depth) weight takes.
-ROPEWAY_EXPORT int64_t ropeway_packed_size(int64_t type, int64_t columns, int64_t depth) {
-    const int64_t step = type == 0 ? 1 : 2;
-    return (columns + ropeway::PANEL - 1) / ropeway::PANEL * ropeway::PANEL * ((depth + step - 1) / step * step);
+// Bytes that `weight` takes once packed.
+ROPEWAY_EXPORT int64_t ropeway_packed_bytes(const LinearWeight* weight) {
+    const int64_t step = weight->type == 0 ? 1 : 2, size = weight->type == 0 ? 4 : 2;
+    const int64_t padded = (weight->columns + ropeway::PANEL - 1) / ropeway::PANEL * ropeway::PANEL;
+    return padded * ((weight->depth + step - 1) / step * step) * size;
 }
 
-ROPEWAY_EXPORT int ropeway_pack(int64_t type, const void* weight, void* packed, int64_t columns, int64_t depth,
-                                int64_t threads) {
-    return ropeway::with_type(type, [&](auto* t) {
+// Plain `values` (columns, depth) into `packed`. `weight` says what it will be; its own `packed` is not read.
+ROPEWAY_EXPORT int ropeway_pack(const LinearWeight* weight, const void* values, void* packed, int64_t threads) {
+    return ropeway::with_type(weight->type, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        return ropeway::pack(static_cast<const T*>(weight), static_cast<T*>(packed), columns, depth, threads);
+        return ropeway::pack(static_cast<const T*>(values), static_cast<T*>(packed), weight->columns, weight->depth,
+                             threads);
     });
 }
 
-ROPEWAY_EXPORT int ropeway_unpack(int64_t type, const void* packed, const int64_t* ids, void* out, int64_t count,
-                                  int64_t depth, int64_t threads) {
-    return ropeway::with_type(type, [&](auto* t) {
+// Rows `ids` of the plain weight to `out` (count, depth), of the weight's type.
+ROPEWAY_EXPORT int ropeway_unpack(const LinearWeight* weight, const int64_t* ids, void* out, int64_t count,
+                                  int64_t threads) {
+    return ropeway::with_type(weight->type, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        return ropeway::unpack(static_cast<const T*>(packed), ids, static_cast<T*>(out), count, depth, threads);
+        return ropeway::unpack(static_cast<const T*>(weight->packed), ids, static_cast<T*>(out), count, weight->depth,
+                               threads);
     });
 }
 
-// `bias` may be null.
-ROPEWAY_EXPORT int ropeway_linear(int64_t type, const void* x, const void* packed, const void* bias, void* y,
-                                  int64_t rows, int64_t columns, int64_t depth, int64_t threads) {
-    return ropeway::with_type(type, [&](auto* t) {
-        using T = std::remove_pointer_t<decltype(t)>;
-        return ropeway::linear(static_cast<const T*>(x), static_cast<const T*>(packed), static_cast<const T*>(bias),
-                               static_cast<T*>(y), rows, columns, depth, threads);
-    });
+// See linear.h.
+ROPEWAY_EXPORT int ropeway_linear(const LinearWeight* weight, const void* x, void* y, int64_t rows, int64_t threads) {
+    return ropeway::linear(*weight, x, y, rows, threads);
 }
