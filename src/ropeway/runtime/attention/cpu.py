@@ -15,6 +15,7 @@ from ropeway.runtime.kernels.library import AttentionLayer, AttentionStep, Nativ
 
 MAX_HEAD_DIM = 256
 BLOCK_SIZES = (8, 16, 32, 64)
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,13 @@ class CpuBackend:
         self.spec = spec
         self.device = device
         self.library = loaded
-        self._kernel = loaded.attention[spec.dtype]
+        self._kernel = loaded.attention
 
     @classmethod
     def supports(cls, spec: AttentionSpec, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device.type}"
-        if spec.dtype not in (torch.float32, torch.bfloat16):
+        if spec.dtype not in _TYPES:
             return f"it computes float32 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}"
         if spec.head_dim % 8 or not 8 <= spec.head_dim <= MAX_HEAD_DIM:
             return f"head_dim is {spec.head_dim}; it needs a multiple of 8 up to {MAX_HEAD_DIM}"
@@ -66,6 +67,7 @@ class CpuBackend:
     def prepare(self, inputs: BatchInputs) -> CpuMeta:
         spec = self.spec
         step = AttentionStep(
+            type=_TYPES[spec.dtype],
             rows=inputs.num_rows,
             tokens=inputs.num_tokens,
             heads=spec.heads,

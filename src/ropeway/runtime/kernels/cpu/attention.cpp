@@ -406,26 +406,21 @@ class Attention : Work {
 };
 
 template <class T>
-int attention(const AttentionStep* step, const AttentionLayer* layer) {
-    if (step->head_dim > MAX_DIM || step->head_dim % 8 || step->block_size % 8 || CHUNK % step->block_size) return 2;
-    try {
-        if (ROPEWAY_LANES == 16 && step->head_dim % 16 == 0 && step->block_size % 16 == 0) {
-            return Attention<typename DotOf<T, ROPEWAY_LANES>::type>(*step, *layer).run();
-        }
-        return Attention<typename DotOf<T, 8>::type>(*step, *layer).run();
-    } catch (const std::bad_alloc&) {
-        return 3;
+int attention(const AttentionStep& step, const AttentionLayer& layer) {
+    if (ROPEWAY_LANES == 16 && step.head_dim % 16 == 0 && step.block_size % 16 == 0) {
+        return Attention<typename DotOf<T, ROPEWAY_LANES>::type>(step, layer).run();
     }
+    return Attention<typename DotOf<T, 8>::type>(step, layer).run();
 }
 
 }  // namespace ropeway
 
-// Returns 0; 1 for a negative block id or slot where a valid one was needed (results are then meaningless); 2 for a
-// shape that is not supported; 3 when memory ran out.
-ROPEWAY_EXPORT int ropeway_attention_f32(const AttentionStep* step, const AttentionLayer* layer) {
-    return ropeway::attention<float>(step, layer);
-}
-
-ROPEWAY_EXPORT int ropeway_attention_bf16(const AttentionStep* step, const AttentionLayer* layer) {
-    return ropeway::attention<ropeway::bf16>(step, layer);
+int ropeway_attention(const AttentionStep* step, const AttentionLayer* layer) {
+    using namespace ropeway;
+    if (step->head_dim > MAX_DIM || step->head_dim % 8 || step->block_size % 8 || CHUNK % step->block_size) return 2;
+    try {
+        return step->type == 0 ? attention<float>(*step, *layer) : attention<bf16>(*step, *layer);
+    } catch (const std::bad_alloc&) {
+        return 3;
+    }
 }

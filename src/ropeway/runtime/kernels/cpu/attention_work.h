@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "attention.h"
+
 namespace ropeway {
 
 constexpr int CHUNK = 64;        // positions of one softmax update
@@ -12,30 +14,6 @@ constexpr int SPLIT = 512;       // positions of one independent piece
 constexpr int TILE = 48;         // queries of one work item
 constexpr int MAX_DIM = 256;     // largest head_dim
 constexpr float FLOOR = -1e30f;  // below every score: a maximum that nothing has been compared with yet
-
-}  // namespace ropeway
-
-// Mirrored field by field in runtime/kernels/library.py.
-struct AttentionStep {
-    int64_t rows, tokens, heads, kv_heads, head_dim, block_size, layers, table_stride, threads;
-    const int32_t* cu_q;
-    const int32_t* starts;
-    const int32_t* tables;
-    const int32_t* slots;
-    double scale;
-};
-
-// One layer of one step. Strides are between tokens, in elements; `window` 0 means none.
-struct AttentionLayer {
-    const void* q;
-    const void* k;
-    const void* v;
-    void* kv;
-    void* out;
-    int64_t q_stride, k_stride, v_stride, layer, window;
-};
-
-namespace ropeway {
 
 // One piece of work: some queries of a row, for some neighbouring KV heads.
 struct Item {
