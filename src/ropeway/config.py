@@ -35,6 +35,12 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "Model", "Type of weights and KV cache; 'auto' takes the fastest that the device computes natively."
     )
+    quantization: Literal["auto", "int8", "int4"] = _option(
+        "auto", "Model", "Quantize linear layers while loading; 'auto' takes the checkpoint as it is."
+    )
+    quantization_group: int = _option(
+        64, "Model", "Inputs of a linear layer that share a scale in int4: 32, 64 or 128.", low=32, high=128
+    )
     max_model_len: int | None = _option(
         None, "Model", "Longest prompt plus answer, in tokens (default: the model's own limit).", low=1
     )
@@ -47,11 +53,19 @@ class EngineConfig:
     attention_backend: Literal["auto", "cpu", "reference"] = _option(
         "auto", "Device", "Attention implementation; start-up says why others were passed over."
     )
+    kernel_level: Literal["auto", "0", "1", "2", "3"] = _option(
+        "auto",
+        "Device",
+        "CPU code to use: 0 plain torch, 1 packed linear layers, 2 C++ kernels, 3 also one C++ call for a whole step.",
+    )
     tensor_parallel_size: int = _option(1, "Device", "Number of devices to split the model over (1 for now).", low=1)
 
     block_size: int = _option(16, "Memory", "Tokens in one KV block: 8, 16, 32 or 64.", low=8, high=64)
     kv_cache_gib: float | None = _option(
         None, "Memory", "GiB for the KV cache (default: from free memory, see gpu-memory-utilization).", low=0.0001
+    )
+    kv_cache_dtype: Literal["auto", "int8"] = _option(
+        "auto", "Memory", "Type of K and V in the cache; 'auto' is the model's, 'int8' holds nearly twice the tokens."
     )
     num_kv_blocks: int | None = _option(None, "Memory", "Exact number of KV blocks; overrides kv-cache-gib.", low=1)
     gpu_memory_utilization: float | None = _option(
@@ -65,6 +79,13 @@ class EngineConfig:
 
     max_num_seqs: int = _option(64, "Scheduling", "Seats: the most requests that run at once.", low=1, high=4096)
     max_num_batched_tokens: int = _option(512, "Scheduling", "The most tokens that one step computes.", low=1)
+    step_budget_ms: float | None = _option(
+        None,
+        "Scheduling",
+        "Milliseconds that prefill may stretch a step to while streams wait for tokens. Default: twice the decoding "
+        "rows' own time; 0: no limit but max-num-batched-tokens.",
+        low=0,
+    )
     batching: Literal["continuous", "static"] = _option(
         "continuous", "Scheduling", "'static' admits only when the running batch is empty: the baseline."
     )

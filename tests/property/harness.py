@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from ropeway.contract import ExecutorInfo, FinishReason, GenerateRequest, SamplingParams, StepPlan, TokenEvent
-from ropeway.scheduler import ORDERS, FixedTokens, LowestPriority, Newest, Resources, Scheduler
+from ropeway.scheduler import ORDERS, FixedTokens, LowestPriority, Newest, Resources, Scheduler, TargetLatency
 from ropeway.sim import FakeExecutor, VirtualClock, expected_tokens
 
 
@@ -26,6 +26,7 @@ class World:
     chunked_prefill: bool = True
     static_batching: bool = False
     vocab_size: int = 50
+    target_latency: bool = False
     requests: dict[int, GenerateRequest] = field(default_factory=dict)
     output: dict[int, list[int]] = field(default_factory=dict)
     final: dict[int, TokenEvent] = field(default_factory=dict)
@@ -47,7 +48,9 @@ class World:
             ),
             ORDERS[self.policy](5.0),
             LowestPriority() if self.policy == "priority" else Newest(),
-            FixedTokens(self.max_step_tokens),
+            TargetLatency(self.max_step_tokens, self.block_size)
+            if self.target_latency
+            else FixedTokens(self.max_step_tokens),
         )  # fmt: skip
         self._under_way: deque[tuple[StepPlan, int]] = deque()
 

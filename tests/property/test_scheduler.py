@@ -18,6 +18,7 @@ SHAPES = [
     {"num_blocks": 26, "slots": 6, "depth": 2},
     {"num_blocks": 30, "slots": 12, "depth": 3, "max_step_tokens": 24},
     {"num_blocks": 26, "slots": 6, "policy": "priority", "depth": 2},
+    {"num_blocks": 40, "slots": 6, "target_latency": True, "max_step_tokens": 64, "depth": 2},
     {"num_blocks": 26, "slots": 6, "prefix_caching": False},
     {"num_blocks": 26, "slots": 5, "static_batching": True},
     {"num_blocks": 26, "slots": 6, "chunked_prefill": False, "max_step_tokens": 64},

@@ -29,7 +29,16 @@ from ropeway.engine.clock import Clock, SystemClock
 from ropeway.engine.executor import Executor
 from ropeway.engine.intake import Intake
 from ropeway.errors import EngineError
-from ropeway.scheduler import ORDERS, FixedTokens, LowestPriority, Newest, Resources, Scheduler
+from ropeway.scheduler import (
+    ORDERS,
+    Budget,
+    FixedTokens,
+    LowestPriority,
+    Newest,
+    Resources,
+    Scheduler,
+    TargetLatency,
+)
 
 
 def make_scheduler(config: EngineConfig, executor: Executor, secret: bytes) -> Scheduler:
@@ -48,7 +57,15 @@ def make_scheduler(config: EngineConfig, executor: Executor, secret: bytes) -> S
     )
     order = ORDERS[config.scheduling_policy](config.promote_after)
     victim = LowestPriority() if config.scheduling_policy == "priority" else Newest()
-    return Scheduler(resources, order, victim, FixedTokens(config.max_num_batched_tokens))
+    return Scheduler(resources, order, victim, make_budget(config))
+
+
+def make_budget(config: EngineConfig) -> Budget:
+    """Fixed where a prompt has to run whole, or where the user says so with a step budget of 0."""
+    most, pause = config.max_num_batched_tokens, config.step_budget_ms
+    if pause == 0 or not config.enable_chunked_prefill or config.batching == "static":
+        return FixedTokens(most)
+    return TargetLatency(most, config.block_size, None if pause is None else pause / 1000)
 
 
 class Engine:

@@ -13,7 +13,10 @@ from ropeway.scheduler.sequence import Sequence, State
 
 
 class Limit(Protocol):
+    """`passable`: others may board before a sequence that this limit holds back."""
+
     name: str
+    passable: bool
 
     def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
         """A step is about to be planned. `running` is live: it grows as sequences board during the step."""
@@ -29,6 +32,8 @@ class Limit(Protocol):
 
 
 class _Stateless:
+    passable = False
+
     def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
         """Nothing to prepare."""
 
@@ -40,6 +45,7 @@ class TokenLimit:
     """The step's token budget. The scheduler sets `left` before each step."""
 
     name = "tokens"
+    passable = False
 
     def __init__(self) -> None:
         self.left = 0
@@ -114,6 +120,7 @@ class BlockLimit:
     each may cross a block boundary soon. Who boards into less would soon be put back."""
 
     name = "kv-blocks"
+    passable = False
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self._pool = pool
@@ -150,6 +157,41 @@ class BlockLimit:
         reserve = min(len(self._running), self._pool.num_blocks // 16)
         taken = self._pool.idle(seq.blocks) + self._still_needed(seq)
         return taken + self._owed + reserve - self._pool.available
+
+
+class SharedPrefix(_Stateless):
+    """Of waiting sequences with the same beginning one computes it and the others board when it is cached. Whoever
+    computes it runs, so nobody waits for ever; if it is preempted or ends, the others are free to go."""
+
+    name = "shared-prefix"
+    passable = True
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._coming: dict[bytes, int] = {}  # names of blocks under way, and the request that computes each
+
+    def boards(self, seq: Sequence) -> None:
+        """`seq` is going to compute its full blocks that are not cached."""
+        for key in seq.keys[len(seq.blocks) :]:
+            self._coming.setdefault(key, seq.rid)
+
+    def settle(self, seq: Sequence, keys: list[bytes]) -> None:
+        """`keys` of `seq` are cached now, or will not be computed by it after all."""
+        for key in keys:
+            if self._coming.get(key) == seq.rid:
+                del self._coming[key]
+
+    def cap(self, seq: Sequence, want: int) -> int:
+        return want if seq.state is State.RUNNING or self._leader(seq) is None else 0
+
+    def why(self, seq: Sequence) -> str:
+        return f"request {self._leader(seq)} computes the beginning of the prompt that both share; then it boards"
+
+    def _leader(self, seq: Sequence) -> int | None:
+        """Who computes the first block that `seq` could match but cannot yet. Its last token is always its own."""
+        first = len(seq.blocks)
+        shareable = (len(seq.tokens) - 1) // self._block_size
+        return self._coming.get(seq.keys[first]) if first < min(shareable, len(seq.keys)) else None
 
 
 class StaticBatch(_Stateless):

@@ -6,7 +6,7 @@ from bisect import insort
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from ropeway.scheduler.sequence import Sequence
+from ropeway.scheduler.sequence import Sequence, State
 
 Key = tuple[float, ...]
 
@@ -91,9 +91,9 @@ class WaitingRoom:
     def remove(self, seq: Sequence) -> None:
         self._line = [entry for entry in self._line if entry[1] is not seq]
 
-    def leave(self, count: int) -> None:
-        """The first `count` in line have boarded."""
-        del self._line[:count]
+    def leave(self, looked: int) -> None:
+        """Some of the first `looked` in line have boarded."""
+        self._line[:looked] = [entry for entry in self._line[:looked] if entry[1].state is State.QUEUED]
 
     def line(self, now: float) -> list[Sequence]:
         """All of them, next first."""

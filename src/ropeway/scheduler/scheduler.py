@@ -28,11 +28,24 @@ from ropeway.contract import (
 from ropeway.errors import ContextLengthError, NeverFitsError, RequestError
 from ropeway.kv import BlockPool, KeyChain
 from ropeway.scheduler.budget import Budget
-from ropeway.scheduler.limits import BlockLimit, LengthLimit, Limit, SlotLimit, StaticBatch, TokenLimit, WholePrompt
+from ropeway.scheduler.limits import (
+    BlockLimit,
+    LengthLimit,
+    Limit,
+    SharedPrefix,
+    SlotLimit,
+    StaticBatch,
+    TokenLimit,
+    WholePrompt,
+)
 from ropeway.scheduler.order import Order, WaitingRoom
 from ropeway.scheduler.sequence import Sequence, State
 from ropeway.scheduler.stops import finish_after, stop_token
 from ropeway.scheduler.victim import Victim
+
+
+_LOOK = 1024
+"""Waiting sequences that a step looks at, at most: those held back by what others compute are passed over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +98,13 @@ class Scheduler:
         self._budget = budget
         self._tokens = TokenLimit()
         self._slots = SlotLimit(resources.slots)
+        self._shared = SharedPrefix(resources.block_size)
         self._blocks = BlockLimit(self.pool, resources.block_size)
         self._limits: list[Limit] = [
             *([StaticBatch(resources.slots)] if resources.static_batching else []),
             LengthLimit(resources.max_model_len),
             self._slots,
+            self._shared,
             self._tokens,
             *([] if resources.chunked_prefill else [WholePrompt(self._tokens)]),
             self._blocks,
@@ -162,7 +177,7 @@ class Scheduler:
             self._publish(seq)
             if event is not None:
                 events.append(event)
-        self._budget.learn(plan.num_tokens, result.seconds)
+        self._budget.learn(plan, result.seconds)
         return events
 
     def check(self) -> None:
@@ -184,7 +199,7 @@ class Scheduler:
     # How a step is planned
 
     def _begin(self, now: float) -> None:
-        self._tokens.fill(self._budget.tokens())
+        self._tokens.fill(self._budget.tokens(self.running))
         for limit in self._limits:
             limit.begin(self.running, lambda: self.waiting.line(now))
 
@@ -221,18 +236,21 @@ class Scheduler:
         return True
 
     def _board(self, draft: _Draft, now: float) -> None:
-        boarded = 0
-        if self._slots.free and self._tokens.left > 0:
-            for seq in self.waiting.line(now):
-                self._match(seq)
-                count, _ = self._cap(seq)
-                if count <= 0:
-                    self._unmatch(seq)
-                    break
+        if not self._slots.free or self._tokens.left <= 0:
+            return
+        looked = 0
+        for seq in self.waiting.line(now)[:_LOOK]:
+            self._match(seq)
+            count, holder = self._cap(seq)
+            if count > 0:
                 self._admit(seq, draft, now)
                 self._run(seq, count, draft)
-                boarded += 1
-        self.waiting.leave(boarded)
+            else:
+                self._unmatch(seq)
+                if holder is None or not holder.passable:
+                    break
+            looked += 1
+        self.waiting.leave(looked)
 
     def _cap(self, seq: Sequence) -> tuple[int, Limit | None]:
         """How many tokens `seq` may run, and the limit that held it to that."""
@@ -257,6 +275,7 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, draft: _Draft, now: float) -> None:
         self.pool.share(seq.blocks)
+        self._shared.boards(seq)
         seq.move(State.RUNNING)
         seq.epoch += 1
         seq.slot = self._slots.free.pop()
@@ -318,6 +337,7 @@ class Scheduler:
         self._keys.extend(seq.keys, seq.tokens, seq.request.salt, seq.committed)
         for index in range(seq.published, full):
             self.pool.publish(seq.blocks[index], seq.keys[index])
+        self._shared.settle(seq, seq.keys[seq.published : full])
         seq.published = full
 
     def _finish(
@@ -353,6 +373,7 @@ class Scheduler:
         """Give back seat and blocks. Plans run in order, so the next plan may hand both out again even while a step
         that uses them is still under way."""
         self.running.remove(seq)
+        self._shared.settle(seq, seq.keys[seq.published :])
         self.pool.release(seq.blocks)
         seq.blocks = []
         self._slots.free.append(seq.slot)
@@ -391,11 +412,11 @@ class Scheduler:
         if seq.state is State.RUNNING:
             reason = f"it runs: {seq.computed} of {len(seq.tokens)} known tokens are computed"
             return Why(seq.rid, seq.state.value, position, "", reason)
-        if position > 0:
-            reason = f"{position} requests stand before it; {self.waiting.order.explain(seq, now)}"
-            return Why(seq.rid, seq.state.value, position, self.waiting.order.name, reason)
         self._match(seq)
         _, holder = self._cap(seq)
         why = holder.why(seq) if holder is not None else "it boards with the next step"
         self._unmatch(seq)
+        if position > 0 and not (holder is not None and holder.passable):
+            reason = f"{position} requests stand before it; {self.waiting.order.explain(seq, now)}"
+            return Why(seq.rid, seq.state.value, position, self.waiting.order.name, reason)
         return Why(seq.rid, seq.state.value, position, holder.name if holder else "", why)
