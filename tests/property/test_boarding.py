@@ -1,4 +1,4 @@
-"""Who boards when, and with how many tokens: shared beginnings are computed once, and prefill leaves streams their pace."""
+"""Who boards when, with how many tokens: shared beginnings are computed once, and prefill leaves streams their pace."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_others_pass_those_who_wait_for_a_shared_beginning() -> None:
     world = World(num_blocks=400, slots=8, max_step_tokens=48, max_model_len=128)
     start = list(range(40))
     for rid in (1, 2, 3):
-        world.submit(_request(rid, start + [rid]))
+        world.submit(_request(rid, [*start, rid]))
     world.submit(_request(4, [9, 9, 9]))
     world.step()
     assert [row.rid for row in world.plans[0].rows] == [1, 4]
@@ -54,7 +54,7 @@ def test_the_reason_names_who_computes_the_shared_beginning() -> None:
     world = World(num_blocks=400, slots=8, max_step_tokens=16, max_model_len=128)
     start = list(range(40))
     for rid in (1, 2, 3):
-        world.submit(_request(rid, start + [rid]))
+        world.submit(_request(rid, [*start, rid]))
     world.step()
     for why in world.scheduler.why(0.0):
         assert why.holder == "shared-prefix"
@@ -65,7 +65,7 @@ def test_followers_go_on_alone_when_the_leader_leaves() -> None:
     world = World(num_blocks=400, slots=8, max_step_tokens=16, max_model_len=128)
     start = list(range(40))
     for rid in (1, 2, 3):
-        world.submit(_request(rid, start + [rid]))
+        world.submit(_request(rid, [*start, rid]))
     world.step()
     world.cancel(1)
     world.step()
@@ -95,9 +95,11 @@ def _taught(budget: TargetLatency, fixed: float, each: float, steps: int = 60) -
 
 def test_costs_are_learned_and_learned_anew() -> None:
     budget = _taught(TargetLatency(512, 16), 0.02, 0.003)
-    assert budget.fixed == pytest.approx(0.02) and budget.each == pytest.approx(0.003)
+    assert budget.fixed == pytest.approx(0.02)
+    assert budget.each == pytest.approx(0.003)
     _taught(budget, 0.01, 0.001, steps=400)
-    assert budget.fixed == pytest.approx(0.01, rel=0.01) and budget.each == pytest.approx(0.001, rel=0.01)
+    assert budget.fixed == pytest.approx(0.01, rel=0.01)
+    assert budget.each == pytest.approx(0.001, rel=0.01)
 
 
 def test_steps_that_are_all_alike_do_not_unlearn_the_costs() -> None:

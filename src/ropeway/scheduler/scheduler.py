@@ -43,7 +43,6 @@ from ropeway.scheduler.sequence import Sequence, State
 from ropeway.scheduler.stops import finish_after, stop_token
 from ropeway.scheduler.victim import Victim
 
-
 _LOOK = 1024
 """Waiting sequences that a step looks at, at most: those held back by what others compute are passed over."""
 
