@@ -1,4 +1,4 @@
-"""Who boards when, with how many tokens: shared beginnings are computed once, and prefill leaves streams their pace."""
+"""Who boards when and with how much: shared beginnings are computed once, and prefill leaves streams their pace."""
 
 from __future__ import annotations
 
