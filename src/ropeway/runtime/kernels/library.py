@@ -68,7 +68,7 @@ class NativeLibrary:
         self.attention = self._bind("ropeway_attention", [p, p])
         self.rms_norm = self._bind("ropeway_rms_norm", [i, p, p, p, i, i, i, i, i, d, i])
         self.add_rms_norm = self._bind("ropeway_add_rms_norm", [i, p, p, p, p, i, i, d, i])
-        self.rotary = self._bind("ropeway_rotary", [i, p, p, p, p, p, i, i, i, i, i, i, i, i])
+        self.rotary = self._bind("ropeway_rotary", [i, p, p, p, p, d, p, p, p, i, i, i, i, i, i, i, i])
         self.silu_mul = self._bind("ropeway_silu_mul", [i, p, p, i, i, i])
         self.argmax = self._bind("ropeway_argmax", [p, p, p, i, i, i])
         self.read = self._bind("ropeway_read", [p, i, i])
@@ -79,6 +79,10 @@ class NativeLibrary:
         self.pack = self._bind("ropeway_pack", [p, p, p, i])
         self.unpack = self._bind("ropeway_unpack", [p, p, p, i, i])
         self.linear = self._bind("ropeway_linear", [p, p, p, i, i])
+
+        self.step = self._bind("ropeway_step", [p, p, p])
+        self.step_scratch = self._bind("ropeway_step_scratch", [p, p, p])
+        self.step_scratch.restype = c_int64
 
     def refresh(self) -> int:
         """Take over torch's number of threads, and return it."""

@@ -1,12 +1,13 @@
 // The small operations between the matrix products: normalisation, rotary positions, the gated activation, argmax.
 // Arithmetic is float32; values are rounded to the tensors' type where Hugging Face models round them.
 
+#include "elementwise.h"
+
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
-
-#include "vec.h"
 
 namespace ropeway {
 
@@ -97,7 +98,7 @@ int add_rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t rows,
 #pragma omp parallel for num_threads(int(threads)) schedule(static) if (rows * dim > WORTH_THREADS)
     for (int64_t r = 0; r < rows; ++r) {
         T* to = residual + r * dim;
-        norm_row<T>(to, to, x + r * dim, weight, out + r * dim, dim, float(eps));
+        norm_row<T>(to, to, x ? x + r * dim : nullptr, weight, out + r * dim, dim, float(eps));
     }
     return 0;
 }
@@ -114,14 +115,19 @@ ROPEWAY_INLINE void rotate(T* x, const float* cosine, const float* sine, int64_t
 }
 
 template <class T>
-int rotary(T* q, T* k, const float* cosine, const float* sine, const int64_t* positions, int64_t tokens, int64_t heads,
-           int64_t kv_heads, int64_t dim, int64_t half, int64_t q_stride, int64_t k_stride, int64_t threads) {
+int rotary(T* q, T* k, const T* q_norm, const T* k_norm, float eps, const float* cosine, const float* sine,
+           const int64_t* positions, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, int64_t half,
+           int64_t q_stride, int64_t k_stride, int64_t threads) {
 #pragma omp parallel for num_threads(int(threads)) schedule(static) if (tokens * heads * dim > WORTH_THREADS)
     for (int64_t t = 0; t < tokens; ++t) {
-        const float* c = cosine + positions[t] * half;
-        const float* s = sine + positions[t] * half;
-        for (int64_t h = 0; h < heads; ++h) rotate(q + t * q_stride + h * dim, c, s, half);
-        for (int64_t h = 0; h < kv_heads; ++h) rotate(k + t * k_stride + h * dim, c, s, half);
+        const auto rotate_heads = [&](T* x, int64_t count, const T* norm) ROPEWAY_INLINE_LAMBDA {
+            for (int64_t h = 0; h < count; ++h, x += dim) {
+                if (norm) norm_row<T>(nullptr, x, nullptr, norm, x, dim, eps);
+                rotate(x, cosine + positions[t] * half, sine + positions[t] * half, half);
+            }
+        };
+        rotate_heads(q + t * q_stride, heads, q_norm);
+        rotate_heads(k + t * k_stride, kv_heads, k_norm);
     }
     return 0;
 }
@@ -139,6 +145,19 @@ int silu_mul(const T* gate_up, T* out, int64_t rows, int64_t width, int64_t thre
             const auto g = get<T, N>(gate + i);
             const auto silu = as_stored<T, N>(g / (exp_minus(g) + 1.0f));
             put<T, N>(out + r * width + i, silu * get<T, N>(gate + width + i));
+        });
+    }
+    return 0;
+}
+
+template <class T>
+int widen(const T* x, float* out, int64_t count, int64_t threads) {
+    constexpr int64_t PIECE = 1 << 12;
+#pragma omp parallel for num_threads(int(threads)) schedule(static) if (count > WORTH_THREADS)
+    for (int64_t begin = 0; begin < count; begin += PIECE) {
+        each(std::min(PIECE, count - begin), [&](int64_t i, auto n) ROPEWAY_INLINE_LAMBDA {
+            constexpr int N = decltype(n)::value;
+            put<float, N>(out + begin + i, get<T, N>(x + begin + i));
         });
     }
     return 0;
@@ -187,8 +206,6 @@ ROPEWAY_INLINE void argmax_row(const float* x, int64_t n, int64_t* id, uint8_t* 
 
 }  // namespace ropeway
 
-// `type` is 0 for float32 and 1 for bfloat16. All return 0.
-
 ROPEWAY_EXPORT int ropeway_rms_norm(int64_t type, const void* x, const void* weight, void* out, int64_t outer,
                                     int64_t inner, int64_t outer_stride, int64_t inner_stride, int64_t dim, double eps,
                                     int64_t threads) {
@@ -208,13 +225,15 @@ ROPEWAY_EXPORT int ropeway_add_rms_norm(int64_t type, const void* x, void* resid
     });
 }
 
-ROPEWAY_EXPORT int ropeway_rotary(int64_t type, void* q, void* k, const float* cosine, const float* sine,
-                                  const int64_t* positions, int64_t tokens, int64_t heads, int64_t kv_heads,
-                                  int64_t dim, int64_t half, int64_t q_stride, int64_t k_stride, int64_t threads) {
+ROPEWAY_EXPORT int ropeway_rotary(int64_t type, void* q, void* k, const void* q_norm, const void* k_norm, double eps,
+                                  const float* cosine, const float* sine, const int64_t* positions, int64_t tokens,
+                                  int64_t heads, int64_t kv_heads, int64_t dim, int64_t half, int64_t q_stride,
+                                  int64_t k_stride, int64_t threads) {
     return ropeway::with_type(type, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        return ropeway::rotary(static_cast<T*>(q), static_cast<T*>(k), cosine, sine, positions, tokens, heads, kv_heads,
-                               dim, half, q_stride, k_stride, threads);
+        return ropeway::rotary(static_cast<T*>(q), static_cast<T*>(k), static_cast<const T*>(q_norm),
+                               static_cast<const T*>(k_norm), float(eps), cosine, sine, positions, tokens, heads,
+                               kv_heads, dim, half, q_stride, k_stride, threads);
     });
 }
 
@@ -223,6 +242,12 @@ ROPEWAY_EXPORT int ropeway_silu_mul(int64_t type, const void* gate_up, void* out
     return ropeway::with_type(type, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         return ropeway::silu_mul(static_cast<const T*>(gate_up), static_cast<T*>(out), rows, width, threads);
+    });
+}
+
+ROPEWAY_EXPORT int ropeway_widen(int64_t type, const void* x, float* out, int64_t count, int64_t threads) {
+    return ropeway::with_type(type, [&](auto* t) {
+        return ropeway::widen(static_cast<decltype(t)>(const_cast<void*>(x)), out, count, threads);
     });
 }
 
