@@ -140,7 +140,7 @@ def test_unsupported_architecture(copy: Make) -> None:
         ({"num_key_value_heads": 3}, r"must divide num_attention_heads \(4\)"),
         ({"head_dim": 15}, "head_dim .* must be even"),
         ({"hidden_act": "gelu"}, "hidden_act .* 'gelu'; it must be 'silu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "quant_method 'unknown', which cannot be loaded. Supported: compressed"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope' .* Supported: default, linear"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor .* is None"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),

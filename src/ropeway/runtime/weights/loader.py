@@ -1,4 +1,4 @@
-"""Read the tensors of a safetensors checkpoint, one fused weight at a time, straight into the wanted dtype.
+"""Read the tensors of a safetensors checkpoint, one fused weight at a time, straight into the wanted dtype or format.
 
 Files are mapped, not read: what is resident beyond the finished weights is one tensor's pages, given back after use.
 """
@@ -6,7 +6,7 @@ Files are mapped, not read: what is resident beyond the finished weights is one 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,22 +14,52 @@ from torch import Tensor
 
 from ropeway import checkpoint
 from ropeway.checkpoint import TensorInfo
-from ropeway.errors import ModelError
+from ropeway.errors import ConfigError, ModelError
+from ropeway.modelspec import QuantSpec
+from ropeway.modelspec.quantization import kernel_group
+from ropeway.runtime.layers.quantized import QuantizedWeight
+from ropeway.runtime.weights import formats
+from ropeway.runtime.weights.quant import quantize_int4, quantize_int8
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_RAW = {**_DTYPES, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 _NAMED = 5
+_UNUSED = (".rotary_emb.inv_freq",)
+"""Endings of tensors that no model needs: older checkpoints store the rotary frequencies, which follow from the
+configuration."""
+_UNUSED_QUANTIZED = (".input_scale", ".input_zero_point", ".output_scale", ".k_scale", ".v_scale")
+"""Static scales of activations and of the KV cache, see `QuantSpec.notes`."""
 
 
 class Weights:
     """The tensors of a checkpoint directory, each to be taken once.
 
-    `take` and `fuse` return new tensors of `dtype` on the CPU. `finish` refuses a checkpoint with tensors that the
-    model has not asked for. Use as a context manager, so that the mappings are closed.
+    `take` and `fuse` return new tensors of `dtype` on the CPU; `linear` and `head` return quantized weights where the
+    checkpoint (`stored`) has them or `quantization` ('auto', 'int8', 'int4') asks for them, int4 with a scale for every
+    `group` input features or fewer. `finish` refuses a checkpoint with tensors that the model has not asked for. Use as
+    a context manager, so that the mappings are closed. Raises ConfigError if the checkpoint is quantized otherwise than
+    `quantization` asks for.
     """
 
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        dtype: torch.dtype,
+        stored: QuantSpec | None = None,
+        quantization: str = "auto",
+        group: int = 64,
+    ) -> None:
+        if stored is not None and quantization not in ("auto", stored.format):
+            raise ConfigError(
+                f"quantization is {quantization}, but the checkpoint in {directory} is stored in {stored.format} "
+                f"({stored.method}). Use --quantization {stored.format} or auto, or take the plain checkpoint.",
+                param="quantization",
+            )
         self.directory = directory
         self.dtype = dtype
+        self.stored = stored
+        self._quantization = quantization
+        self._group = group
         self._tensors = checkpoint.tensors(directory)
         self._left = set(self._tensors)
         self._maps: dict[Path, mmap.mmap] = {}
@@ -57,21 +87,64 @@ class Weights:
             first += info.shape[0]
         return out
 
+    def linear(self, modules: Sequence[str], outs: Sequence[int], ins: int) -> Tensor | QuantizedWeight:
+        """The weights of linear layers with the same input, one below the other: (sum of outs, ins)."""
+        quantized = [self.stored is not None and formats.is_quantized(self, module) for module in modules]
+        if all(quantized) and self.stored is not None:
+            self._drop_zero_biases(modules)
+            parts = [formats.read(self, self.stored, m, out, ins) for m, out in zip(modules, outs, strict=True)]
+            return formats.join(parts)
+        if any(quantized):
+            plain = ", ".join(m for m, q in zip(modules, quantized, strict=True) if not q)
+            raise ModelError(
+                f"The checkpoint in {self.directory} leaves {plain} plain and quantizes the others of "
+                f"{', '.join(modules)}, which are computed as one. Quantize all of them or none."
+            )
+        weight = self.fuse([module + ".weight" for module in modules], [(out, ins) for out in outs])
+        # int4 needs a multiple of 32 inputs. Where a layer has another number, int8 is what comes next.
+        group = kernel_group(ins, self._group)
+        if self._quantization == "int4" and group:
+            return quantize_int4(weight, group)
+        return weight if self._quantization == "auto" else quantize_int8(weight)
+
+    def head(self, weight: Tensor) -> Tensor | QuantizedWeight:
+        """The LM head `weight` (vocab, hidden) as it is to be computed: int8 where linear layers are quantized on the
+        way, since it decides between tokens and int4 would blur that."""
+        return weight if self._quantization == "auto" else quantize_int8(weight)
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
+    def raw(self, name: str, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+        """The tensor `name` in the type that it is stored in. Raises ModelError unless its shape is one of `shapes`."""
+        info = self._tensors.get(name)
+        shape = info.shape if info is not None and info.shape in shapes else tuple(shapes[0])
+        info = self._check(name, shape, _RAW)
+        out = torch.empty(info.shape, dtype=_RAW[info.dtype])
+        self._copy(info, out)
+        return out
+
     def ignore(self, names: Iterable[str]) -> None:
         """Tensors that the model knows and does not need."""
         self._left -= set(names)
 
     def finish(self) -> None:
         """Raises ModelError if a tensor was never asked for: then this is not the model that config.json describes."""
-        # Older checkpoints store the rotary frequencies, which follow from the configuration.
-        left = sorted(name for name in self._left if not name.endswith(".rotary_emb.inv_freq"))
+        unused = _UNUSED if self.stored is None else _UNUSED + _UNUSED_QUANTIZED
+        left = sorted(name for name in self._left if not name.endswith(unused))
         if left:
             raise ModelError(
                 f"The checkpoint in {self.directory} has {_listed(left)} that the model of its config.json does not "
                 "have. Check that config.json belongs to these weights."
             )
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    def _drop_zero_biases(self, modules: Sequence[str]) -> None:
+        """GPTQ writers add biases of zero to layers that have none. One that matters is left for `finish` to refuse."""
+        for name in (module + ".bias" for module in modules):
+            if self.has(name) and bool(self.raw(name, [self._tensors[name].shape]).any()):
+                self._left.add(name)
+
+    def _check(self, name: str, shape: tuple[int, ...], dtypes: Mapping[str, torch.dtype] = _DTYPES) -> TensorInfo:
         info = self._tensors.get(name)
         if info is None:
             raise ModelError(
@@ -83,9 +156,9 @@ class Weights:
                 f"The tensor {name!r} in {info.file} has shape {list(info.shape)}, but config.json asks for "
                 f"{list(shape)}. Check that config.json belongs to these weights."
             )
-        if info.dtype not in _DTYPES:
+        if info.dtype not in dtypes:
             raise ModelError(
-                f"The tensor {name!r} in {info.file} is {info.dtype}; only {', '.join(_DTYPES)} can be loaded."
+                f"The tensor {name!r} in {info.file} is {info.dtype}; only {', '.join(dtypes)} can be loaded."
             )
         self._left.discard(name)
         return info
@@ -94,7 +167,7 @@ class Weights:
         if info.elements == 0:
             return
         mapped = self._mapped(info.file)
-        dtype = _DTYPES[info.dtype]
+        dtype = _RAW[info.dtype]
         if info.begin % dtype.itemsize:
             raw = torch.frombuffer(mapped, dtype=torch.uint8, count=info.end - info.begin, offset=info.begin)
             source = raw.clone().view(dtype)

@@ -9,6 +9,8 @@ from typing import Any
 
 from ropeway import checkpoint
 from ropeway.errors import ModelError
+from ropeway.modelspec.quantization import QuantSpec, packed_bytes, read_quantization, stored_parameters
+from ropeway.modelspec.reader import Reader
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -42,7 +44,7 @@ class ModelSpec:
     `windows[l]` is layer l's sliding window in tokens or None. `context_limit` is the longest sequence that the model
     is made for, rope scaling included. `dtype` is the checkpoint's. `eos_ids` joins config and generation config.
     `generation` are the checkpoint's own sampling defaults, `stored_parameters` the count by the safetensors headers
-    (None without weights).
+    (None without weights). `quantization` says how the checkpoint's linear layers are stored, None if plainly.
     """
 
     name: str
@@ -70,19 +72,47 @@ class ModelSpec:
     eos_ids: tuple[int, ...] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
     stored_parameters: int | None = None
+    quantization: QuantSpec | None = None
 
     @property
     def parameters(self) -> int:
         """Number of parameters by formula; tied embeddings count once."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = self.hidden * (q + 2 * kv) + q * self.hidden
-        attention += (q + 2 * kv) * self.qkv_bias + self.hidden * self.out_bias + 2 * self.head_dim * self.qk_norm
-        mlp = 3 * self.hidden * self.intermediate + (2 * self.intermediate + self.hidden) * self.mlp_bias
+        small = (q + 2 * kv) * self.qkv_bias + self.hidden * self.out_bias + 2 * self.head_dim * self.qk_norm
+        small += (2 * self.intermediate + self.hidden) * self.mlp_bias + 2 * self.hidden
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
-        return self.layers * (attention + mlp + 2 * self.hidden) + embeddings + self.hidden
+        return sum(outs * ins for outs, ins in self.linears) + self.layers * small + embeddings + self.hidden
 
-    def weight_bytes(self, dtype: str) -> int:
-        return self.parameters * DTYPE_BYTES[dtype]
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(out_features, in_features) of every weight matrix of the layers, the embeddings not among them."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer = [(q + 2 * kv, self.hidden), (self.hidden, q)]
+        layer += [(2 * self.intermediate, self.hidden), (self.hidden, self.intermediate)]
+        return layer * self.layers
+
+    def weight_bytes(self, dtype: str, quantization: str = "auto", group: int = 64) -> int:
+        """Bytes of the loaded weights. `quantization` and `group` as in `EngineConfig`: 'auto' is as stored, 'int8' and
+        'int4' quantize every linear layer to that format and the LM head to int8."""
+        size = DTYPE_BYTES[dtype]
+        stored = self.quantization
+        if quantization == "auto":
+            if stored is None:
+                return self.parameters * size
+            if stored.weights is not None and stored.scales is not None:
+                return (self.parameters - stored.weights) * size + packed_bytes(
+                    stored.format, stored.weights, stored.scales
+                )
+            format, group = stored.format, stored.group
+        else:
+            format = quantization
+            group = stored.group if stored is not None else group
+        weights = sum(outs * ins for outs, ins in self.linears)
+        scales = sum(outs * (ins // group if format == "int4" and group else 1) for outs, ins in self.linears)
+        total = (self.parameters - weights) * size + packed_bytes(format, weights, scales)
+        if quantization != "auto":
+            total += packed_bytes("int8", self.vocab * self.hidden, self.vocab) - self.vocab * self.hidden * size
+        return total
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """K and V of all layers for one token."""
@@ -96,7 +126,7 @@ def load_spec(directory: Path, name: str | None = None) -> ModelSpec:
     if (directory / "generation_config.json").is_file():
         generation = checkpoint.read_json(directory / "generation_config.json", limit=_CONFIG_LIMIT)
     stored = checkpoint.tensors(directory) if checkpoint.has_weights(directory) else {}
-    reader = _Reader(config, directory / "config.json")
+    reader = Reader(config, directory / "config.json")
     architecture = _architecture(reader)
     heads = reader.count("num_attention_heads")
     hidden = reader.count("hidden_size")
@@ -111,8 +141,6 @@ def load_spec(directory: Path, name: str | None = None) -> ModelSpec:
         raise reader.wrong("head_dim", "must be even and at least 4")
     if reader.get("hidden_act", "silu") != "silu":
         raise reader.wrong("hidden_act", "must be 'silu'")
-    if reader.get("quantization_config") is not None:
-        raise ModelError(f"{reader.path} has a quantization_config; only unquantized checkpoints can be loaded.")
     rope = _rope(reader, max_position)
     qkv_bias, out_bias = _biases(architecture, reader)
     return ModelSpec(
@@ -142,44 +170,12 @@ def load_spec(directory: Path, name: str | None = None) -> ModelSpec:
             dict.fromkeys(_ids(reader, generation.get("eos_token_id")) + _ids(reader, config.get("eos_token_id")))
         ),
         generation={k: generation[k] for k in GENERATION_KEYS if isinstance(generation.get(k), int | float)},
-        stored_parameters=sum(t.elements for t in stored.values()) or None,
+        stored_parameters=stored_parameters(stored) or None,
+        quantization=read_quantization(reader, stored),
     )
 
 
-class _Reader:
-    """Typed access to a config; a value of the wrong kind is a ModelError that names it."""
-
-    def __init__(self, config: Mapping[str, Any], path: Path) -> None:
-        self.config = config
-        self.path = path
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.config.get(key)
-        return default if value is None else value
-
-    def wrong(self, key: str, what: str) -> ModelError:
-        return ModelError(f"{key} in {self.path} is {self.config.get(key)!r}; it {what}.")
-
-    def count(self, key: str, default: int | None = None, *, high: int = 2**31 - 1) -> int:
-        value = self.get(key, default)
-        if type(value) is not int or not 0 < value <= high:
-            raise self.wrong(key, f"must be a whole number from 1 to {high}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-            raise self.wrong(key, "must be a positive number")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.get(key, False)
-        if not isinstance(value, bool):
-            raise self.wrong(key, "must be true or false")
-        return value
-
-
-def _architecture(reader: _Reader) -> str:
+def _architecture(reader: Reader) -> str:
     named = reader.get("architectures", [])
     if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
         raise reader.wrong("architectures", "must be a list of names")
@@ -196,7 +192,7 @@ def _architecture(reader: _Reader) -> str:
     )
 
 
-def _biases(architecture: str, reader: _Reader) -> tuple[bool, bool]:
+def _biases(architecture: str, reader: Reader) -> tuple[bool, bool]:
     """Whether q, k, v and the output projection have biases."""
     if architecture == "Qwen2ForCausalLM":
         return True, False
@@ -205,18 +201,18 @@ def _biases(architecture: str, reader: _Reader) -> tuple[bool, bool]:
     return reader.flag("attention_bias"), reader.flag("attention_bias")
 
 
-def _no_windows(reader: _Reader, layers: int) -> tuple[int | None, ...]:
+def _no_windows(reader: Reader, layers: int) -> tuple[int | None, ...]:
     return (None,) * layers
 
 
-def _mistral_windows(reader: _Reader, layers: int) -> tuple[int | None, ...]:
+def _mistral_windows(reader: Reader, layers: int) -> tuple[int | None, ...]:
     """One window for all layers; null is none, a missing key is Mistral's 4096."""
     if "sliding_window" in reader.config and reader.config["sliding_window"] is None:
         return (None,) * layers
     return (reader.count("sliding_window", 4096),) * layers
 
 
-def _qwen_windows(reader: _Reader, layers: int) -> tuple[int | None, ...]:
+def _qwen_windows(reader: Reader, layers: int) -> tuple[int | None, ...]:
     """`use_sliding_window` turns windows on for `layer_types`, or else for layers from `max_window_layers` on."""
     if not reader.flag("use_sliding_window"):
         return (None,) * layers
@@ -238,7 +234,7 @@ _DEFAULT_POSITIONS = {
     "Qwen2ForCausalLM": 32768,
     "Qwen3ForCausalLM": 32768,
 }
-_WINDOWS: dict[str, Callable[[_Reader, int], tuple[int | None, ...]]] = {
+_WINDOWS: dict[str, Callable[[Reader, int], tuple[int | None, ...]]] = {
     "LlamaForCausalLM": _no_windows,
     "MistralForCausalLM": _mistral_windows,
     "Qwen2ForCausalLM": _qwen_windows,
@@ -247,7 +243,7 @@ _WINDOWS: dict[str, Callable[[_Reader, int], tuple[int | None, ...]]] = {
 ARCHITECTURES = tuple(_WINDOWS)
 
 
-def _rope(reader: _Reader, max_position: int) -> RopeSpec:
+def _rope(reader: Reader, max_position: int) -> RopeSpec:
     """Both spellings: `rope_scaling` with `rope_theta` beside it, and `rope_parameters` with the theta inside."""
     key = "rope_scaling" if reader.get("rope_scaling") else "rope_parameters"
     given = reader.get(key, {})
@@ -259,7 +255,7 @@ def _rope(reader: _Reader, max_position: int) -> RopeSpec:
             raise reader.wrong(key, "differs between layer types, which is not supported")
         given = nested[0]
     outer = reader.number("rope_theta", 10000.0)
-    inner = _Reader(given, reader.path)
+    inner = Reader(given, reader.path)
     kind = inner.get("rope_type", inner.get("type", "default"))
     if kind not in ROPE_KINDS:
         raise ModelError(
@@ -310,7 +306,7 @@ def _context_limit(directory: Path, rope: RopeSpec, max_position: int) -> int:
     return limit
 
 
-def _dtype(reader: _Reader, stored: Mapping[str, checkpoint.TensorInfo]) -> str:
+def _dtype(reader: Reader, stored: Mapping[str, checkpoint.TensorInfo]) -> str:
     named = str(reader.get("dtype", reader.get("torch_dtype", ""))).removeprefix("torch.")
     if named in DTYPE_BYTES:
         return named
@@ -321,7 +317,7 @@ def _dtype(reader: _Reader, stored: Mapping[str, checkpoint.TensorInfo]) -> str:
     return _SAFETENSORS_DTYPES.get(most, "float32")
 
 
-def _ids(reader: _Reader, value: Any) -> list[int]:
+def _ids(reader: Reader, value: Any) -> list[int]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(v) is int for v in values):
         raise ModelError(f"A token id in {reader.path.parent} is {value!r}; it must be a whole number or a list.")
