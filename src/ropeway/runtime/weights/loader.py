@@ -141,7 +141,7 @@ class Weights:
     def _drop_zero_biases(self, modules: Sequence[str]) -> None:
         """GPTQ writers add biases of zero to layers that have none. One that matters is left for `finish` to refuse."""
         for name in (module + ".bias" for module in modules):
-            if self.has(name) and bool(self.raw(name, [self._tensors[name].shape]).any()):
+            if name in self._left and bool(self.raw(name, [self._tensors[name].shape]).any()):
                 self._left.add(name)
 
     def _check(self, name: str, shape: tuple[int, ...], dtypes: Mapping[str, torch.dtype] = _DTYPES) -> TensorInfo:

@@ -1,0 +1,223 @@
+"""Every quantized layout gives the weights that it stands for, and what cannot be computed is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantized_checkpoints import A8, LAYOUTS, W4, W8, compressed, save_quantized
+from ropeway.errors import ConfigError, ModelError
+from ropeway.modelspec import load_spec
+from ropeway.runtime.layers.quantized import QuantizedWeight
+from ropeway.runtime.weights.formats import pack_nibbles, unpack_nibbles
+from ropeway.runtime.weights.loader import Weights
+
+Make = Callable[[str], Path]
+ATTENTION = "model.layers.1.self_attn."
+QKV = [f"{ATTENTION}{part}_proj" for part in "qkv"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain checkpoint whose layers all have multiples of 64 inputs."""
+    import transformers
+
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.1, attention_bias=True,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("source")
+    model = transformers.LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def stored(source: Path, tmp_path: Path) -> Make:
+    return lambda layout: save_quantized(source, layout, tmp_path / layout)
+
+
+def reader(directory: Path, **changes: Any) -> Weights:
+    return Weights(directory, torch.float32, load_spec(directory).quantization, **changes)
+
+
+def configure(directory: Path, quantization: dict[str, Any]) -> Path:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
+    return directory
+
+
+def rewrite(directory: Path, **tensors: torch.Tensor | None) -> None:
+    """Change or remove tensors of a checkpoint; dots in names are written as double underscores."""
+    path = directory / "model.safetensors"
+    found = load_file(path)
+    for name, tensor in tensors.items():
+        found.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            found[name.replace("__", ".")] = tensor
+    save_file(found, path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stands_for_what_was_stored(stored: Make, layout: str) -> None:
+    directory = stored(layout)
+    meant = load_file(directory / "plain" / "model.safetensors")
+    with reader(directory) as weights:
+        for modules, outs, ins in ((QKV, [128, 64, 64], 128), (["model.layers.0.mlp.down_proj"], [128], 192)):
+            found = weights.linear(modules, outs, ins)
+            assert isinstance(found, QuantizedWeight)
+            assert found.group in (0, 32, 64, 128)
+            expected = torch.cat([meant[module + ".weight"] for module in modules])
+            torch.testing.assert_close(found.dequantize(), expected, rtol=1e-6, atol=1e-7)
+        head = weights.linear(["lm_head"], [300], 128)
+        assert isinstance(head, torch.Tensor)
+        assert torch.equal(head, meant["lm_head.weight"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_counts(source: Path, stored: Make, layout: str) -> None:
+    directory = stored(layout)
+    found, plain = load_spec(directory), load_spec(source)
+    assert found.parameters == plain.parameters == plain.stored_parameters
+    linear = sum(outs * ins for outs, ins in plain.linears)
+    assert found.quantization is not None
+    assert found.quantization.weights == linear
+    rest = (plain.parameters - linear) * 2
+    fewest = linear if found.quantization.format == "int8" else linear // 2
+    assert rest + fewest < found.weight_bytes("bfloat16") < rest + 1.3 * fewest
+    (directory / "model.safetensors").unlink()
+    # Without weights at hand the formula has to do.
+    assert abs(load_spec(directory).weight_bytes("bfloat16") - found.weight_bytes("bfloat16")) <= 0.02 * linear
+
+
+def test_all_tensors_are_accounted_for(stored: Make) -> None:
+    directory = stored("w8a8")
+    rewrite(directory, model__layers__0__mlp__up_proj__input_scale=torch.ones(1))
+    spec = load_spec(directory)
+    with reader(directory) as weights:
+        for number in range(2):
+            prefix = f"model.layers.{number}."
+            weights.linear([f"{prefix}self_attn.{p}_proj" for p in "qkv"], [128, 64, 64], 128)
+            weights.fuse([f"{prefix}self_attn.{p}_proj.bias" for p in "qkvo"], [(128,), (64,), (64,), (128,)])
+            weights.linear([prefix + "self_attn.o_proj"], [128], 128)
+            weights.linear([f"{prefix}mlp.{p}_proj" for p in ("gate", "up")], [192, 192], 128)
+            weights.linear([prefix + "mlp.down_proj"], [128], 192)
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                weights.take(f"{prefix}{norm}.weight", (128,))
+        weights.take("model.norm.weight", (128,))
+        weights.take("model.embed_tokens.weight", (300, 128))
+        with pytest.raises(ModelError, match=r"1 tensor \('lm_head.weight'\)"):
+            weights.finish()
+        weights.linear(["lm_head"], [300], spec.hidden)
+        weights.finish()
+
+
+def test_a_bias_that_matters_is_not_dropped(stored: Make) -> None:
+    directory = stored("gptq")
+    with reader(directory) as weights:
+        weights.linear(["model.layers.0.mlp.down_proj"], [128], 192)
+        weights.linear([ATTENTION + "o_proj"], [128], 128)
+        with pytest.raises(ModelError) as caught:
+            weights.finish()
+        assert "down_proj.bias" not in caught.value.message
+        left = {name for name in weights._left if name.endswith(".bias")}
+        assert ATTENTION + "o_proj.bias" in left
+        assert "model.layers.0.mlp.down_proj.bias" not in left
+
+
+def test_act_order_is_refused_unless_it_is_trivial(stored: Make) -> None:
+    directory = stored("gptq")
+    order = torch.arange(128, dtype=torch.int32) // 32
+    rewrite(directory, **{f"{QKV[0]}.g_idx".replace(".", "__"): order.flip(0).contiguous()})
+    with reader(directory) as weights, pytest.raises(ModelError, match=r"q_proj.g_idx .*act-order.* desc_act=False"):
+        weights.linear(QKV, [128, 64, 64], 128)
+
+
+def test_layers_that_are_computed_as_one_must_agree(stored: Make) -> None:
+    directory = stored("w4a16")
+    part = QKV[1].replace(".", "__")
+    rewrite(directory, **{
+        f"{part}__weight_packed": None, f"{part}__weight_scale": None, f"{part}__weight": torch.zeros(64, 128),
+    })  # fmt: skip
+    with reader(directory) as weights, pytest.raises(ModelError, match=r"leaves .*k_proj plain and quantizes the other"):
+        weights.linear(QKV, [128, 64, 64], 128)
+
+
+def test_a_damaged_tensor_is_named(stored: Make) -> None:
+    directory = stored("awq")
+    rewrite(directory, **{f"{QKV[0]}.scales".replace(".", "__"): torch.ones(3, 128).half()})
+    with reader(directory) as weights, pytest.raises(ModelError, match=r"q_proj.scales.* has shape \[3, 128\].*\[2, 1"):
+        weights.linear(QKV, [128, 64, 64], 128)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "named"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method 'bitsandbytes'"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "quant_method 'fp8'"),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "8-bit GPTQ"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"}, "'marlin'"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 16}, "every 16 input features"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {".*": {"bits": 8}}}, "'dynamic'"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv", "group_size": 128}, "layout 'gemv'"),
+        (compressed("float-quantized", {**W8, "type": "float"}, A8), "the format 'float-quantized'"),
+        (compressed("marlin-24", W4, None), "the format 'marlin-24'"),
+        (compressed("pack-quantized", {**W4, "num_bits": 8}, None), "8-bit int weights in the format 'pack-quantized'"),
+        (compressed("int-quantized", {**W8, "strategy": "group", "group_size": 128}, A8), "symmetric per group"),
+        (compressed("int-quantized", {**W8, "symmetric": False}, A8), "with zero points per channel"),
+        (compressed("pack-quantized", W4, {**A8, "num_bits": 4}), "4-bit int activations"),
+        (compressed("int-quantized", W8, {**A8, "type": "float"}), "8-bit float activations"),
+        (compressed("int-quantized", W8, A8, sparsity_config={"format": "sparse-24-bitmask"}), "sparsity"),
+    ],
+)
+def test_refusals_name_what_is_supported(stored: Make, quantization: dict[str, Any], named: str) -> None:
+    directory = configure(stored("w8a8"), quantization)
+    with pytest.raises(ModelError, match=f"{named}.* cannot be loaded. Supported: .*int-quantized.*GPTQ and AWQ"):
+        load_spec(directory)
+
+
+def test_layers_of_different_schemes_are_refused(stored: Make) -> None:
+    both = compressed("int-quantized", W8, A8)
+    both["config_groups"]["group_1"] = {"targets": ["re:.*down"], "format": "pack-quantized", "weights": W4}
+    with pytest.raises(ModelError, match="2 different schemes"):
+        load_spec(configure(stored("w8a8"), both))
+
+
+def test_what_is_computed_otherwise_is_said(stored: Make) -> None:
+    static = compressed("int-quantized", W8, {**A8, "dynamic": False, "strategy": "tensor"}, kv_cache_scheme={"b": 8})
+    found = load_spec(configure(stored("w8a8"), static)).quantization
+    assert found is not None
+    assert [note.split(" not used")[0] for note in found.notes] == [
+        "Static activation scales are",
+        "The checkpoint's scheme for the KV cache is",
+    ]
+
+
+def test_another_quantization_than_the_stored_one_is_refused(stored: Make) -> None:
+    directory = stored("w4a16")
+    with pytest.raises(ConfigError, match=r"quantization is int8, but .* in int4 \(compressed-tensors\). Use --quant"):
+        reader(directory, quantization="int8")
+    with reader(directory, quantization="int4") as weights:
+        # What the checkpoint leaves plain is then quantized on the way.
+        head = weights.head(weights.fuse(["lm_head.weight"], [(300, 128)]))
+        assert isinstance(head, QuantizedWeight)
+        assert head.format == "int8"
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 24, 33])
+def test_nibbles(columns: int) -> None:
+    values = torch.from_numpy(np.random.default_rng(columns).integers(0, 16, (5, columns))).to(torch.uint8)
+    packed = pack_nibbles(values)
+    assert packed.shape == (5, -(-columns // 8))
+    assert torch.equal(unpack_nibbles(packed)[:, :columns], values)
