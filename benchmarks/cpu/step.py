@@ -1,0 +1,133 @@
+"""A whole decode step on the CPU: kernels called one by one (level 2) against one native call (level 3).
+
+    python benchmarks/cpu/step.py MODEL [--dtype bfloat16] [--threads N] [--context 256] [--rows 1 4 8 16 64]
+
+MODEL is a checkpoint's directory; random weights will do. Each row is a sequence of `--context` tokens that gets one
+more, and its logits are wanted. Steps of both kinds alternate, and this machine's read bandwidth is measured between
+them: "of read" is the share of it that one reading of all weights and of the rows' K and V, in the median time, comes
+to. At many rows the arithmetic decides (GFLOP/s of the products).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ropeway.modelspec import ModelSpec, load_spec
+from ropeway.runtime.attention.backend import AttentionSpec
+from ropeway.runtime.attention.cpu import CpuBackend
+from ropeway.runtime.batch import BatchInputs
+from ropeway.runtime.fused import fuse
+from ropeway.runtime.kernels.library import NativeLibrary, load
+from ropeway.runtime.kernels.ops import NativeOps
+from ropeway.runtime.kvstore import KVStore
+from ropeway.runtime.models.llama import Llama
+from ropeway.runtime.models.registry import MODELS
+from ropeway.runtime.weights.loader import Weights
+
+BLOCK = 16
+CPU = torch.device("cpu")
+
+
+def build(directory: Path, spec: ModelSpec, dtype: torch.dtype, library: NativeLibrary, longest: int) -> Llama:
+    attention = AttentionSpec(
+        layers=spec.layers,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        block_size=BLOCK,
+        dtype=dtype,
+        scale=spec.head_dim**-0.5,
+        windows=spec.windows,
+    )
+    with Weights(directory, dtype) as weights:
+        backend = CpuBackend(attention, CPU)
+        return MODELS[spec.architecture](spec, weights, backend, NativeOps(library), CPU, longest)
+
+
+def decode(rows: int, context: int, vocab: int) -> BatchInputs:
+    """The next token of `rows` sequences of `context` tokens, each in blocks of its own, in random order."""
+    width = -(-(context + 1) // BLOCK)
+    tables = torch.randperm(rows * width).view(rows, width).int()
+    starts = torch.full((rows,), context, dtype=torch.int32)
+    return BatchInputs(
+        token_ids=torch.randint(0, vocab, (rows,)),
+        positions=starts.long(),
+        cu_q=torch.arange(rows + 1, dtype=torch.int32),
+        starts=starts,
+        lengths=starts + 1,
+        block_tables=tables,
+        write_slots=tables[:, context // BLOCK] * BLOCK + context % BLOCK,
+        logits_rows=torch.arange(rows),
+        max_count=1,
+        max_length=context + 1,
+    )
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 64])
+    parser.add_argument("--budget", type=float, default=6.0, help="seconds for each number of rows")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    library = load()
+    if isinstance(library, str):
+        raise SystemExit(f"There are no native kernels here: {library}")
+    dtype = getattr(torch, options.dtype)
+    spec = load_spec(options.model, options.model.name)
+    with torch.inference_mode():
+        layered = build(options.model, spec, dtype, library, options.context + 1)
+        whole = fuse(layered)
+        if isinstance(whole, str):
+            raise SystemExit(f"The model cannot be one native call: {whole}.")
+        blocks = max(options.rows) * -(-(options.context + 1) // BLOCK)
+        kv = KVStore(blocks, spec.layers, layered.backend.block_shape(), dtype, CPU).data
+        kv.zero_()
+        buffer = torch.ones(1 << 26, dtype=torch.int32)
+        weights = spec.weight_bytes(options.dtype) - (0 if spec.tied else spec.vocab * spec.hidden * dtype.itemsize)
+        print(
+            f"{spec.name}, {options.dtype}, {library.variant}, {library.refresh()} threads, context {options.context}"
+        )
+        print("rows  layered ms   one call ms   faster   GB/s  of read  GFLOP/s")
+        for rows in options.rows:
+            inputs = decode(rows, options.context, spec.vocab)
+            taken: tuple[list[float], list[float], list[float]] = ([], [], [])
+            runs = (
+                lambda inputs=inputs: layered.forward(inputs, kv),
+                lambda inputs=inputs: whole.forward(inputs, kv),
+                lambda: library.read(buffer.data_ptr(), buffer.numel() * 4, library.threads),
+            )
+            end = time.perf_counter() + options.budget
+            while len(taken[0]) < 4 or time.perf_counter() < end:
+                for run, times in zip(runs, taken, strict=True):
+                    times.append(seconds(run))
+            first, second, read = (statistics.median(times[1:]) for times in taken)
+            cached = rows * options.context * spec.layers * 2 * spec.kv_heads * spec.head_dim * dtype.itemsize
+            rate = (weights + cached) / second
+            flops = 2 * rows * weights / dtype.itemsize / second
+            print(
+                f"{rows:4} {first * 1e3:11.2f} {second * 1e3:13.2f} {first / second:7.3f}x {rate / 1e9:6.1f} "
+                f"{rate / (buffer.numel() * 4 / read):8.0%} {flops / 1e9:8.0f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
