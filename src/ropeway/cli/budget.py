@@ -126,7 +126,7 @@ def _show_needs(config: EngineConfig, spec: ModelSpec, dtype: str, device: Devic
     table.add_column()
     table.add_column(justify="right")
     length = config.max_model_len or spec.context_limit
-    table.add_row(f"weights, {dtype}", gib(spec.weight_bytes(dtype)))
+    table.add_row(f"weights, {dtype}", gib(spec.weight_bytes(dtype, config.quantization, config.quantization_group)))
     table.add_row(f"a step of {config.max_num_batched_tokens} tokens", gib(workspace_bytes(config, spec, dtype)))
     table.add_row(f"KV cache of one request of {length:,} tokens", gib(length * spec.kv_bytes_per_token(dtype)))
     table.add_row("free", gib(device.memory.free))

@@ -10,8 +10,8 @@ from ropeway.cli.options import with_settings
 from ropeway.config import EngineConfig, load
 
 PLANNED = (
-    "revision", "download_dir", "dtype", "max_model_len", "block_size", "kv_cache_gib", "num_kv_blocks",
-    "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens",
+    "revision", "download_dir", "dtype", "quantization", "quantization_group", "max_model_len", "block_size",
+    "kv_cache_gib", "num_kv_blocks", "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens",
 )  # fmt: skip
 
 

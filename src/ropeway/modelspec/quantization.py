@@ -52,6 +52,13 @@ def packed_bytes(format: str, weights: int, scales: int) -> int:
     return (weights if format == "int8" else weights // 2) + scales * SCALE_BYTES[format]
 
 
+def matrix_bytes(format: str, outs: int, ins: int, group: int) -> int:
+    """Bytes of one weight (outs, ins) in `format`, int4 with a scale for every `group` inputs or fewer. One that cannot
+    be grouped is int8, see `weights.loader`."""
+    size = kernel_group(ins, group) if format == "int4" else 0
+    return packed_bytes("int4", outs * ins, outs * ins // size) if size else packed_bytes("int8", outs * ins, outs)
+
+
 def kernel_group(inputs: int, most: int = 128) -> int:
     """The largest group of at most `most` that the int4 kernels know and that divides `inputs`; 0 if there is none."""
     return next((size for size in (128, 64, 32) if size <= most and inputs % size == 0), 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ropeway import checkpoint
 from ropeway.errors import ModelError
-from ropeway.modelspec.quantization import QuantSpec, packed_bytes, read_quantization, stored_parameters
+from ropeway.modelspec.quantization import QuantSpec, matrix_bytes, packed_bytes, read_quantization, stored_parameters
 from ropeway.modelspec.reader import Reader
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -96,22 +96,19 @@ class ModelSpec:
         'int4' quantize every linear layer to that format and the LM head to int8."""
         size = DTYPE_BYTES[dtype]
         stored = self.quantization
-        if quantization == "auto":
-            if stored is None:
-                return self.parameters * size
-            if stored.weights is not None and stored.scales is not None:
-                return (self.parameters - stored.weights) * size + packed_bytes(
-                    stored.format, stored.weights, stored.scales
-                )
-            format, group = stored.format, stored.group
-        else:
-            format = quantization
-            group = stored.group if stored is not None else group
-        weights = sum(outs * ins for outs, ins in self.linears)
-        scales = sum(outs * (ins // group if format == "int4" and group else 1) for outs, ins in self.linears)
-        total = (self.parameters - weights) * size + packed_bytes(format, weights, scales)
+        if stored is None and quantization == "auto":
+            return self.parameters * size
+        if stored is not None:
+            group = stored.group or 128
+            if quantization == "auto" and stored.weights is not None and stored.scales is not None:
+                plain = (self.parameters - stored.weights) * size
+                return plain + packed_bytes(stored.format, stored.weights, stored.scales)
+        format = stored.format if stored is not None else quantization
+        total = self.parameters * size
+        for outs, ins in self.linears:
+            total += matrix_bytes(format, outs, ins, group) - outs * ins * size
         if quantization != "auto":
-            total += packed_bytes("int8", self.vocab * self.hidden, self.vocab) - self.vocab * self.hidden * size
+            total += matrix_bytes("int8", self.vocab, self.hidden, 0) - self.vocab * self.hidden * size
         return total
 
     def kv_bytes_per_token(self, dtype: str) -> int:

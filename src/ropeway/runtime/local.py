@@ -45,13 +45,15 @@ class LocalExecutor:
         device, device_note = choose_device(config)
         dtype, dtype_note = choose_dtype(config, spec, device)
         name = str(dtype).removeprefix("torch.")
-        threads, threads_note = _set_threads(config, spec.weight_bytes(name))
+        weight_bytes = spec.weight_bytes(name, config.quantization, config.quantization_group)
+        threads, threads_note = _set_threads(config, weight_bytes)
         budget = plan_budget(config, spec, name, device.type, device_memory(device))
         backend, passed = select(_attention_spec(spec, config, dtype), device, config.attention_backend)
         ops, ops_passed = select_ops(device, dtype)
         begun = time.perf_counter()
         try:
-            with Weights(directory, dtype) as weights, torch.inference_mode():
+            stored = Weights(directory, dtype, spec.quantization, config.quantization, config.quantization_group)
+            with stored as weights, torch.inference_mode():
                 model = MODELS[spec.architecture](spec, weights, backend, ops, device, budget.max_model_len)
             loaded = time.perf_counter() - begun
             kv = KVStore(budget.num_blocks, spec.layers, backend.block_shape(), dtype, device)
@@ -76,7 +78,7 @@ class LocalExecutor:
             vocab_size=spec.vocab,
             attention=backend.name,
             threads=threads,
-            weight_bytes=spec.weight_bytes(name),
+            weight_bytes=weight_bytes,
             kv_bytes=kv.bytes,
             notes=[
                 device_note,
@@ -85,7 +87,8 @@ class LocalExecutor:
                 _attention_note(backend.name, passed),
                 f"Small operations: {ops.name}{_passed(ops_passed)}.",
                 _sentence(describe_linear(device, dtype)),
-                f"Weights: {spec.parameters:,} parameters, {gib(spec.weight_bytes(name))}, loaded in {loaded:.1f} s.",
+                f"Weights: {spec.parameters:,} parameters, {gib(weight_bytes)}, loaded in {loaded:.1f} s.",
+                *_quantization_notes(config, spec),
                 _kv_note(budget, config.block_size),
                 *budget.notes,
             ],
@@ -190,6 +193,18 @@ def _warm_up(runner: Runner) -> None:
         if fault.code == NumericalError.code:
             raise ModelError("The model computes NaN or infinity for a first token: its weights are damaged.")
         raise KernelError(f"A first step of the model failed: {fault.message} Try --attention-backend reference.")
+
+
+def _quantization_notes(config: EngineConfig, spec: ModelSpec) -> list[str]:
+    stored = spec.quantization
+    if stored is None:
+        if config.quantization == "auto":
+            return []
+        return [f"Quantization: {config.quantization}, while loading; the LM head int8. Activations int8 per token."]
+    group = f" in groups of {stored.group}" if stored.group else " per channel"
+    head = "" if config.quantization == "auto" else "; the LM head int8, while loading"
+    how = f"Quantization: {stored.format}{group}, the checkpoint's ({stored.method}){head}. Activations int8 per token."
+    return [how, *stored.notes]
 
 
 def _device_name(device: torch.device) -> str:

@@ -108,7 +108,7 @@ def workspace_bytes(config: EngineConfig, spec: ModelSpec, dtype: str) -> int:
 def plan_budget(config: EngineConfig, spec: ModelSpec, dtype: str, device: str, memory: MemoryState) -> Budget:
     """Divide `memory` before anything is loaded. Raises MemoryBudgetError with the numbers and a value that would work,
     or ConfigError for a length beyond the model."""
-    weights = spec.weight_bytes(dtype)
+    weights = spec.weight_bytes(dtype, config.quantization, config.quantization_group)
     workspace = workspace_bytes(config, spec, dtype)
     room = memory.free - weights - workspace
     if room <= 0:

@@ -21,6 +21,7 @@ from ropeway.runtime.layers.embedding import Embedding
 from ropeway.runtime.layers.linear import PackedLinear
 from ropeway.runtime.layers.mlp import GatedMLP
 from ropeway.runtime.layers.norm import RMSNorm
+from ropeway.runtime.layers.quantized import QuantizedWeight
 from ropeway.runtime.layers.rotary import rotary_tables
 from ropeway.runtime.weights.loader import Weights
 
@@ -54,11 +55,11 @@ class Llama:
         self.norm = self.build_norm("model.norm.weight")
         if spec.tied:
             # One copy serves both: the embedding reads the head's packed weight by row.
-            self.head = PackedLinear(embedding, None, device, lookup=True)
+            self.head = self.pack(weights.quantize(embedding, head=True), None, lookup=True)
             self.embed: Callable[[Tensor], Tensor] = self.head.rows
             weights.ignore(["lm_head.weight"])
         else:
-            self.head = self.build_linear("", ["lm_head"], [spec.vocab], spec.hidden, bias=False)
+            self.head = self.pack(weights.head("lm_head", spec.vocab, spec.hidden), None)
             self.embed = Embedding(embedding)
         weights.finish()
         del self.weights
@@ -107,8 +108,14 @@ class Llama:
 
     def build_linear(self, prefix: str, names: list[str], outs: list[int], ins: int, *, bias: bool) -> PackedLinear:
         """One linear layer out of the checkpoint's `names`, their outputs side by side."""
-        weight = self.weights.fuse([f"{prefix}{name}.weight" for name in names], [(out, ins) for out in outs])
+        weight = self.weights.linear([prefix + name for name in names], outs, ins)
         if not bias:
-            return PackedLinear(weight, None, self.device)
-        added = self.weights.fuse([f"{prefix}{name}.bias" for name in names], [(out,) for out in outs])
-        return PackedLinear(weight, added, self.device)
+            return self.pack(weight, None)
+        return self.pack(
+            weight, self.weights.fuse([f"{prefix}{name}.bias" for name in names], [(out,) for out in outs])
+        )
+
+    def pack(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, *, lookup: bool = False) -> PackedLinear:
+        if isinstance(weight, QuantizedWeight):
+            weight = weight.dequantize().to(self.weights.dtype)
+        return PackedLinear(weight, bias, self.device, lookup=lookup)

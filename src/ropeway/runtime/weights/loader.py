@@ -34,8 +34,8 @@ _UNUSED_QUANTIZED = (".input_scale", ".input_zero_point", ".output_scale", ".k_s
 class Weights:
     """The tensors of a checkpoint directory, each to be taken once.
 
-    `take` and `fuse` return new tensors of `dtype` on the CPU; `linear` and `head` return quantized weights where the
-    checkpoint (`stored`) has them or `quantization` ('auto', 'int8', 'int4') asks for them, int4 with a scale for every
+    `take` and `fuse` return new tensors of `dtype` on the CPU; `linear`, `head` and `quantize` return quantized weights where
+    the checkpoint (`stored`) has them or `quantization` ('auto', 'int8', 'int4') asks for them, int4 with a scale for every
     `group` input features or fewer. `finish` refuses a checkpoint with tensors that the model has not asked for. Use as
     a context manager, so that the mappings are closed. Raises ConfigError if the checkpoint is quantized otherwise than
     `quantization` asks for.
@@ -100,16 +100,20 @@ class Weights:
                 f"The checkpoint in {self.directory} leaves {plain} plain and quantizes the others of "
                 f"{', '.join(modules)}, which are computed as one. Quantize all of them or none."
             )
-        weight = self.fuse([module + ".weight" for module in modules], [(out, ins) for out in outs])
-        # int4 needs a multiple of 32 inputs. Where a layer has another number, int8 is what comes next.
-        group = kernel_group(ins, self._group)
+        return self.quantize(self.fuse([module + ".weight" for module in modules], [(out, ins) for out in outs]))
+
+    def head(self, module: str, vocab: int, ins: int) -> Tensor | QuantizedWeight:
+        """The LM head, (vocab, ins), where it is a layer of its own."""
+        if self.stored is not None and formats.is_quantized(self, module):
+            return self.linear([module], [vocab], ins)
+        return self.quantize(self.take(module + ".weight", (vocab, ins)), head=True)
+
+    def quantize(self, weight: Tensor, *, head: bool = False) -> Tensor | QuantizedWeight:
+        """`weight` (N, K) as `quantization` asks for it. An LM head gets int8 at least: it decides between tokens, and
+        int4 would blur that. So does a layer with a number of inputs that int4 cannot group by 32."""
+        group = 0 if head else kernel_group(weight.shape[1], self._group)
         if self._quantization == "int4" and group:
             return quantize_int4(weight, group)
-        return weight if self._quantization == "auto" else quantize_int8(weight)
-
-    def head(self, weight: Tensor) -> Tensor | QuantizedWeight:
-        """The LM head `weight` (vocab, hidden) as it is to be computed: int8 where linear layers are quantized on the
-        way, since it decides between tokens and int4 would blur that."""
         return weight if self._quantization == "auto" else quantize_int8(weight)
 
     def has(self, name: str) -> bool:
