@@ -34,11 +34,11 @@ _UNUSED_QUANTIZED = (".input_scale", ".input_zero_point", ".output_scale", ".k_s
 class Weights:
     """The tensors of a checkpoint directory, each to be taken once.
 
-    `take` and `fuse` return new tensors of `dtype` on the CPU; `linear`, `head` and `quantize` return quantized weights where
-    the checkpoint (`stored`) has them or `quantization` ('auto', 'int8', 'int4') asks for them, int4 with a scale for every
-    `group` input features or fewer. `finish` refuses a checkpoint with tensors that the model has not asked for. Use as
-    a context manager, so that the mappings are closed. Raises ConfigError if the checkpoint is quantized otherwise than
-    `quantization` asks for.
+    `take` and `fuse` return new tensors of `dtype` on the CPU; `linear`, `head` and `quantize` return quantized weights
+    where the checkpoint (`stored`) has them or `quantization` ('auto', 'int8', 'int4') asks for them, int4 with a scale
+    for every `group` input features or fewer. `finish` refuses a checkpoint with tensors that the model has not asked
+    for. Use as a context manager, so that the mappings are closed. Raises ConfigError if the checkpoint is quantized
+    otherwise than `quantization` asks for.
     """
 
     def __init__(
@@ -118,6 +118,10 @@ class Weights:
 
     def has(self, name: str) -> bool:
         return name in self._tensors
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """All tensors that are stored, by name."""
+        return {name: info.shape for name, info in self._tensors.items()}
 
     def raw(self, name: str, shapes: Sequence[tuple[int, ...]]) -> Tensor:
         """The tensor `name` in the type that it is stored in. Raises ModelError unless its shape is one of `shapes`."""

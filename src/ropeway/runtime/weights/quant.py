@@ -22,7 +22,7 @@ def quantize_int8(weight: Tensor) -> QuantizedWeight:
     scales = torch.empty(weight.shape[0])
     for rows in _chunks(weight):
         chunk = weight[rows].float()
-        scale = chunk.abs().amax(1).clamp_(min=_SMALLEST) / 127
+        scale = storable(chunk.abs().amax(1).clamp_(min=_SMALLEST) / 127)
         scales[rows] = scale
         values[rows] = (chunk / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return QuantizedWeight(format="int8", values=values, scales=scales, zeros=None, group=0)
@@ -42,7 +42,7 @@ def quantize_int4(weight: Tensor, group: int) -> QuantizedWeight:
         grouped = weight[part].float().view(-1, group)
         scale, zero = search_int4(grouped)
         quants = (grouped / scale).add_(zero).round_().clamp_(0, 15)
-        scale = _refit(grouped, quants - zero, scale)
+        scale = storable(_refit(grouped, quants - zero, scale))
         values[part] = quants.to(torch.uint8).view(-1, depth)
         scales[part] = scale.view(-1, depth // group)
         zeros[part] = zero.to(torch.uint8).view(-1, depth // group)
@@ -74,6 +74,11 @@ def _refit(grouped: Tensor, steps: Tensor, scale: Tensor) -> Tensor:
     square = (steps * steps).sum(1, keepdim=True)
     fitted = (grouped * steps).sum(1, keepdim=True) / square
     return torch.where((square > 0) & (fitted > 0), fitted, scale)
+
+
+def storable(scale: Tensor) -> Tensor:
+    """`scale` as bfloat16 holds it, which is how checkpoints keep scales: what is written is what was computed with."""
+    return scale.to(torch.bfloat16).float()
 
 
 def _chunks(weight: Tensor) -> list[slice]:
