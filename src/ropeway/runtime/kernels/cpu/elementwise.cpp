@@ -14,7 +14,7 @@ namespace ropeway {
 constexpr int W = ROPEWAY_LANES;
 using F = Lanes<W>::F;
 using I = Lanes<W>::I;
-constexpr int64_t WORTH_THREADS = 1 << 15;  // elements below which waking the other threads costs more than it saves
+constexpr int64_t WORTH_THREADS = 1 << 12;  // elements below which a second thread costs more than it saves
 
 // Run fn(i, width) over [0, n): whole vectors, then single elements.
 template <class Fn>
@@ -50,7 +50,11 @@ ROPEWAY_INLINE X as_stored(X x) {
     } else if constexpr (N == 1) {
         return to_float(from_float<T>(x));
     } else {
-        return rounded<T, N>(x);
+        // As store() and load() would, but without narrowing.
+        using L = Lanes<N>;
+        const auto u = bits_as<typename L::U>(x);
+        const auto near = typename L::U((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
+        return (x != x) ? x : bits_as<typename L::F>(near);
     }
 }
 
