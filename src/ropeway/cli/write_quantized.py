@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from torch import Tensor
-
 from ropeway.cli.progress import counting
 from ropeway.errors import ConfigError
 from ropeway.hub import locate
 from ropeway.modelspec import load_spec
-from ropeway.runtime.layers.quantized import QuantizedWeight
 from ropeway.runtime.memory import gib
 from ropeway.runtime.weights import export
-from ropeway.runtime.weights.quant import quantize_int4, quantize_int8
+from ropeway.runtime.weights.quant import rounding
 
 
 def run(model: str, out: Path, format: str, group: int, *, revision: str | None, download_dir: str | None) -> None:
@@ -23,11 +20,8 @@ def run(model: str, out: Path, format: str, group: int, *, revision: str | None,
     begun = time.perf_counter()
     spec = load_spec(locate(model, revision=revision, download_dir=download_dir), model)
 
-    def quantize(_: str, weight: Tensor) -> QuantizedWeight:
-        return quantize_int8(weight) if format == "int8" else quantize_int4(weight, group)
-
     with counting("layers", len(export.linears(spec))) as done:
-        files = export.write_quantized(spec, out, format, group, quantize, done)
+        files = export.write_quantized(spec, out, format, group, rounding(format, group), done)
     size = sum(file.stat().st_size for file in files)
     before = sum(file.stat().st_size for file in spec.directory.glob("*.safetensors"))
     seconds = time.perf_counter() - begun

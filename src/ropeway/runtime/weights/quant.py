@@ -5,6 +5,8 @@ Rows are taken in chunks whose temporaries stay in the cache, so that a weight i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,11 @@ def quantize_int4(weight: Tensor, group: int) -> QuantizedWeight:
         scales[part] = scale.view(-1, depth // group)
         zeros[part] = zero.to(torch.uint8).view(-1, depth // group)
     return QuantizedWeight(format="int4", values=values, scales=scales, zeros=zeros, group=group)
+
+
+def rounding(format: str, group: int) -> Callable[[str, Tensor], QuantizedWeight]:
+    """The functions above as `export.Quantize`."""
+    return lambda _, weight: quantize_int8(weight) if format == "int8" else quantize_int4(weight, group)
 
 
 def search_int4(grouped: Tensor) -> tuple[Tensor, Tensor]:
