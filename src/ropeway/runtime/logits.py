@@ -1,6 +1,7 @@
 """What a request may do to its own logits before a token is chosen: bias, minimum length, penalties.
 
-Order and meanings are vLLM's. Only rows that ask for it come here, so that the others pay nothing.
+Order and meanings are vLLM's. Only rows that ask for it come here, so that the others pay nothing, and the cost is that
+of the tokens concerned, not of the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,51 +16,91 @@ from ropeway.errors import RequestError
 
 
 class History:
-    """Which tokens a sequence has, counted as they come: the penalties then cost the number of different tokens."""
+    """What a sequence's wishes come to, kept up to date as it grows: the logits concerned, and by how much.
 
-    def __init__(self, tokens: NDArray[np.int32], prompt_len: int) -> None:
-        self._seen = _Counts(tokens)
-        self._output = _Counts(tokens[prompt_len:])
+    `bias` and `banned` are the request's; `seen` (different tokens of prompt and output) and `output` (those of the
+    output, and how often each occurs) stay empty without penalties. Raises RequestError for a bias on a token outside
+    the vocabulary.
+    """
+
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        eos_ids: tuple[int, ...],
+        vocab: int,
+        tokens: NDArray[np.int32],
+        prompt_len: int,
+    ) -> None:
+        self.bias_ids = np.array(list(sampling.logit_bias), dtype=np.int64)
+        self.bias = np.array(list(sampling.logit_bias.values()), dtype=np.float32)
+        if len(self.bias_ids) and not 0 <= self.bias_ids.min() <= self.bias_ids.max() < vocab:
+            raise RequestError(f"logit_bias names a token outside the vocabulary of {vocab}.", param="logit_bias")
+        ends = sorted(i for i in {*eos_ids, *sampling.stop_token_ids} if 0 <= i < vocab)
+        self.banned = np.array(ends, dtype=np.int64)
+        self._counts = has_penalties(sampling)
+        self._seen = _Counts(tokens if self._counts else tokens[:0])
+        self._output = _Counts(tokens[prompt_len:] if self._counts else tokens[:0])
 
     def append(self, token: int) -> None:
-        self._seen.add(token)
-        self._output.add(token)
+        if self._counts:
+            self._seen.add(token)
+            self._output.add(token)
 
     @property
     def seen(self) -> NDArray[np.int64]:
-        """Different tokens of prompt and output."""
         return self._seen.ids
 
     @property
     def output(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Different tokens of the output, and how often each occurs."""
         return self._output.ids, self._output.counts
+
+    def lists(self, sampling: SamplingParams, generated: int) -> tuple[int, ...]:
+        """Addresses and lengths of what applies to the next token, as the native sampler takes them. They hold until
+        the next `append`."""
+        seen, output = self._seen, self._output
+        repeats = sampling.repetition_penalty != 1.0
+        return (
+            self.bias_ids.ctypes.data,
+            self.bias.ctypes.data,
+            len(self.bias_ids),
+            self.banned.ctypes.data,
+            len(self.banned) if generated < sampling.min_tokens else 0,
+            seen.ids_at,
+            seen.size if repeats else 0,
+            output.ids_at,
+            output.counts_at,
+            output.size if sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0 else 0,
+        )
 
 
 class _Counts:
+    """Different tokens and how often each was added, in arrays that have room to grow."""
+
     def __init__(self, tokens: NDArray[np.int32]) -> None:
         ids, counts = np.unique(tokens, return_counts=True)
         self._place = {int(token): place for place, token in enumerate(ids)}
-        self._size = len(ids)
-        self._ids = np.concatenate([ids.astype(np.int64), np.zeros(64, np.int64)])
-        self._counts = np.concatenate([counts.astype(np.int64), np.zeros(64, np.int64)])
+        self.size = len(ids)
+        self._keep(np.append(ids.astype(np.int64), np.zeros(64, np.int64)), np.append(counts, np.zeros(64, np.int64)))
+
+    def _keep(self, ids: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        self._ids, self._counts = ids, counts
+        self.ids_at, self.counts_at = ids.ctypes.data, counts.ctypes.data
 
     @property
     def ids(self) -> NDArray[np.int64]:
-        return self._ids[: self._size]
+        return self._ids[: self.size]
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        return self._counts[: self._size]
+        return self._counts[: self.size]
 
     def add(self, token: int) -> None:
-        place = self._place.setdefault(token, self._size)
-        if place == self._size:
+        place = self._place.setdefault(token, self.size)
+        if place == self.size:
             if place == len(self._ids):
-                self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
-                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+                self._keep(*(np.append(old, np.zeros_like(old)) for old in (self._ids, self._counts)))
             self._ids[place] = token
-            self._size += 1
+            self.size += 1
         self._counts[place] += 1
 
 
@@ -68,34 +109,22 @@ def has_penalties(sampling: SamplingParams) -> bool:
 
 
 def wants_adjusting(sampling: SamplingParams, generated: int) -> bool:
-    """Whether the next token's logits of a request must go through `adjust`."""
+    """Whether the next token's logits of a request must be adjusted."""
     return bool(sampling.logit_bias) or generated < sampling.min_tokens or has_penalties(sampling)
 
 
-def adjust(
-    row: Tensor, sampling: SamplingParams, generated: int, eos_ids: tuple[int, ...], history: History | None
-) -> None:
-    """Change `row` (vocab,) float32 in place. `history` is needed if the request has penalties.
+def adjust(row: Tensor, sampling: SamplingParams, generated: int, history: History) -> None:
+    """Change `row` (vocab,) float32 in place: bias, then minimum length, then penalties."""
 
-    Raises RequestError for a bias on a token outside the vocabulary.
-    """
-    vocab, device = row.shape[0], row.device
-    if sampling.logit_bias:
-        ids = list(sampling.logit_bias)
-        if min(ids) < 0 or max(ids) >= vocab:
-            raise RequestError(f"logit_bias names a token outside the vocabulary of {vocab}.", param="logit_bias")
-        row[torch.tensor(ids, device=device)] += torch.tensor(list(sampling.logit_bias.values()), device=device)
+    def to(array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(row.device)
+
+    row[to(history.bias_ids)] += to(history.bias)
     if generated < sampling.min_tokens:
-        ends = [i for i in {*eos_ids, *sampling.stop_token_ids} if 0 <= i < vocab]
-        row[torch.tensor(ends, dtype=torch.int64, device=device)] = -torch.inf
-    if history is None or not has_penalties(sampling):
-        return
+        row[to(history.banned)] = -torch.inf
     if sampling.repetition_penalty != 1.0:
-        seen = torch.from_numpy(history.seen).to(device)
-        values = row[seen]
-        factor = sampling.repetition_penalty
+        seen = to(history.seen)
+        values, factor = row[seen], sampling.repetition_penalty
         row[seen] = torch.where(values > 0, values / factor, values * factor)
-    ids_of, counts_of = history.output
-    if sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0:
-        output, counts = torch.from_numpy(ids_of).to(device), torch.from_numpy(counts_of).to(device)
-        row[output] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+    output, counts = (to(array) for array in history.output)
+    row[output] -= sampling.frequency_penalty * counts + sampling.presence_penalty

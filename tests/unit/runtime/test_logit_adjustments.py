@@ -45,19 +45,20 @@ def test_equals_the_definition(case: int) -> None:
     )
     prompt = [random.randrange(VOCAB) for _ in range(random.randrange(1, 30))]
     output: list[int] = []
-    history = History(np.array(prompt, dtype=np.int32), len(prompt))
+    history = History(s, (2,), VOCAB, np.array(prompt, dtype=np.int32), len(prompt))
     for _ in range(150):
         values = [random.gauss(0, 3) for _ in range(VOCAB)]
         row = torch.tensor(values)
         if wants_adjusting(s, len(output)):
-            adjust(row, s, len(output), (2,), history)
+            adjust(row, s, len(output), history)
         torch.testing.assert_close(row, torch.tensor(oracle(values, s, prompt, output, 2)))
         output.append(random.randrange(VOCAB))
         history.append(output[-1])
 
 
 def test_history_of_a_resumed_sequence() -> None:
-    history = History(np.array([4, 4, 7, 9, 7], dtype=np.int32), 2)
+    tokens = np.array([4, 4, 7, 9, 7], dtype=np.int32)
+    history = History(SamplingParams(presence_penalty=0.1), (), VOCAB, tokens, 2)
     history.append(9)
     ids, counts = history.output
     assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == {7: 2, 9: 2}
@@ -72,4 +73,4 @@ def test_rows_without_wishes_are_left_alone() -> None:
 
 def test_bias_outside_the_vocabulary() -> None:
     with pytest.raises(RequestError, match="outside the vocabulary of 60"):
-        adjust(torch.zeros(VOCAB), SamplingParams(logit_bias={60: 1.0}), 0, (), None)
+        History(SamplingParams(logit_bias={60: 1.0}), (), VOCAB, np.zeros(1, np.int32), 1)

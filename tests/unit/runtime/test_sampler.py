@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 from ropeway.contract import SamplingParams
 from ropeway.errors import EngineError, NumericalError, RopewayError
+from ropeway.runtime.kernels.library import load
 from ropeway.runtime.kernels.ops import TorchOps
 from ropeway.runtime.noise import derive, uniforms
 from ropeway.runtime.sampler import Sampler, Want
@@ -23,8 +24,17 @@ def want(sampling: SamplingParams, seed: int = 0, generated: int = 0, tokens: Se
     return Want(seat, known)
 
 
-def sample(logits: torch.Tensor, wants: Sequence[Want]) -> list[int | RopewayError]:
-    return Sampler(TorchOps()).sample(logits.clone(), wants)
+Sample = Callable[[torch.Tensor, Sequence[Want]], list[int | RopewayError]]
+
+
+@pytest.fixture(params=["torch", "native"])
+def sample(request: pytest.FixtureRequest) -> Sample:
+    if request.param == "torch":
+        return lambda logits, wants: Sampler(TorchOps()).sample(logits.clone(), wants)
+    library = load()
+    if isinstance(library, str):
+        pytest.skip(library)
+    return lambda logits, wants: Sampler(TorchOps(), library).sample(logits.clone(), wants)
 
 
 def oracle(logits: np.ndarray, s: SamplingParams) -> np.ndarray:
@@ -66,7 +76,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("params", CASES)
-def test_distribution(params: dict[str, float]) -> None:
+def test_distribution(sample: Sample, params: dict[str, float]) -> None:
     sampling = SamplingParams(**params)
     row = torch.randn(16, generator=torch.Generator().manual_seed(3)).mul(1.2)
     number = 7000
@@ -83,11 +93,8 @@ def test_the_chi_square_test_can_fail() -> None:
 
 
 def exact(row: np.ndarray, s: SamplingParams, u: float) -> int:
-    """Inverse CDF in the documented order: ids for plain temperature, else logit descending then id."""
-    p = oracle(row, s)
-    truncates = 0 < s.top_k < len(row) or s.top_p < 1 or s.min_p > 0
-    order = np.lexsort((np.arange(len(row)), -row)) if truncates else np.arange(len(row))
-    return int(order[np.searchsorted(np.cumsum(p[order]), u, side="right")])
+    """Inverse CDF in the order of token ids."""
+    return int(np.searchsorted(np.cumsum(oracle(row, s)), u, side="right"))
 
 
 @pytest.mark.parametrize(
@@ -98,10 +105,12 @@ def exact(row: np.ndarray, s: SamplingParams, u: float) -> int:
         {"temperature": 3.0, "min_p": 0.001},
         {"temperature": 9.0, "top_k": 900},
         {"temperature": 4.0, "top_k": 2000, "top_p": 0.8},
+        {"temperature": 2.0, "top_k": 4999, "top_p": 0.999, "min_p": 1e-4},
+        {"temperature": 0.01, "top_p": 0.5},
     ],
 )
-def test_equals_the_definition_on_a_large_vocabulary(params: dict[str, float]) -> None:
-    """Also where the first candidates are too few: flat distributions, wide nuclei, large top_k."""
+def test_equals_the_definition_on_a_large_vocabulary(sample: Sample, params: dict[str, float]) -> None:
+    """Peaked and flat distributions, narrow and wide nuclei, small and large top_k."""
     sampling = SamplingParams(**params)
     rows = torch.randn(40, 5000, generator=torch.Generator().manual_seed(5)).mul(2)
     found = sample(rows, [want(sampling, seed=i, generated=i) for i in range(40)])
@@ -110,7 +119,7 @@ def test_equals_the_definition_on_a_large_vocabulary(params: dict[str, float]) -
 
 
 @pytest.mark.parametrize("top_k", [3, 70])
-def test_ties_go_to_the_lowest_ids(top_k: int) -> None:
+def test_ties_go_to_the_lowest_ids(sample: Sample, top_k: int) -> None:
     """With bfloat16 weights many logits are equal; which of them are candidates must not depend on chance."""
     row = torch.zeros(1000)
     row[torch.arange(999, 0, -7)] = 1.0
@@ -120,7 +129,7 @@ def test_ties_go_to_the_lowest_ids(top_k: int) -> None:
     assert sample(row[None], [want(SamplingParams(temperature=0.0))]) == [min(ties)]
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+def test_a_row_does_not_depend_on_its_neighbours(sample: Sample) -> None:
     rows = torch.randn(len(CASES) * 3, 3000, generator=torch.Generator().manual_seed(9)).mul(3)
     wants = [
         want(SamplingParams(**CASES[i % len(CASES)], presence_penalty=0.5 * (i % 3)), seed=i, generated=i)
@@ -132,12 +141,12 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     assert [together[i] for i in order] == sample(rows[order], [wants[i] for i in order])
 
 
-def test_temperature_near_zero_is_greedy() -> None:
+def test_temperature_near_zero_is_greedy(sample: Sample) -> None:
     row = torch.tensor([[1.0, 3.0, 2.0]])
     assert sample(row, [want(SamplingParams(temperature=1e-7))]) == [1]
 
 
-def test_bad_logits_fail_their_row_alone() -> None:
+def test_bad_logits_fail_their_row_alone(sample: Sample) -> None:
     rows = torch.randn(6, 50, generator=torch.Generator().manual_seed(1))
     clean = sample(rows, [want(SamplingParams(temperature=t % 2), seed=t) for t in range(6)])
     rows[1, 7] = torch.nan
@@ -147,13 +156,13 @@ def test_bad_logits_fail_their_row_alone() -> None:
         assert isinstance(token, NumericalError) if i in (1, 4) else token == clean[i]
 
 
-def test_nothing_left_is_an_error() -> None:
+def test_nothing_left_is_an_error(sample: Sample) -> None:
     params = SamplingParams(temperature=0.0, logit_bias={0: -math.inf, 1: -math.inf}, min_tokens=1)
     (found,) = sample(torch.zeros(1, 3), [want(params)])
     assert isinstance(found, NumericalError)
 
 
-def test_an_exception_in_one_row_fails_that_row_alone() -> None:
+def test_an_exception_in_one_row_fails_that_row_alone(sample: Sample) -> None:
     good = SamplingParams(top_k=4)
     rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     found = sample(rows, [want(good, 1), want(good, 2), want(SamplingParams(logit_bias={99: 1.0}), 3)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from ctypes import c_double, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 
 import torch
 
@@ -73,6 +73,10 @@ class NativeLibrary:
         self.argmax = self._bind("ropeway_argmax", [p, p, p, i, i, i])
         self.read = self._bind("ropeway_read", [p, i, i])
         self.read.restype = ctypes.c_uint64
+
+        self.sample = self._bind("ropeway_sample", [p, i, i, c_char_p, p, p, p, i])
+        self.sample_scratch = self._bind("ropeway_sample_scratch", [i])
+        self.sample_scratch.restype = c_int64
 
         self.packed_bytes = self._bind("ropeway_packed_bytes", [p])
         self.packed_bytes.restype = c_int64

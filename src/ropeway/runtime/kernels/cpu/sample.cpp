@@ -1,0 +1,479 @@
+// Choose a token for each row of logits without sorting the vocabulary.
+//
+// A row is read once for the maxima of its blocks. top_k and top_p are thresholds on the logit, found by selection
+// (Floyd and Rivest 1975, here also by weight instead of count): a sample brackets the threshold, one pass sums what is
+// above the bracket and copies what is inside, and so on with that. The draw is an inverse CDF in the order of ids.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "vec.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using namespace ropeway;
+
+constexpr int W = ROPEWAY_LANES;
+using F = Lanes<W>::F;
+using I = Lanes<W>::I;
+constexpr int64_t BLOCK = 128;  // logits that share a maximum
+constexpr int64_t SPAN = 512;   // values that are summed in float32 before the sum goes on in float64
+constexpr int64_t FEW = 64;     // values among which every one is tried as the threshold
+constexpr int64_t ALL = std::numeric_limits<int64_t>::max();
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int64_t NOT_FINITE = -1, NOTHING_LEFT = -2;
+
+}  // namespace
+
+// What a row asks for; packed by runtime/sampler.py. A list is its address and its length.
+struct SampleRow {
+    double temperature;  // 0: the highest logit, the lowest id among equals
+    double top_p, min_p;
+    double repetition, presence, frequency;
+    int64_t top_k;  // 0: no limit
+    const int64_t* bias_ids;
+    const float* bias;
+    int64_t biases;
+    const int64_t* banned;
+    int64_t bans;
+    const int64_t* seen;  // the different tokens of prompt and output
+    int64_t seens;
+    const int64_t* output;  // the different tokens of the output, and how often each occurs
+    const int64_t* counts;
+    int64_t outputs;
+};
+
+namespace {
+
+// Vectors of x[0, n); the last is filled up with NaN, which no comparison lets pass.
+ROPEWAY_INLINE F load_upto(const float* x, int64_t n) {
+    if (n >= W) return load<W>(x);
+    float padded[W];
+    for (int i = 0; i < W; ++i) padded[i] = i < n ? x[i] : NAN;
+    return load<W>(padded);
+}
+
+ROPEWAY_INLINE F only(I mask, F x) { return bits_as<F>(I(mask & bits_as<I>(x))); }
+
+#if defined(__AVX2__)
+// For each set of lanes, their numbers side by side.
+struct CompressTable {
+    alignas(64) uint8_t lane[256][8] = {};
+    constexpr CompressTable() {
+        for (int mask = 0; mask < 256; ++mask) {
+            int n = 0;
+            for (int i = 0; i < 8; ++i) {
+                if (mask >> i & 1) lane[mask][n++] = uint8_t(i);
+            }
+        }
+    }
+};
+constexpr CompressTable COMPRESS;
+#endif
+
+// Write the lanes of x that `keep` names to `out`, side by side, and return their number. May write W floats.
+ROPEWAY_INLINE int compress(F x, I keep, float* out) {
+#if defined(__AVX512F__) && ROPEWAY_LANES == 16
+    const __mmask16 mask = _mm512_test_epi32_mask(bits_as<__m512i>(keep), bits_as<__m512i>(keep));
+    _mm512_storeu_ps(out, _mm512_maskz_compress_ps(mask, bits_as<__m512>(x)));
+    return __builtin_popcount(mask);
+#elif defined(__AVX2__) && ROPEWAY_LANES == 8
+    const int mask = _mm256_movemask_ps(bits_as<__m256>(keep));
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(COMPRESS.lane[mask]));
+    _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(bits_as<__m256>(x), _mm256_cvtepu8_epi32(bytes)));
+    return __builtin_popcount(unsigned(mask));
+#else
+    int n = 0;
+    for (int i = 0; i < W; ++i) {
+        out[n] = x[i];
+        n += keep[i] & 1;
+    }
+    return n;
+#endif
+}
+
+ROPEWAY_INLINE F at_least(F x, float lowest) {
+#if defined(__AVX512F__) && ROPEWAY_LANES == 16
+    return bits_as<F>(_mm512_max_ps(bits_as<__m512>(x), _mm512_set1_ps(lowest)));
+#elif defined(__AVX2__) && ROPEWAY_LANES == 8
+    return bits_as<F>(_mm256_max_ps(bits_as<__m256>(x), _mm256_set1_ps(lowest)));
+#else
+    return x > lowest ? x : splat<W>(lowest);
+#endif
+}
+
+// exp((x - top) / temperature) for x up to `top`, relative error 2e-7; 0 below 2^-126, and for NaN.
+struct Mass {
+    float top, scale;
+
+    Mass(float t, double temperature) : top(t), scale(float(LOG2_E / temperature)) {}
+
+    // 2^y as a polynomial of degree 5 on [-1/2, 1/2] times a power of two. The rounded number n is in the low bits of
+    // `shifted` as n + 127, ready to be an exponent, where 0 stands for the number 0.
+    ROPEWAY_INLINE F operator()(F x) const {
+        constexpr float MAGIC = 12582912.0f + 127.0f;
+        const F y = at_least((x - top) * scale, -127.0f);
+        const F shifted = y + MAGIC, f = y - (shifted - MAGIC);
+        F p = f * 1.33909e-3f + 9.67603e-3f;
+        p = p * f + 5.550357e-2f;
+        p = p * f + 2.4022107e-1f;
+        p = p * f + 6.9314719e-1f;
+        p = p * f + 1.00000008f;
+        return p * bits_as<F>(bits_as<I>(shifted) << 23);
+    }
+};
+
+struct Count {
+    ROPEWAY_INLINE F operator()(F) const { return splat<W>(1.0f); }
+};
+
+struct Parts {
+    double above = 0, inside = 0, below = 0;
+    int64_t count = 0;
+};
+
+// Weigh x[0, n) above `high`, from `low` to `high`, and below. What is inside goes to `out`, which has room for n + W.
+template <class Weight>
+Parts partition(const float* x, int64_t n, float low, float high, const Weight& weight, float* out) {
+    Parts parts;
+    for (int64_t begin = 0; begin < n; begin += SPAN) {
+        F above{}, inside{}, below{};
+        const int64_t end = std::min(begin + SPAN, n);
+        for (int64_t i = begin; i < end; i += W) {
+            const F y = load_upto(x + i, end - i);
+            const F w = weight(y);
+            const I within = (y >= low) & (y <= high);
+            above += only(y > high, w);
+            inside += only(within, w);
+            below += only(y < low, w);
+            parts.count += compress(y, within, out + parts.count);
+        }
+        parts.above += sum<W>(above);
+        parts.inside += sum<W>(inside);
+        parts.below += sum<W>(below);
+    }
+    return parts;
+}
+
+// Copy what is inside, and nothing else.
+int64_t copy(const float* x, int64_t n, float low, float high, float* out) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += W) {
+        const F y = load_upto(x + i, n - i);
+        count += compress(y, (y >= low) & (y <= high), out + count);
+    }
+    return count;
+}
+
+// The threshold: values above `at` do not reach the wanted weight, and `missing` of it must come from those equal to it.
+struct Cut {
+    float at;
+    double missing;
+};
+
+// Up to FEW values, each tried as the threshold.
+class Few {
+   public:
+    template <class Weight>
+    Few(const float* x, int64_t n, int64_t step, const Weight& weight) {
+        float values[FEW], weights[FEW];
+        for (int64_t i = 0; i < FEW; ++i) values[i] = i < n ? x[i * step] : NAN;
+        F total{};
+        for (int v = 0; v < VECTORS; ++v) {
+            values_[v] = load<W>(values + v * W);
+            const F w = only(values_[v] == values_[v], weight(values_[v]));
+            store<W>(weights + v * W, w);
+            total += w;
+        }
+        total_ = sum<W>(total);
+        for (int64_t i = 0; i < n; ++i) {
+            const F y = splat<W>(values[i]), w = splat<W>(weights[i]);
+            for (int v = 0; v < VECTORS; ++v) {
+                above_[v] += only(y > values_[v], w);
+                upto_[v] += only(y >= values_[v], w);
+            }
+        }
+    }
+
+    // Where `share` of the weight is reached; the lowest value of all if rounding puts that beyond the total.
+    Cut at(double share) const {
+        const float target = float(share * total_);
+        F best = splat<W>(-INF), lowest = splat<W>(INF);
+        for (int v = 0; v < VECTORS; ++v) {
+            best = ((upto_[v] >= target) & (values_[v] > best)) ? values_[v] : best;
+            lowest = values_[v] < lowest ? values_[v] : lowest;
+        }
+        const float at = std::max(maximum<W>(best), -maximum<W>(-lowest));
+        F above{};
+        for (int v = 0; v < VECTORS; ++v) above = values_[v] == at ? above_[v] : above;
+        return {at, double(target - maximum<W>(above))};
+    }
+
+   private:
+    static constexpr int VECTORS = FEW / W;
+    F values_[VECTORS], above_[VECTORS] = {}, upto_[VECTORS] = {};
+    float total_;
+};
+
+// Room for a selection among n values: two pools that are filled in turn.
+struct Room {
+    float *pool, *other;
+    Room(float* start, int64_t n) : pool(start), other(start + n + W) {}
+    static int64_t size(int64_t n) { return 2 * (n + W); }
+};
+
+// Where the weights of x[0, n), from the highest value downwards, reach `share` of them all. x may be room.other.
+template <class Weight>
+Cut select(const float* x, int64_t n, double share, const Weight& weight, Room room) {
+    constexpr double MARGIN = 0.125;  // about two standard deviations of a sample's quantile
+    bool narrow = false;
+    while (n > FEW) {
+        const Few sample(x, FEW, n / FEW, weight);
+        const float high = narrow ? sample.at(share).at : share > MARGIN ? sample.at(share - MARGIN).at : INF;
+        const float low = narrow ? high : share + MARGIN < 1 ? sample.at(share + MARGIN).at : -INF;
+        const Parts parts = partition(x, n, low, high, weight, room.pool);
+        const double upto = parts.above + parts.inside, all = upto + parts.below, target = std::min(share * all, all);
+        int64_t count = parts.count;
+        if (target <= parts.above) {
+            share = target / parts.above;
+            count = copy(x, n, std::nextafter(high, INF), INF, room.pool);
+        } else if (target <= upto) {
+            if (low == high) return {low, target - parts.above};
+            share = (target - parts.above) / parts.inside;
+        } else {
+            share = (target - upto) / parts.below;
+            count = copy(x, n, -INF, std::nextafter(low, -INF), room.pool);
+        }
+        narrow = count == n;  // a bracket of one value of the pool always makes it smaller
+        x = room.pool;
+        n = count;
+        std::swap(room.pool, room.other);
+    }
+    return Few(x, n, 1, weight).at(share);
+}
+
+// A row, the maxima of its blocks, and which of its tokens may be drawn: those above `at`, and the first `ties` of those
+// equal to it.
+struct Row {
+    const float* x;
+    int64_t vocab;
+    const float* maxima;
+    float top;
+    float at = -INF;
+    int64_t ties = ALL;
+
+    int64_t blocks() const { return (vocab + BLOCK - 1) / BLOCK; }
+    int64_t size(int64_t block) const { return std::min(BLOCK, vocab - block * BLOCK); }
+};
+
+// Find the maxima of the blocks and of the row. Returns false if a logit is NaN.
+bool scan(const float* x, int64_t vocab, float* maxima, float* top) {
+    I invalid{};
+    F highest = splat<W>(-INF);
+    for (int64_t begin = 0; begin < vocab; begin += BLOCK) {
+        F best[2] = {splat<W>(-INF), splat<W>(-INF)};
+        const int64_t end = std::min(begin + BLOCK, vocab);
+        int64_t i = begin;
+        for (; i + 2 * W <= end; i += 2 * W) {
+            for (int c = 0; c < 2; ++c) {
+                const F y = load<W>(x + i + c * W);
+                invalid |= y != y;
+                best[c] = y > best[c] ? y : best[c];
+            }
+        }
+        float rest = -INF;
+        for (; i < end; ++i) {
+            invalid[0] |= -(x[i] != x[i]);
+            rest = x[i] > rest ? x[i] : rest;
+        }
+        const F both = best[0] > best[1] ? best[0] : best[1];
+        maxima[begin / BLOCK] = std::max(rest, maximum<W>(both));
+        highest = both > highest ? both : highest;
+        highest[0] = std::max(highest[0], rest);
+    }
+    *top = maximum<W>(highest);
+    for (int i = 0; i < W; ++i) {
+        if (invalid[i]) return false;
+    }
+    return true;
+}
+
+// The first token of the highest logit.
+int64_t argmax(const Row& row) {
+    int64_t block = 0;
+    while (row.maxima[block] != row.top) ++block;
+    int64_t id = block * BLOCK;
+    while (row.x[id] != row.top) ++id;
+    return id;
+}
+
+// Copy the row's logits from `lowest` upwards to `out`; returns their number.
+int64_t gather(const Row& row, float lowest, float* out) {
+    int64_t n = 0;
+    for (int64_t b = 0; b < row.blocks(); ++b) {
+        if (row.maxima[b] >= lowest) n += copy(row.x + b * BLOCK, row.size(b), lowest, INF, out + n);
+    }
+    return n;
+}
+
+void keep_top_k(Row& row, int64_t k, Room room) {
+    float lowest = row.at;
+    // Each of the k highest blocks has a token at least as high as the lowest of their maxima.
+    if (k < row.blocks()) {
+        const double share = (double(k) - 0.5) / double(row.blocks());
+        lowest = std::max(lowest, select(row.maxima, row.blocks(), share, Count(), room).at);
+    }
+    const int64_t n = gather(row, lowest, room.other);
+    row.at = lowest;
+    if (n <= k) return;
+    const Cut cut = select(room.other, n, (double(k) - 0.5) / double(n), Count(), room);
+    row.at = cut.at;
+    row.ties = int64_t(std::ceil(cut.missing));
+}
+
+void keep_top_p(Row& row, double p, const Mass& mass, Room room) {
+    const float* x = row.x;
+    int64_t n = row.vocab;
+    if (row.at > -INF) {
+        x = room.other;
+        n = gather(row, row.ties == ALL ? row.at : std::nextafter(row.at, INF), room.other);
+        if (row.ties != ALL) {
+            std::fill_n(room.other + n, row.ties, row.at);
+            n += row.ties;
+        }
+    }
+    // Rounding must not ask for a token more where equal ones make up p exactly.
+    const Cut cut = select(x, n, p * (1 - 1e-6), mass, room);
+    const double each = mass(splat<W>(cut.at))[0];
+    const int64_t ties = std::max<int64_t>(1, int64_t(std::ceil(cut.missing / each)));
+    row.ties = cut.at == row.at ? std::min(row.ties, ties) : ties;
+    row.at = cut.at;
+}
+
+// The id after the last token that is drawn although it only equals row.at.
+int64_t end_of_ties(const Row& row) {
+    if (row.ties == ALL) return row.vocab;
+    int64_t left = row.ties;
+    for (int64_t b = 0; b < row.blocks(); ++b) {
+        if (row.maxima[b] < row.at) continue;
+        for (int64_t i = b * BLOCK; i < b * BLOCK + row.size(b); ++i) {
+            left -= row.x[i] == row.at;
+            if (left == 0) return i + 1;
+        }
+    }
+    return row.vocab;
+}
+
+// The row's threshold by id: `at` before `ties_end`, from there on the next float32 above it.
+struct Bounds {
+    float at, above;
+    int64_t ties_end;
+};
+
+// Sum the weights of those of x[0, n) that are not below `lowest`; store each in `weights`, if given, or 0.
+float weigh(const float* x, int64_t n, float lowest, const Mass& mass, float* weights) {
+    F total{};
+    for (int64_t i = 0; i < n; i += W) {
+        const F y = load_upto(x + i, n - i);
+        const F w = only(y >= lowest, mass(y));
+        if (weights) store<W>(weights + i, w);
+        total += w;
+    }
+    return sum<W>(total);
+}
+
+// The same of a block's tokens that may be drawn. `weights` has room for BLOCK + W.
+float weigh_block(const Row& row, int64_t block, const Bounds& bounds, const Mass& mass, float* weights) {
+    const float* x = row.x + block * BLOCK;
+    const int64_t n = row.size(block), equal = std::clamp<int64_t>(bounds.ties_end - block * BLOCK, 0, n);
+    float total = equal > 0 ? weigh(x, equal, bounds.at, mass, weights) : 0;
+    if (equal < n) total += weigh(x + equal, n - equal, bounds.above, mass, weights ? weights + equal : nullptr);
+    return total;
+}
+
+int64_t draw(const Row& row, const Mass& mass, double noise, double* upto) {
+    const Bounds bounds{row.at, std::nextafter(row.at, INF), end_of_ties(row)};
+    const int64_t blocks = row.blocks();
+    double total = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+        if (row.maxima[b] >= row.at) total += double(weigh_block(row, b, bounds, mass, nullptr));
+        upto[b] = total;
+    }
+    const double target = noise * total;
+    int64_t b = std::upper_bound(upto, upto + blocks, target) - upto;
+    if (b == blocks) b = std::lower_bound(upto, upto + blocks, total) - upto;  // the last with any weight
+    float weights[BLOCK + W];
+    weigh_block(row, b, bounds, mass, weights);
+    double sum = b > 0 ? upto[b - 1] : 0;
+    int64_t last = 0;
+    for (int64_t i = 0; i < row.size(b); ++i) {
+        if (weights[i] == 0) continue;
+        last = i;
+        sum += double(weights[i]);
+        if (sum > target) break;
+    }
+    return b * BLOCK + last;
+}
+
+// Change the logits as the row asks, in the order of its fields. Returns false if a logit that it replaces is NaN.
+bool adjust(const SampleRow& wish, float* x) {
+    for (int64_t i = 0; i < wish.biases; ++i) x[wish.bias_ids[i]] += wish.bias[i];
+    bool sound = true;
+    for (int64_t i = 0; i < wish.bans; ++i) {
+        float& logit = x[wish.banned[i]];
+        sound &= logit == logit;
+        logit = -INF;
+    }
+    const float factor = float(wish.repetition), frequency = float(wish.frequency), presence = float(wish.presence);
+    for (int64_t i = 0; i < wish.seens; ++i) {
+        float& logit = x[wish.seen[i]];
+        logit = logit > 0 ? logit / factor : logit * factor;
+    }
+    for (int64_t i = 0; i < wish.outputs; ++i) x[wish.output[i]] -= frequency * float(wish.counts[i]) + presence;
+    return sound;
+}
+
+int64_t sample_row(float* x, int64_t vocab, const SampleRow& wish, double noise, float* scratch) {
+    const int64_t blocks = (vocab + BLOCK - 1) / BLOCK;
+    double* upto = reinterpret_cast<double*>(scratch);
+    float* maxima = reinterpret_cast<float*>(upto + blocks);
+    const Room room(maxima + blocks, vocab);
+    Row row{x, vocab, maxima, 0};
+    const bool adjusted = wish.biases || wish.bans || wish.seens || wish.outputs;
+    const bool sound = adjust(wish, x);
+    if (!scan(x, vocab, maxima, &row.top) || !sound || row.top == INF) return NOT_FINITE;
+    if (row.top == -INF) return adjusted ? NOTHING_LEFT : NOT_FINITE;
+    if (wish.temperature == 0) return argmax(row);
+    const Mass mass(row.top, wish.temperature);
+    if (wish.min_p > 0) row.at = float(double(row.top) + wish.temperature * std::log(wish.min_p));
+    if (0 < wish.top_k && wish.top_k < vocab) keep_top_k(row, wish.top_k, room);
+    if (wish.top_p < 1) keep_top_p(row, wish.top_p, mass, room);
+    return draw(row, mass, noise, upto);
+}
+
+}  // namespace
+
+// Floats that each thread needs as scratch for rows of this many logits.
+ROPEWAY_EXPORT int64_t ropeway_sample_scratch(int64_t vocab) {
+    return (3 * ((vocab + BLOCK - 1) / BLOCK) + Room::size(vocab) + 1) / 2 * 2;
+}
+
+// Choose a token for each of `rows` rows of `logits` (rows, vocab), which may be changed. `noise` has a number in [0, 1)
+// for each row. A token is -1 if a logit is NaN or infinite or none is finite, -2 if the row's own wishes leave none.
+ROPEWAY_EXPORT int ropeway_sample(float* logits, int64_t rows, int64_t vocab, const SampleRow* wishes,
+                                  const double* noise, int64_t* tokens, float* scratch, int64_t threads) {
+    const int64_t each = ropeway_sample_scratch(vocab);
+#pragma omp parallel for num_threads(int(std::min(threads, rows))) schedule(dynamic) if (rows > 1)
+    for (int64_t r = 0; r < rows; ++r) {
+        tokens[r] = sample_row(logits + r * vocab, vocab, wishes[r], noise[r], scratch + omp_get_thread_num() * each);
+    }
+    return 0;
+}
