@@ -192,7 +192,9 @@ def test_cpu_info_reads_what_the_kernel_says(tmp_path: Path, monkeypatch: pytest
     assert cpu_info.detect(proc, sys).cores == 1
     (sys / "fs/cgroup/cpu.max").write_text("max 100000\n")
     assert cpu_info.detect(proc, sys).cores == 2
-    (proc / "cpuinfo").write_text(f"model name : T\nflags : {flags} avx512_bf16\n")
+    (proc / "cpuinfo").write_text(f"model name : T\nflags : {flags} avx512_vnni\n")
+    assert cpu_info.detect(proc, sys).isa == "avx512_vnni"
+    (proc / "cpuinfo").write_text(f"model name : T\nflags : {flags} avx512_vnni avx512_bf16\n")
     info = cpu_info.detect(proc, sys)
     assert (info.isa, info.native_bf16) == ("avx512_bf16", True)
     nothing = cpu_info.detect(tmp_path / "none", tmp_path / "none")

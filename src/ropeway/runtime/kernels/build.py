@@ -42,12 +42,18 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mpre
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant("avx512_bf16", "avx512_bf16", (*_AVX512, "-mavx512bf16")),
+        Variant("avx512_bf16", "avx512_bf16", (*_AVX512, "-mavx512vnni", "-mavx512bf16")),
+        Variant("avx512_vnni", "avx512_vnni", (*_AVX512, "-mavx512vnni")),
         Variant("avx512", "avx512", _AVX512),
+        Variant("avx_vnni", "avx_vnni", (*_AVX2, "-mavxvnni")),
         Variant("avx2", "avx2", _AVX2),
         Variant("generic", "generic"),
-        # The algorithm and layout of avx512_bf16 with its instructions emulated, to be tested on lesser processors.
-        Variant("avx512_bf16_emulated", "avx2", (*_AVX2, "-O1", "-DROPEWAY_LANES=16", "-DROPEWAY_PAIR_DOT=1")),
+        # The algorithms and layouts of avx512_bf16 with its instructions emulated, to be tested on lesser processors.
+        Variant(
+            "avx512_bf16_emulated",
+            "avx2",
+            (*_AVX2, "-O1", "-DROPEWAY_LANES=16", "-DROPEWAY_PAIR_DOT=1", "-DROPEWAY_QUAD_DOT=1"),
+        ),
     )
 }
 

@@ -80,7 +80,7 @@ class NativeLibrary:
 
         self.packed_bytes = self._bind("ropeway_packed_bytes", [p])
         self.packed_bytes.restype = c_int64
-        self.pack = self._bind("ropeway_pack", [p, p, p, i])
+        self.pack = self._bind("ropeway_pack", [p, p, p, p, p, i])
         self.unpack = self._bind("ropeway_unpack", [p, p, p, i, i])
         self.linear = self._bind("ropeway_linear", [p, p, p, i, i])
 

@@ -8,7 +8,7 @@ import mmap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,11 +17,20 @@ from torch.nn import functional
 from ropeway.errors import KernelError
 from ropeway.runtime import cpu_info
 from ropeway.runtime.kernels.library import LinearWeight, NativeLibrary, load
+from ropeway.runtime.layers.integer import OneDnnInt8Product, TorchIntProduct, quantize_rows
+from ropeway.runtime.layers.quantized import QuantizedWeight, checked
 
 HUGE_PAGE = 2 << 20
-CLEARLY = 1.5
+FASTEST = 3
+DEEPEST = 1 << 16
+"""Input features up to which sums of quantized products surely fit 32 bits."""
+CLEARLY = 1.25
 """A preferred product is passed over only if another is this many times faster, so that noise at start-up does not
 decide which of two good ones serves, and with it the last bits of every answer."""
+
+
+Scheme = Literal["plain", "int8", "int4", "other"]
+"""How a weight is stored: in x's type, in one of the quantized forms, or in one for which there is no kernel."""
 
 
 class Product(Protocol):
@@ -63,25 +72,41 @@ class OneDnnProduct:
 
 
 class NativeProduct:
-    """Ropeway's own kernel (see kernels/cpu/linear.cpp): float32, or bfloat16 summed in float32 on any processor.
+    """Ropeway's own kernels on the CPU, where `dtype` is that of x and y: plain weights of the same type (see
+    kernels/cpu/linear.cpp), or int8 and int4 with activations quantized for each row (kernels/cpu/linear_int.cpp).
 
     `weight` describes the packed weight to C++ code, which may use it for as long as this product lives.
     """
 
-    def __init__(self, library: NativeLibrary, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        library: NativeLibrary,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self._library = library
-        self._dtype = weight.dtype
-        columns, depth = weight.shape
-        form = LinearWeight(type={torch.float32: 0, torch.bfloat16: 1}[weight.dtype], columns=columns, depth=depth)
-        self._packed = _huge_pages(library.packed_bytes(ctypes.byref(form)))
-        plain = weight.contiguous()
-        library.pack(ctypes.byref(form), plain.data_ptr(), self._packed.data_ptr(), library.refresh())
         self._bias = None if bias is None else bias.contiguous()
-        form.packed = self._packed.data_ptr()
-        form.bias = None if self._bias is None else self._bias.data_ptr()
+        scales = zeros = None
+        if isinstance(weight, QuantizedWeight):
+            values, scales, zeros = weight.values.contiguous(), weight.scales.contiguous(), weight.zeros
+            if weight.format == "int4":
+                scales = scales.half()
+                zeros = None if zeros is None else zeros.contiguous()
+            kind, group = (1 if weight.format == "int8" else 2 if zeros is None else 3), weight.group
+        else:
+            values, kind, group, dtype = weight.contiguous(), 0, 0, weight.dtype
+        assert dtype is not None, "a quantized weight does not know x's type"
+        self._dtype = dtype
+        self._columns, self._depth = values.shape
+        form = LinearWeight(_TYPES[dtype], kind, self._columns, self._depth, group)
+        self._packed = _huge_pages(library.packed_bytes(ctypes.byref(form)))
+        library.pack(
+            ctypes.byref(form), *map(_address, (values, scales, zeros)), self._packed.data_ptr(), library.refresh()
+        )
+        form.packed, form.bias = self._packed.data_ptr(), _address(self._bias)
         self.weight = form
         self._reference = ctypes.byref(form)
-        self._columns, self._depth = columns, depth
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -98,6 +123,13 @@ class NativeProduct:
         return out
 
 
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 class PackedLinear:
     """y = x W^T + b, with W kept in one packed copy.
 
@@ -106,31 +138,58 @@ class PackedLinear:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, device: torch.device | None = None, *, lookup: bool = False
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None = None,
+        device: torch.device | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        lookup: bool = False,
+        level: int = FASTEST,
     ) -> None:
-        """`lookup` promises that `rows` is quick, for a weight that is an embedding too."""
-        device = weight.device if device is None else device
-        self.out_features, self.in_features = weight.shape
-        self._dtype = weight.dtype
-        choice = choose(device.type, weight.dtype)
+        """`dtype` is that of x and y; a plain weight has it already, and a quantized one is for bfloat16 unless told.
+        `lookup` promises that `rows` is quick, for a weight that is an embedding too. `level`: see `choose`.
+
+        Raises ModelError if the groups of a quantized weight do not fit it.
+        """
+        if isinstance(weight, QuantizedWeight):
+            weight = checked(weight)
+            values, scheme = weight.values, _scheme(weight)
+            dtype = dtype or torch.bfloat16
+        else:
+            values, scheme = weight, "plain"
+            dtype = dtype or weight.dtype
+            weight = weight.to(dtype)
+        device = values.device if device is None else device
+        self.out_features, self.in_features = values.shape
+        choice = choose(device.type, dtype, scheme, level)
         make = choice.make_for_lookup if lookup else choice.make
-        self._product = make(weight.to(device), None if bias is None else bias.to(device=device, dtype=weight.dtype))
+        self._product = make(weight.to(device), None if bias is None else bias.to(device=device, dtype=dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`x` (T, in_features), of the weight's dtype. Returns (T, out_features), contiguous."""
+        """`x` (T, in_features) of the layer's dtype. Returns (T, out_features), contiguous."""
         return self._product(x)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the plain weight: `ids` (T,) int64, within [0, out_features), to a new (T, in_features)."""
+        """Rows of the weight in the layer's dtype: `ids` (T,) int64, within [0, out_features), to a new
+        (T, in_features)."""
         return self._product.rows(ids)
 
 
-Make = Callable[[Tensor, Tensor | None], Product]
+def _scheme(weight: QuantizedWeight) -> Scheme:
+    """int4 in groups that no kernel knows is a scheme of its own, which plain torch computes."""
+    if weight.format == "int8":
+        return "int8" if weight.values.shape[1] <= DEEPEST else "other"
+    return "int4" if weight.group % 32 == 0 and weight.values.shape[1] <= DEEPEST else "other"
+
+
+Weight = Tensor | QuantizedWeight
+Make = Callable[[Any, Tensor | None], Product]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How linear layers of one type are computed on one device. `make_for_lookup` is for weights read by row too."""
+    """How linear layers of one kind are computed on one device. `make_for_lookup` is for weights read by row too."""
 
     name: str
     make: Make
@@ -138,62 +197,80 @@ class Choice:
     reasons: tuple[str, ...]
 
 
-def describe_linear(device: torch.device, dtype: torch.dtype) -> str:
-    """One sentence for the start-up banner: how linear layers of `dtype` are computed on `device`, and why."""
-    choice = choose(device.type, dtype)
+def describe_linear(device: torch.device, dtype: torch.dtype, scheme: Scheme = "plain", level: int = FASTEST) -> str:
+    """One sentence for the start-up banner: how such linear layers are computed on `device`, and why."""
+    choice = choose(device.type, dtype, scheme, level)
     why = f" ({'; '.join(choice.reasons)})" if choice.reasons else ""
-    return f"linear layers: {choice.name}, {str(dtype).removeprefix('torch.')}{why}"
+    kind = "" if scheme == "plain" else f"{scheme} with "
+    return f"linear layers: {choice.name}, {kind}{str(dtype).removeprefix('torch.')}{why}"
 
 
 @functools.cache
-def choose(device_type: str, dtype: torch.dtype) -> Choice:
+def choose(device_type: str, dtype: torch.dtype, scheme: Scheme = "plain", level: int = FASTEST) -> Choice:
     """Probe the ways to multiply by a weight: wrong ones are dropped, and the preferred one is kept unless it is
-    clearly slower than another. Takes about a tenth of a second, once."""
+    clearly slower than another. Takes about a tenth of a second, once.
+
+    `level` says what may be used: 0 plain torch alone, 1 oneDNN too, 2 and above the native kernels too.
+    """
+    plain: Make = TorchProduct if scheme == "plain" else functools.partial(TorchIntProduct, dtype=dtype)
     if device_type != "cpu":
-        return Choice("torch", TorchProduct, TorchProduct, ())
+        return Choice("torch", plain, plain, ())
     candidates: dict[str, Make] = {}
     reasons: list[str] = []
-    for name, make in _preferences(dtype, reasons).items():
-        fault = _fault(make, dtype)
+    for name, make in {**_preferences(dtype, scheme, level, reasons), "torch": plain}.items():
+        fault = _fault(make, dtype, scheme)
         if fault is None:
             candidates[name] = make
         else:
             reasons.append(f"{name}: {fault}")
-    seconds = {name: _seconds(make, dtype) for name, make in candidates.items()} if len(candidates) > 1 else {}
-    name = _pick(list(candidates), seconds, reasons)
-    lookup = candidates[name] if name != "oneDNN" else candidates.get("native", TorchProduct)
+    # Plain torch widens a quantized weight at every call: no need to time that.
+    rivals = [name for name in candidates if scheme == "plain" or name != "torch"] or ["torch"]
+    seconds = {name: _seconds(candidates[name], dtype, scheme) for name in rivals} if len(rivals) > 1 else {}
+    name = _pick(rivals, seconds, reasons)
+    lookup = candidates[name] if name != "oneDNN" or scheme != "plain" else candidates.get("native", plain)
     return Choice(name, candidates[name], lookup, tuple(reasons))
 
 
-def _preferences(dtype: torch.dtype, reasons: list[str]) -> dict[str, Make]:
-    """What can be tried, the preferred first. oneDNN leads where the processor multiplies bfloat16 itself: it knows
-    instructions that the native kernels do not use (AMX)."""
+def _preferences(dtype: torch.dtype, scheme: Scheme, level: int, reasons: list[str]) -> dict[str, Make]:
+    """What can be tried beside plain torch, the preferred first. oneDNN leads where it knows instructions that the
+    native kernels do not use (AMX)."""
     found: dict[str, Make] = {}
-    if dtype in (torch.float32, torch.bfloat16):
+    if dtype not in _TYPES or scheme == "other":
+        return found
+    cpu = cpu_info.detect()
+    if level >= 2:
         library = load()
         if isinstance(library, str):
             reasons.append(f"native: {library}")
         else:
-            found["native"] = functools.partial(NativeProduct, library)
-        if dtype == torch.float32:
-            found["oneDNN"] = OneDnnProduct
-        elif cpu_info.detect().native_bf16:
-            found = {"oneDNN": OneDnnProduct, **found}
-    found["torch"] = TorchProduct
-    return found
+            found["native"] = functools.partial(NativeProduct, library, dtype=dtype)
+    if level >= 1 and scheme == "int8":
+        onednn: dict[str, Make] = {"oneDNN": functools.partial(OneDnnInt8Product, dtype=dtype)}
+    elif level >= 1 and scheme == "plain" and (dtype == torch.float32 or cpu.native_bf16):
+        onednn = {"oneDNN": OneDnnProduct}
+    else:
+        onednn = {}
+    tiles = "amx_int8" if scheme == "int8" else "amx_bf16"
+    return {**onednn, **found} if tiles in cpu.flags and dtype == torch.bfloat16 else {**found, **onednn}
 
 
-def _fault(make: Make, dtype: torch.dtype) -> str | None:
+def _fault(make: Make, dtype: torch.dtype, scheme: Scheme = "plain") -> str | None:
     """Compare with float64 on a shape that fills no vector evenly. None, or what is wrong."""
     draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(50, 72, generator=draw).to(dtype)
+    weight = _sample(50, 96, dtype, scheme, draw)
+    exact = weight.dequantize().double() if isinstance(weight, QuantizedWeight) else weight.double()
     bias = torch.randn(50, generator=draw).to(dtype)
     allowed = 1e-5 if dtype == torch.float32 else 2e-2
     try:
         product = make(weight, bias)
         for count in (1, 7, 33):
-            x = torch.randn(count, 72, generator=draw).to(dtype)
-            expected = x.double() @ weight.double().T + bias.double()
+            x = torch.randn(count, 96, generator=draw).to(dtype)
+            x[0] = 3.0  # with weights at the end of their range too: bytes must not saturate
+            taken = x.double()
+            if scheme != "plain":
+                values, scales = quantize_rows(x)
+                taken = values.double() * scales.double()
+            expected = taken @ exact.T + bias.double()
             error = float((product(x).double() - expected).abs().max() / expected.abs().max())
             if not error <= allowed:
                 return f"its result is wrong by {error:.1e}"
@@ -202,11 +279,29 @@ def _fault(make: Make, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _seconds(make: Make, dtype: torch.dtype) -> float:
+def _sample(columns: int, depth: int, dtype: torch.dtype, scheme: Scheme, draw: torch.Generator) -> Weight:
+    """A weight of the kind that is chosen for. The first column is at the end of its range."""
+    if scheme == "plain":
+        return torch.randn(columns, depth, generator=draw).to(dtype)
+    if scheme == "int8":
+        values = torch.randint(-127, 128, (columns, depth), generator=draw, dtype=torch.int8)
+        values[0] = 127
+        return QuantizedWeight("int8", values, torch.rand(columns, generator=draw) / 127)
+    group = 32 if scheme == "int4" else 16
+    values = torch.randint(0, 16, (columns, depth), generator=draw, dtype=torch.uint8)
+    values[0] = 15
+    shape = (columns, depth // group)
+    scales = (torch.rand(shape, generator=draw) / 8).half().float()
+    return QuantizedWeight(
+        "int4", values, scales, torch.randint(0, 16, shape, generator=draw, dtype=torch.uint8), group
+    )
+
+
+def _seconds(make: Make, dtype: torch.dtype, scheme: Scheme) -> float:
     """Time of a decode step's and a prefill chunk's product together, each the best of three."""
-    product = make(torch.ones(2048, 1024, dtype=dtype), None)
+    product = make(_sample(2048, 1024, dtype, scheme, torch.Generator().manual_seed(0)), None)
     total = 0.0
-    for count, weight in ((1, 8.0), (8, 4.0), (64, 1.0)):
+    for count, weight in ((1, 8.0), (16, 4.0), (128, 1.0)):
         x = torch.ones(count, 1024, dtype=dtype)
         product(x)
         best = min(_timed(product, x) for _ in range(3))

@@ -4,21 +4,9 @@
 // Every element of y is one running sum over the input dimension, so that a row's result does not depend on how many
 // rows come with it.
 
-#include <omp.h>
-
-#include <algorithm>
-#include <memory>
-#include <new>
-
-#include "linear.h"
-#include "vec.h"
+#include "linear_tiles.h"
 
 namespace ropeway {
-
-constexpr int PANEL = 16;        // columns of a panel
-constexpr int BAND = 96;         // rows of x that use a panel while it is cached, before the next panel
-constexpr int64_t WORTH_THREADS = 1 << 19;  // elements of W plus a share of the sums: some ten microseconds
-constexpr int64_t AHEAD = 2048;  // bytes of W asked for before they are needed
 
 template <class D>
 class Linear {
@@ -28,53 +16,31 @@ class Linear {
 
     const char* const x_;  // rows of operand A
     const T* const packed_;
-    const T* const bias_;
-    T* const y_;
-    const int64_t rows_, columns_, steps_, row_bytes_;
+    const int64_t rows_, depth_, steps_, row_bytes_;
+    const Output output_;
 
    public:
-    Linear(const char* x, const T* packed, const T* bias, T* y, int64_t rows, int64_t columns, int64_t depth)
+    Linear(const LinearWeight& w, const char* x, void* y, int64_t rows)
         : x_(x),
-          packed_(packed),
-          bias_(bias),
-          y_(y),
+          packed_(static_cast<const T*>(w.packed)),
           rows_(rows),
-          columns_(columns),
-          steps_((depth + STEP - 1) / STEP),
-          row_bytes_(steps_ * STEP * D::A_BYTES) {}
+          depth_(w.depth),
+          steps_((w.depth + STEP - 1) / STEP),
+          row_bytes_(steps_ * STEP * D::A_BYTES),
+          output_{w.type, y, w.bias, w.columns, nullptr} {}
 
     void run(int64_t threads) {
-        const int64_t panels = (columns_ + PANEL - 1) / PANEL, bands = (rows_ + BAND - 1) / BAND;
-        const int64_t several = rows_ == 1 && panels % 2 == 0 ? 2 : 1;
-        const int64_t items = panels / several * bands;
-        const int64_t work = columns_ * steps_ * STEP * (rows_ + 4);
-        const int chunk = int(std::max<int64_t>(1, items / (threads * 8)));
-#pragma omp parallel for num_threads(int(threads)) schedule(dynamic, chunk) if (threads > 1 && work > WORTH_THREADS)
-        for (int64_t i = 0; i < items; ++i) {
-            const int64_t panel = i / bands * several, begin = i % bands * BAND, end = std::min(rows_, begin + BAND);
-            if (several == 2) {
-                tile<1, 2>(0, panel);
-            } else {
-                band(begin, end, panel);
-            }
-        }
+        // Widening bfloat16 takes registers of its own.
+        using Rows = std::conditional_t<W == 8 && D::MAX_ROWS == 4, Heights<4, 2, 1>, HeightsFor<W>>;
+        over_tiles<W>(rows_, output_.columns, depth_, threads, Rows{},
+                      [this](int64_t first, int64_t panel, auto r) { this->template tile<decltype(r)::value>(first, panel); });
     }
 
    private:
-    void band(int64_t begin, int64_t end, int64_t panel) {
-        const int64_t count = end - begin, groups = (count + D::MAX_ROWS - 1) / D::MAX_ROWS;
-        for (int64_t g = 0; g < groups; ++g) {
-            const int64_t first = begin + count * g / groups, rows = begin + count * (g + 1) / groups - first;
-            with_constant<D::MAX_ROWS>(int(rows), [&](auto n) ROPEWAY_INLINE_LAMBDA {
-                tile<decltype(n)::value, 1>(first, panel);
-            });
-        }
-    }
-
-    // R rows from `first` on against P panels.
-    template <int R, int P>
-    ROPEWAY_INLINE void tile(int64_t first, int64_t panel) {
-        constexpr int N = P * VECTORS;
+    // R rows from `first` on against as many panels as fit.
+    template <int R>
+    void tile(int64_t first, int64_t panel) {
+        constexpr int P = panels_in_tile(W, R), N = P * VECTORS;
         const char* a = x_ + first * row_bytes_;
         const T* b = packed_ + panel * steps_ * PANEL * STEP;
         const int64_t next_panel = steps_ * PANEL * STEP;
@@ -91,27 +57,39 @@ class Linear {
                 ROPEWAY_UNROLL for (int v = 0; v < N; ++v) D::step(acc[m][v], w[v], x);
             }
         }
-        ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
-            ROPEWAY_UNROLL for (int v = 0; v < N; ++v) finish(first + m, panel * PANEL + v * W, acc[m][v]);
-        }
-    }
-
-    ROPEWAY_INLINE void finish(int64_t row, int64_t column, F sum) {
-        if (column + W <= columns_) {
-            if (bias_) sum += load<W>(bias_ + column);
-            store<W>(y_ + row * columns_ + column, sum);
-        } else {
-            finish_part(row, column, sum);
-        }
-    }
-
-    // The last panel may be wider than what is left of the row.
-    __attribute__((noinline)) void finish_part(int64_t row, int64_t column, const F& sum) {
-        for (int64_t c = column; c < columns_; ++c) {
-            y_[row * columns_ + c] = from_float<T>(sum[c - column] + (bias_ ? to_float(bias_[c]) : 0.0f));
-        }
+        float out[R * N * W];
+        ROPEWAY_UNROLL for (int i = 0; i < R * N; ++i) ropeway::store<W>(out + i * W, acc[i / N][i % N]);
+        output_.store(out, first, R, panel * PANEL, N * W);
     }
 };
+
+template <class T>
+void store_rows(const Output& o, const float* sums, int64_t first, int64_t rows, int64_t column, int64_t width) {
+    constexpr int W = ROPEWAY_LANES;
+    const auto bias = static_cast<const T*>(o.bias);
+    const int64_t end = std::min(column + width, o.columns);
+    for (int64_t r = 0; r < rows; ++r, sums += width) {
+        T* const y = static_cast<T*>(o.y) + (first + r) * o.columns;
+        const float scale = o.scales ? o.scales[first + r] : 1.0f;
+        int64_t c = column;
+        for (; c + W <= end; c += W) {
+            const auto sum = load<W>(sums + c - column), s = splat<W>(scale);
+            store<W>(y + c, bias ? fused<W>(sum, s, load<W>(bias + c)) : sum * s);
+        }
+        for (; c < end; ++c) {
+            const float sum = sums[c - column];
+            y[c] = from_float<T>(bias ? __builtin_fmaf(sum, scale, to_float(bias[c])) : sum * scale);
+        }
+    }
+}
+
+void Output::store(const float* sums, int64_t first, int64_t rows, int64_t column, int64_t width) const {
+    if (type == 0) {
+        store_rows<float>(*this, sums, first, rows, column, width);
+    } else {
+        store_rows<bf16>(*this, sums, first, rows, column, width);
+    }
+}
 
 template <class T>
 using LinearDot = typename DotOf<T, ROPEWAY_LANES>::type;
@@ -123,13 +101,7 @@ const char* as_operand(const typename D::T* x, int64_t rows, int64_t depth, int6
     constexpr bool widened = D::A_BYTES != int(sizeof(T));
     const int64_t padded = (depth + D::STEP - 1) / D::STEP * D::STEP;
     if (!widened && padded == depth) return reinterpret_cast<const char*>(x);
-    static thread_local std::unique_ptr<char[]> buffer;
-    static thread_local int64_t size = 0;
-    if (rows * padded * D::A_BYTES > size) {
-        size = rows * padded * D::A_BYTES;
-        buffer.reset(new char[size_t(size)]);
-    }
-    char* const all = buffer.get();
+    char* const all = scratch(rows * padded * D::A_BYTES);
 #pragma omp parallel for num_threads(int(threads)) schedule(static) if (rows * depth > (1 << 16))
     for (int64_t r = 0; r < rows; ++r) {
         using E = std::conditional_t<widened, float, T>;
@@ -143,12 +115,15 @@ template <class T>
 void plain_linear(const LinearWeight& w, const T* x, T* y, int64_t rows, int64_t threads) {
     using D = LinearDot<T>;
     const char* a = as_operand<D>(x, rows, w.depth, threads);
-    const auto packed = static_cast<const T*>(w.packed), bias = static_cast<const T*>(w.bias);
-    Linear<D>(a, packed, bias, y, rows, w.columns, w.depth).run(threads);
+    Linear<D>(w, a, y, rows).run(threads);
 }
 
 int linear(const LinearWeight& weight, const void* x, void* y, int64_t rows, int64_t threads) {
     try {
+        if (weight.format != 0) {
+            linear_int(weight, x, y, rows, threads);
+            return 0;
+        }
         return with_type(weight.type, [&](auto* t) {
             using T = std::remove_pointer_t<decltype(t)>;
             plain_linear(weight, static_cast<const T*>(x), static_cast<T*>(y), rows, threads);
@@ -165,7 +140,7 @@ int pack(const T* weight, T* packed, int64_t columns, int64_t depth, int64_t thr
     constexpr int STEP = LinearDot<T>::STEP;
     const int64_t steps = (depth + STEP - 1) / STEP;
 #pragma omp parallel for num_threads(int(threads)) schedule(static)
-    for (int64_t panel = 0; panel < (columns + PANEL - 1) / PANEL; ++panel) {
+    for (int64_t panel = 0; panel < panels_of(columns); ++panel) {
         T* to = packed + panel * steps * PANEL * STEP;
         for (int64_t i = 0; i < steps; ++i) {
             for (int c = 0; c < PANEL; ++c) {
@@ -196,13 +171,20 @@ int unpack(const T* packed, const int64_t* ids, T* out, int64_t count, int64_t d
 
 // Bytes that `weight` takes once packed.
 ROPEWAY_EXPORT int64_t ropeway_packed_bytes(const LinearWeight* weight) {
+    if (weight->format != 0) return ropeway::packed_bytes_int(*weight);
     const int64_t step = weight->type == 0 ? 1 : 2, size = weight->type == 0 ? 4 : 2;
-    const int64_t padded = (weight->columns + ropeway::PANEL - 1) / ropeway::PANEL * ropeway::PANEL;
-    return padded * ((weight->depth + step - 1) / step * step) * size;
+    return ropeway::panels_of(weight->columns) * ropeway::PANEL * ((weight->depth + step - 1) / step * step) * size;
 }
 
-// Plain `values` (columns, depth) into `packed`. `weight` says what it will be; its own `packed` is not read.
-ROPEWAY_EXPORT int ropeway_pack(const LinearWeight* weight, const void* values, void* packed, int64_t threads) {
+// `values` (columns, depth) into `packed`. `weight` says what it will be; its own `packed` is not read.
+// Format 0: plain values of `type`. 1: int8 in [-127, 127], `scales` float32 (columns). 2, 3: one byte of 0 to 15 each,
+// `scales` float16 (columns, depth / group) and, in format 3, `zeros` bytes of the same shape; in format 2 it is 8.
+ROPEWAY_EXPORT int ropeway_pack(const LinearWeight* weight, const void* values, const void* scales,
+                                const uint8_t* zeros, void* packed, int64_t threads) {
+    if (weight->format != 0) {
+        ropeway::pack_int(*weight, values, scales, zeros, packed, threads);
+        return 0;
+    }
     return ropeway::with_type(weight->type, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         return ropeway::pack(static_cast<const T*>(values), static_cast<T*>(packed), weight->columns, weight->depth,
@@ -210,9 +192,13 @@ ROPEWAY_EXPORT int ropeway_pack(const LinearWeight* weight, const void* values, 
     });
 }
 
-// Rows `ids` of the plain weight to `out` (count, depth), of the weight's type.
+// Rows `ids` of the weight to `out` (count, depth), in `type`, times their scales if it is quantized.
 ROPEWAY_EXPORT int ropeway_unpack(const LinearWeight* weight, const int64_t* ids, void* out, int64_t count,
                                   int64_t threads) {
+    if (weight->format != 0) {
+        ropeway::unpack_int(*weight, ids, out, count, threads);
+        return 0;
+    }
     return ropeway::with_type(weight->type, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         return ropeway::unpack(static_cast<const T*>(weight->packed), ids, static_cast<T*>(out), count, weight->depth,

@@ -1,12 +1,12 @@
 // Vectors of 8 or 16 floats in the compiler's own vector extensions, so that one source serves every target:
-// AVX2, AVX-512, plain SSE2 and NEON. The only intrinsic is the bfloat16 dot product, which has an emulation.
+// AVX2, AVX-512, plain SSE2 and NEON. The few intrinsics have an emulation.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -166,6 +166,21 @@ ROPEWAY_INLINE float sum(typename Lanes<W>::F x) {
 template <int W>
 ROPEWAY_INLINE float maximum(typename Lanes<W>::F x) {
     return reduce<W>(x, [](float a, float b) { return a > b ? a : b; });
+}
+
+// a * b + c, rounded once on every processor.
+template <int W>
+ROPEWAY_INLINE typename Lanes<W>::F fused(typename Lanes<W>::F a, typename Lanes<W>::F b, typename Lanes<W>::F c) {
+    using F = typename Lanes<W>::F;
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return F(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#endif
+#if defined(__FMA__)
+    if constexpr (W == 8) return F(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#endif
+    F y;
+    for (int i = 0; i < W; ++i) y[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return y;
 }
 
 // ---- 2^x: round to an integer n, a polynomial of degree 6 on [-1/2, 1/2], n into the exponent.
