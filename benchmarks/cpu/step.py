@@ -1,11 +1,12 @@
 """A whole decode step on the CPU: kernels called one by one (level 2) against one native call (level 3).
 
-    python benchmarks/cpu/step.py MODEL [--dtype bfloat16] [--threads N] [--context 256] [--rows 1 4 8 16 64]
+    python benchmarks/cpu/step.py MODEL [--dtype bfloat16] [--threads N] [--context 256] [--rows 1 8 64] [--chunk N]
 
 MODEL is a checkpoint's directory; random weights will do. Each row is a sequence of `--context` tokens that gets one
-more, and its logits are wanted. Steps of both kinds alternate, and this machine's read bandwidth is measured between
-them: "of read" is the share of it that one reading of all weights and of the rows' K and V, in the median time, comes
-to. At many rows the arithmetic decides (GFLOP/s of the products).
+more, and its logits are wanted; `--chunk` adds the first tokens of a new prompt to the step. Steps of both kinds
+alternate, and this machine's read bandwidth is measured between them: "of read" is the share of it that one reading of
+all weights and of the rows' K and V, in the median time, comes to. At many tokens the arithmetic decides (GFLOP/s of
+the products).
 """
 
 from __future__ import annotations
@@ -50,22 +51,28 @@ def build(directory: Path, spec: ModelSpec, dtype: torch.dtype, library: NativeL
         return MODELS[spec.architecture](spec, weights, backend, NativeOps(library), CPU, longest)
 
 
-def decode(rows: int, context: int, vocab: int) -> BatchInputs:
-    """The next token of `rows` sequences of `context` tokens, each in blocks of its own, in random order."""
-    width = -(-(context + 1) // BLOCK)
-    tables = torch.randperm(rows * width).view(rows, width).int()
-    starts = torch.full((rows,), context, dtype=torch.int32)
+def decode(rows: int, context: int, chunk: int, vocab: int) -> BatchInputs:
+    """The next token of `rows` sequences of `context` tokens, and, if `chunk`, a new prompt's first `chunk` tokens.
+    Each sequence has blocks of its own, in random order."""
+    counts = torch.tensor([1] * rows + [chunk] * bool(chunk))
+    starts = torch.tensor([context] * rows + [0] * bool(chunk))
+    lengths = starts + counts
+    width = -(-int(lengths.max()) // BLOCK)
+    tables = torch.randperm(len(counts) * width).view(len(counts), width)
+    owner = torch.arange(len(counts)).repeat_interleave(counts)
+    cu_q = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+    positions = torch.arange(len(owner)) - cu_q[owner] + starts[owner]
     return BatchInputs(
-        token_ids=torch.randint(0, vocab, (rows,)),
-        positions=starts.long(),
-        cu_q=torch.arange(rows + 1, dtype=torch.int32),
-        starts=starts,
-        lengths=starts + 1,
-        block_tables=tables,
-        write_slots=tables[:, context // BLOCK] * BLOCK + context % BLOCK,
-        logits_rows=torch.arange(rows),
-        max_count=1,
-        max_length=context + 1,
+        token_ids=torch.randint(0, vocab, (len(owner),)),
+        positions=positions,
+        cu_q=cu_q.int(),
+        starts=starts.int(),
+        lengths=lengths.int(),
+        block_tables=tables.int(),
+        write_slots=(tables[owner, positions // BLOCK] * BLOCK + positions % BLOCK).int(),
+        logits_rows=cu_q[1:] - 1,
+        max_count=int(counts.max()),
+        max_length=int(lengths.max()),
     )
 
 
@@ -82,6 +89,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 64])
+    parser.add_argument("--chunk", type=int, default=0, help="tokens of a prompt beside the rows")
     parser.add_argument("--budget", type=float, default=6.0, help="seconds for each number of rows")
     options = parser.parse_args()
     if options.threads:
@@ -93,11 +101,12 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     spec = load_spec(options.model, options.model.name)
     with torch.inference_mode():
-        layered = build(options.model, spec, dtype, library, options.context + 1)
+        longest = max(options.context + 1, options.chunk)
+        layered = build(options.model, spec, dtype, library, longest)
         whole = fuse(layered)
         if isinstance(whole, str):
             raise SystemExit(f"The model cannot be one native call: {whole}.")
-        blocks = max(options.rows) * -(-(options.context + 1) // BLOCK)
+        blocks = (max(options.rows) + 1) * -(-longest // BLOCK)
         kv = KVStore(blocks, spec.layers, layered.backend.block_shape(), dtype, CPU).data
         kv.zero_()
         buffer = torch.ones(1 << 26, dtype=torch.int32)
@@ -107,7 +116,7 @@ def main() -> None:
         )
         print("rows  layered ms   one call ms   faster   GB/s  of read  GFLOP/s")
         for rows in options.rows:
-            inputs = decode(rows, options.context, spec.vocab)
+            inputs = decode(rows, options.context, options.chunk, spec.vocab)
             taken: tuple[list[float], list[float], list[float]] = ([], [], [])
             runs = (
                 lambda inputs=inputs: layered.forward(inputs, kv),
@@ -121,7 +130,9 @@ def main() -> None:
             first, second, read = (statistics.median(times[1:]) for times in taken)
             cached = rows * options.context * spec.layers * 2 * spec.kv_heads * spec.head_dim * dtype.itemsize
             rate = (weights + cached) / second
-            flops = 2 * rows * weights / dtype.itemsize / second
+            head = spec.vocab * spec.hidden
+            products = inputs.num_tokens * (weights / dtype.itemsize - head) + len(inputs.logits_rows) * head
+            flops = 2 * products / second
             print(
                 f"{rows:4} {first * 1e3:11.2f} {second * 1e3:13.2f} {first / second:7.3f}x {rate / 1e9:6.1f} "
                 f"{rate / (buffer.numel() * 4 / read):8.0%} {flops / 1e9:8.0f}",
