@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -130,11 +131,15 @@ def main() -> None:
         results = json.loads(options.results.read_text(encoding="utf-8"))
         names = dict.fromkeys(run["model"] for run in results["runs"])
         found = report.tables(results, {name: Shape.read(options.models / name) for name in names})
-        parts = [*map(report.markdown, found), report.start_markdown(results)]
-        print("\n\n".join([*parts, report.online_markdown(results)] if results["online"] else parts))
+        parts = [report.markdown(table) for table in found]
+        parts += [report.start_markdown(results)] if results["runs"] else []
+        parts += [report.online_markdown(results)] if results["online"] else []
+        print("\n\n".join(parts))
         if options.plot:
             report.draw(found, options.plot)
         return
+    # Engines lead sessions of their own; whoever ends the conductor shall end them too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     about = machine.describe()
     plan = _plan(options, about)
     results = _results(options, plan, about)
