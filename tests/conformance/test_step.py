@@ -20,9 +20,11 @@ from ropeway.runtime.batch import BatchInputs
 from ropeway.runtime.fused import FusedModel, fuse
 from ropeway.runtime.kernels.library import load
 from ropeway.runtime.kernels.ops import NativeOps, Ops, TorchOps
+from ropeway.runtime.layers.linear import PackedLinear
 from ropeway.runtime.models.llama import Llama
 from ropeway.runtime.models.registry import MODELS
 from ropeway.runtime.weights.loader import Weights
+from ropeway.runtime.weights.quant import quantize_int4, quantize_int8
 
 from .paged import Line, World, spec_of
 
@@ -111,6 +113,44 @@ def test_equals_the_layers_bit_for_bit(checkpoint: Make, kind: str, dtype: torch
         expected = plain.forward(inputs, reference)
         error = float((logits - expected).abs().max() / expected.abs().max())
         assert error < (1e-5 if dtype == torch.float32 else 0.05)
+        for s, count in step:
+            session.lines[s].computed += count
+
+
+def quantize(model: Llama, format: str) -> None:
+    """Give the model other linear layers, of random integer weights, tied, and wide enough for groups of 32."""
+    hidden, wide = model.norm.weight.shape[0], 160
+    draw = torch.Generator().manual_seed(5)
+
+    def packed(outs: int, ins: int, lookup: bool = False) -> PackedLinear:
+        weight = torch.randn(outs, ins, generator=draw) / ins**0.5
+        rounded = quantize_int8(weight) if format == "int8" else quantize_int4(weight, 32)
+        return PackedLinear(rounded, None, dtype=model.norm.weight.dtype, lookup=lookup)
+
+    for layer in model.layers:
+        attention, mlp = layer.attention, layer.mlp
+        attention.qkv = packed(attention.qkv.out_features, hidden)
+        attention.out = packed(hidden, attention.out.in_features)
+        mlp.gate_up, mlp.down = packed(2 * wide, hidden), packed(hidden, wide)
+    model.head = packed(VOCAB, hidden, lookup=True)
+    model.embed = model.head.rows
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@torch.inference_mode()
+def test_takes_quantized_weights(checkpoint: Make, format: str, dtype: torch.dtype) -> None:
+    model, attention = model_of(checkpoint("llama"), dtype)
+    quantize(model, format)
+    whole = fused(model)
+    session = Session(attention, (60, 70, 50, 20))
+    caches = session.store(model), session.store(model)
+    for step in STEPS:
+        inputs = session.inputs([(session.lines[s], count) for s, count in step])
+        logits = whole.forward(inputs, caches[0])
+        assert same(logits, model.forward(inputs, caches[1]))
+        assert same(*caches)
+        assert logits.abs().max() > 1
         for s, count in step:
             session.lines[s].computed += count
 
