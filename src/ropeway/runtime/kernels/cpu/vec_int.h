@@ -49,6 +49,18 @@ ROPEWAY_INLINE typename Lanes<W>::F half_to_float(const uint8_t* p) {
     return bits_as<typename L::F>(typename L::U(bits_as<typename L::U>(magnitude) | (wide & 0x8000u) << 16));
 }
 
+// Have `x` computed here and held in a register: integer sums may be reordered, and compilers do so until the
+// accumulators of a tile no longer fit the registers.
+template <class X>
+ROPEWAY_INLINE void settle(X& x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(X) <= 64) asm("" : "+v"(x));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(X) <= 32) asm("" : "+x"(x));
+#endif
+    (void)x;
+}
+
 template <int W>
 ROPEWAY_INLINE typename Lanes<W>::I load_bytes(const uint8_t* p) {
     return __builtin_convertvector(load_as<typename Halves<W>::UB>(p), typename Lanes<W>::I);
@@ -182,6 +194,7 @@ struct Int8Pairs : PairRows {
                     const I x = I{} + load_as<int32_t>(a + m * a_stride + 4 * odd);
                     ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
                         acc[m][v] = dot_pairs<W>(acc[m][v], bits_as<I>(w[v]), x);
+                        settle(acc[m][v]);
                     }
                 }
             }
@@ -242,7 +255,10 @@ struct Int4Bytes : ByteRows {
                     }
                     ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
                         const I x = I{} + load_as<int32_t>(a + m * a_stride + 4 * h);
-                        ROPEWAY_UNROLL for (int v = 0; v < N; ++v) part[m][v] += dot_bytes<W>(w[v], x);
+                        ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
+                            part[m][v] += dot_bytes<W>(w[v], x);
+                            settle(part[m][v]);
+                        }
                     }
                 }
             }
