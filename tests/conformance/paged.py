@@ -20,6 +20,8 @@ def spec_of(
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
     windows: tuple[int | None, ...] = (None, None),
+    *,
+    int8_kv: bool = False,
 ) -> AttentionSpec:
     return AttentionSpec(
         layers=len(windows),
@@ -30,6 +32,7 @@ def spec_of(
         dtype=dtype,
         scale=head_dim**-0.5,
         windows=windows,
+        int8_kv=int8_kv,
     )
 
 
@@ -45,7 +48,8 @@ class Line:
 
 
 class World:
-    """`store` starts as NaN everywhere, so that a read of anything never written shows."""
+    """`store` starts as NaN everywhere, so that a read of anything never written shows. (With int8 it is the scales
+    that are NaN: four bytes of -1 are one.)"""
 
     def __init__(self, spec: AttentionSpec, num_blocks: int, *, seed: int = 0) -> None:
         self.spec = spec
@@ -55,7 +59,7 @@ class World:
 
     def store(self, backend: AttentionBackend) -> Tensor:
         shape = (self.num_blocks, self.spec.layers, *backend.block_shape())
-        return torch.full(shape, math.nan, dtype=self.spec.dtype)
+        return torch.full(shape, -1 if self.spec.int8_kv else math.nan, dtype=self.spec.kv_dtype)
 
     def line(self, length: int) -> Line:
         """A new sequence of `length` tokens. q, k and v are views of one fused tensor, as a model makes them."""
@@ -132,12 +136,14 @@ class World:
         return list(out.view(tokens, s.heads, s.head_dim).split([count for _, count in rows]))
 
     def expected(self, line: Line, start: int, count: int, *, layer: int = 0) -> Tensor:
-        """Dense attention in float64 of tokens [start, start + count), with K and V expanded over the groups."""
+        """Dense attention in float64 of tokens [start, start + count), with K and V expanded over the groups, and
+        rounded to int8 if the store holds that."""
         s = self.spec
         group = s.heads // s.kv_heads
         q = line.q[start : start + count].double().transpose(0, 1)
-        k = line.k[: start + count].double().repeat_interleave(group, dim=1).transpose(0, 1)
-        v = line.v[: start + count].double().repeat_interleave(group, dim=1).transpose(0, 1)
+        k, v = (quantized(x) if s.int8_kv else x for x in (line.k[: start + count], line.v[: start + count]))
+        k = k.double().repeat_interleave(group, dim=1).transpose(0, 1)
+        v = v.double().repeat_interleave(group, dim=1).transpose(0, 1)
         scores = q @ k.transpose(1, 2) * s.scale
         here = torch.arange(start, start + count)[:, None]
         there = torch.arange(start + count)[None]
@@ -147,6 +153,12 @@ class World:
             hidden |= there <= here - window
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
         return (weights @ v).transpose(0, 1)
+
+
+def quantized(x: Tensor) -> Tensor:
+    """`x` after a visit to int8, with one scale for each vector of the last dimension."""
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    return (x.float() / scale).round() * scale
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:

@@ -16,6 +16,9 @@ class AttentionSpec:
     """The attention of one model, equal for all layers but the window.
 
     `windows[l]` is the sliding window of layer l in tokens (a query at position p sees (p - window, p]), or None.
+    `int8_kv` keeps K and V as int8 with a float32 scale for each token and KV head of K, and one of V: x is stored as
+    round(x / scale), half to even, where scale = max|x| / 127. It costs 2 * kv_heads * (head_dim + 4) bytes per token
+    and layer instead of 2 * kv_heads * head_dim elements.
     """
 
     layers: int
@@ -26,6 +29,17 @@ class AttentionSpec:
     dtype: torch.dtype
     scale: float
     windows: tuple[int | None, ...]
+    int8_kv: bool = False
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """The element type of the KV store."""
+        return torch.int8 if self.int8_kv else self.dtype
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes in the store for the scale of one token's K (or V) in one KV head."""
+        return 4 if self.int8_kv else 0
 
 
 class AttentionBackend(Protocol):
@@ -44,7 +58,8 @@ class AttentionBackend(Protocol):
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None: ...
 
     def block_shape(self) -> tuple[int, ...]:
-        """Shape of one layer of one block, in elements of `spec.dtype`: 2 * kv_heads * block_size * head_dim in all."""
+        """Shape of one layer of one block, in elements of `spec.kv_dtype`: 2 * kv_heads * block_size * head_dim in all,
+        and `scale_bytes` more for each token, KV head, and K and V."""
 
     def prepare(self, inputs: BatchInputs) -> Any:
         """What all layers of a step share, computed once."""

@@ -15,7 +15,7 @@ from ropeway.runtime.kernels.library import AttentionLayer, AttentionStep, Nativ
 
 MAX_HEAD_DIM = 256
 BLOCK_SIZES = (8, 16, 32, 64)
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class CpuMeta:
 
 
 class CpuBackend:
-    """One kernel for decode and chunked prefill, for float32 and bfloat16.
+    """One kernel for decode and chunked prefill, for float32 and bfloat16, with a cache of that type or of int8.
 
     A row's result is the same bit for bit whatever its neighbours, the number of threads, and the way its prompt was
-    cut into chunks. The layout inside a block is (kv_heads, K then V, block_size * head_dim); see the kernel for more.
+    cut into chunks. The layout inside a block is (kv_heads, K then V then any scales); see the kernel for more.
     """
 
     name = "cpu"
@@ -52,7 +52,7 @@ class CpuBackend:
     def supports(cls, spec: AttentionSpec, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device.type}"
-        if spec.dtype not in _TYPES:
+        if spec.dtype not in (torch.float32, torch.bfloat16):
             return f"it computes float32 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}"
         if spec.head_dim % 8 or not 8 <= spec.head_dim <= MAX_HEAD_DIM:
             return f"head_dim is {spec.head_dim}; it needs a multiple of 8 up to {MAX_HEAD_DIM}"
@@ -62,12 +62,15 @@ class CpuBackend:
         return library if isinstance(library, str) else None
 
     def block_shape(self) -> tuple[int, ...]:
-        return (self.spec.kv_heads, 2, self.spec.block_size * self.spec.head_dim)
+        spec = self.spec
+        elements = 2 * spec.head_dim * spec.block_size + 2 * spec.scale_bytes * spec.block_size
+        return (spec.kv_heads, elements)
 
     def prepare(self, inputs: BatchInputs) -> CpuMeta:
         spec = self.spec
         step = AttentionStep(
             type=_TYPES[spec.dtype],
+            kv_type=_TYPES[spec.kv_dtype],
             rows=inputs.num_rows,
             tokens=inputs.num_tokens,
             heads=spec.heads,

@@ -32,7 +32,7 @@ class ReferenceMeta:
 class ReferenceBackend:
     """Gathers each row's blocks and computes softmax(q k^T * scale) v in float32.
 
-    The layout inside a block is (2, block_size, kv_heads, head_dim), K first. The query heads that share a KV head
+    The layout inside a block is (2, block_size, kv_heads, head_dim and any scale), K first. A KV head's query heads
     (grouped-query attention, Ainslie et al. 2023) are folded into the query's length, so that K and V are not expanded.
     """
 
@@ -50,7 +50,8 @@ class ReferenceBackend:
         return None
 
     def block_shape(self) -> tuple[int, ...]:
-        return (2, self.spec.block_size, self.spec.kv_heads, self.spec.head_dim)
+        spec = self.spec
+        return (2, spec.block_size, spec.kv_heads, spec.head_dim + spec.scale_bytes)
 
     def prepare(self, inputs: BatchInputs) -> ReferenceMeta:
         size = self.spec.block_size
@@ -78,26 +79,42 @@ class ReferenceBackend:
 
     def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, meta: ReferenceMeta) -> Tensor:
         spec = self.spec
-        kv[meta.blocks, layer, 0, meta.offsets] = k
-        kv[meta.blocks, layer, 1, meta.offsets] = v
+        kv[meta.blocks, layer, 0, meta.offsets] = self._stored(k)
+        kv[meta.blocks, layer, 1, meta.offsets] = self._stored(v)
         out = q.new_empty((q.shape[0], spec.heads * spec.head_dim))
         for (first, count, start), table in zip(meta.rows, meta.tables, strict=True):
             length = start + count
             # Blocks wholly before the window may belong to others by now, so they are not read.
             skip = max(0, start - (self.spec.windows[layer] or length) + 1) // self.spec.block_size
             base = skip * self.spec.block_size
-            keys = kv[table[skip:], layer, 0].flatten(0, 1)[: length - base]
-            values = kv[table[skip:], layer, 1].flatten(0, 1)[: length - base]
+            keys = self._loaded(kv[table[skip:], layer, 0]).flatten(0, 1)[: length - base]
+            values = self._loaded(kv[table[skip:], layer, 1]).flatten(0, 1)[: length - base]
             seen = self._seen(torch.arange(start, length, device=q.device), base, length, layer)
             out[first : first + count] = self._attend(q[None, first : first + count], keys[None], values[None], seen)[0]
         if meta.decode is not None:
-            keys = kv[meta.decode_tables, layer, 0].flatten(1, 2)
-            values = kv[meta.decode_tables, layer, 1].flatten(1, 2)
+            keys = self._loaded(kv[meta.decode_tables, layer, 0]).flatten(1, 2)
+            values = self._loaded(kv[meta.decode_tables, layer, 1]).flatten(1, 2)
             seen = self._seen(meta.decode_lengths - 1, 0, keys.shape[1], layer)[:, None]
             # Slots beyond a row's length were never written and may hold NaN, which a weight of zero would not silence.
             values = values.masked_fill(~seen.transpose(1, 2)[..., None], 0)
             out[meta.decode] = self._attend(q[meta.decode][:, None], keys, values, seen)[:, 0].to(out.dtype)
         return out
+
+    def _stored(self, x: Tensor) -> Tensor:
+        """`x` (..., head_dim) as the store holds it. With int8 the four bytes of the scale follow the elements."""
+        if not self.spec.int8_kv:
+            return x
+        wide = x.float()
+        scale = wide.abs().amax(-1, keepdim=True) / 127  # NaN if an element is; infinite elements become NaN on loading
+        codes = (wide / scale.where(scale > 0, 1.0)).round().nan_to_num(0.0, 127.0, -127.0).to(torch.int8)
+        return torch.cat([codes, scale.view(torch.int8)], dim=-1)
+
+    def _loaded(self, stored: Tensor) -> Tensor:
+        """The inverse, up to rounding: (..., head_dim)."""
+        if not self.spec.int8_kv:
+            return stored
+        codes, scale = stored[..., : self.spec.head_dim], stored[..., self.spec.head_dim :]
+        return codes.float() * scale.contiguous().view(torch.float32)
 
     def _seen(self, positions: Tensor, base: int, length: int, layer: int) -> Tensor:
         """(len(positions), length - base) True where the query at a position may look, of keys [base, length)."""

@@ -20,8 +20,8 @@ class AttentionStep(ctypes.Structure):
     """What all layers of a step share; mirrors the struct of this name in cpu/attention.h."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("type", "rows", "tokens", "heads", "kv_heads", "head_dim", "block_size")),
-        *((name, c_int64) for name in ("layers", "table_stride", "threads")),
+        *((name, c_int64) for name in ("type", "kv_type", "rows", "tokens", "heads", "kv_heads", "head_dim")),
+        *((name, c_int64) for name in ("block_size", "layers", "table_stride", "threads")),
         *((name, c_void_p) for name in ("cu_q", "starts", "tables", "slots")),
         ("scale", c_double),
     )

@@ -5,7 +5,8 @@
 
 // What all layers of a step share. Mirrored field by field in runtime/kernels/library.py.
 struct AttentionStep {
-    int64_t type;  // of q, k, v and out: see with_type() in vec.h
+    int64_t type;     // of q, k, v and out: see with_type() in vec.h
+    int64_t kv_type;  // of the cache: the same, or 2 for int8
     int64_t rows, tokens, heads, kv_heads, head_dim, block_size, layers, table_stride, threads;
     const int32_t* cu_q;
     const int32_t* starts;

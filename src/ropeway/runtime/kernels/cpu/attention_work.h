@@ -1,4 +1,4 @@
-// What an attention step is asked to do, and how it is cut into pieces of work. See attention.cpp.
+// What an attention step is asked to do, and how it is cut into pieces of work. See attention_kernel.h.
 #pragma once
 
 #include <algorithm>
@@ -9,11 +9,15 @@
 
 namespace ropeway {
 
-constexpr int CHUNK = 64;        // positions of one softmax update
+constexpr int CHUNK = 128;       // positions of one softmax update
 constexpr int SPLIT = 512;       // positions of one independent piece
-constexpr int TILE = 48;         // queries of one work item
-constexpr int MAX_DIM = 256;     // largest head_dim
+constexpr int TILE = 96;         // queries of one work item
 constexpr float FLOOR = -1e30f;  // below every score: a maximum that nothing has been compared with yet
+
+// The kernel for each type of the cache, in files of their own: they compile side by side.
+int attention_f32(const AttentionStep& step, const AttentionLayer& layer);
+int attention_bf16(const AttentionStep& step, const AttentionLayer& layer);
+int attention_int8(const AttentionStep& step, const AttentionLayer& layer);
 
 // One piece of work: some queries of a row, for some neighbouring KV heads.
 struct Item {
@@ -55,15 +59,15 @@ class Work {
         return split;
     }
 
-    // The tiles of a row, those with the longest context first.
+    // The tiles of a row: neighbours read the same K and V, and those with the longest context come first.
     void add_tiles(int64_t row, int64_t most_heads, std::vector<Item>& items) const {
         const int64_t queries = (step_.cu_q[row + 1] - step_.cu_q[row]) * group_;
         const int64_t tiles = (queries + TILE - 1) / TILE;
         const int64_t heads = std::max<int64_t>(1, std::min(most_heads, tiles == 1 ? TILE / queries : 1));
-        for (int64_t t = tiles - 1; t >= 0; --t) {
-            const int64_t first = queries * t / tiles, end = queries * (t + 1) / tiles;
-            for (int64_t h = 0; h < step_.kv_heads; h += heads) {
-                const int64_t n = std::min(heads, step_.kv_heads - h);
+        for (int64_t h = 0; h < step_.kv_heads; h += heads) {
+            const int64_t n = std::min(heads, step_.kv_heads - h);
+            for (int64_t t = tiles - 1; t >= 0; --t) {
+                const int64_t first = queries * t / tiles, end = queries * (t + 1) / tiles;
                 items.push_back({int32_t(row), int32_t(h), int32_t(n), int32_t(first), int32_t(end - first), -1, 0, 1});
             }
         }
