@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from conductor import DISTURBED
 from contenders import COLUMNS, WEIGHT_BYTES
 from workloads import Shape, bound, make
 
@@ -68,6 +69,12 @@ class Table:
         own = [c[key].median for name, c in self.rows.items() if name.startswith(OWN) and key in c]
         peer = self.best_peer(key)
         return max(own) / peer if own and peer else None
+
+
+def calm(results: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """The results without the runs during which others kept the machine busy, and how many those are."""
+    kept = {kind: [run for run in results[kind] if run["others"] < DISTURBED] for kind in ("runs", "online")}
+    return {**results, **kept}, sum(len(results[kind]) - len(kept[kind]) for kind in kept)
 
 
 def tables(results: Mapping[str, Any], shapes: Mapping[str, Shape]) -> list[Table]:
