@@ -28,6 +28,11 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "priority": {"scheduling_policy": "priority", "num_kv_blocks": 14, "max_num_seqs": 3},
     "static": {"batching": "static", "max_num_seqs": 4},
     "static-in-chunks": {"batching": "static", "max_num_seqs": 3, "max_num_batched_tokens": 11},
+    **{
+        f"level-{level}-starved": {"kernel_level": level, "num_kv_blocks": 12, "max_num_batched_tokens": 24}
+        for level in ("0", "1", "2")
+    },
+    "paced": {"step_budget_ms": 1.0, "num_kv_blocks": 14},
     "whole-prompts": {"enable_chunked_prefill": False, "max_num_batched_tokens": 96, "max_num_seqs": 3},
 }
 
@@ -69,7 +74,7 @@ def test_equals_transformers(checkpoint: Make, kind: str, condition: str) -> Non
     for rid, length in enumerate(LENGTHS):
         assert run.tokens[rid] == greedy(directory, prompt(length, length), NUMBER), f"prompt of {length}"
         assert run.final[rid].finish is FinishReason.LENGTH
-    if condition.startswith("starved"):
+    if "starved" in condition:
         assert run.engine.scheduler.counters.preemptions > 0
     assert run.engine.scheduler.pool.available == run.engine.scheduler.pool.num_blocks
 

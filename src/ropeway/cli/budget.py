@@ -126,11 +126,19 @@ def _show_needs(config: EngineConfig, spec: ModelSpec, dtype: str, device: Devic
     table.add_column()
     table.add_column(justify="right")
     length = config.max_model_len or spec.context_limit
-    table.add_row(f"weights, {dtype}", gib(spec.weight_bytes(dtype, config.quantization, config.quantization_group)))
+    table.add_row(
+        f"weights, {_weights(config, dtype)}",
+        gib(spec.weight_bytes(dtype, config.quantization, config.quantization_group)),
+    )
     table.add_row(f"a step of {config.max_num_batched_tokens} tokens", gib(workspace_bytes(config, spec, dtype)))
-    table.add_row(f"KV cache of one request of {length:,} tokens", gib(length * spec.kv_bytes_per_token(dtype)))
+    request = length * spec.kv_bytes_per_token(dtype, config.kv_cache_dtype)
+    table.add_row(f"KV cache of one request of {length:,} tokens", gib(request))
     table.add_row("free", gib(device.memory.free))
     console.print(table)
+
+
+def _weights(config: EngineConfig, dtype: str) -> str:
+    return dtype if config.quantization == "auto" else f"{config.quantization} with {dtype}"
 
 
 def _show_division(
@@ -142,15 +150,16 @@ def _show_division(
     table.add_column()
     table.add_column(justify="right")
     table.add_column()
-    table.add_row("weights", gib(budget.weight_bytes), dtype)
+    table.add_row("weights", gib(budget.weight_bytes), _weights(config, dtype))
     table.add_row(
         "one step", gib(budget.workspace_bytes), f"{config.max_num_batched_tokens} tokens, activations and logits"
     )
     table.add_row("KV cache", gib(budget.kv_bytes), budget.why)
     table.add_row("left free", gib(left), "")
     console.print(table)
+    each = spec.kv_bytes_per_token(dtype, config.kv_cache_dtype)
     console.print(
-        f"\nKV cache: {spec.kv_bytes_per_token(dtype) / 1024:g} KiB per token, {budget.num_blocks:,} blocks of "
+        f"\nKV cache: {each / 1024:g} KiB per token, {budget.num_blocks:,} blocks of "
         f"{config.block_size} = {tokens:,} tokens.\n",
         soft_wrap=True,
     )

@@ -42,6 +42,7 @@ def run_checks(port: int) -> Iterator[Check]:
     )  # fmt: skip
     for check in every:
         yield check()
+    yield from check_speed()
 
 
 def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Check:
@@ -95,6 +96,30 @@ def check_kernels(isa: str | None = None) -> Check:
     except KernelError as error:
         return Check(
             "Kernels", f"not built: {error.message}", False, "Without them attention runs in plain torch, slowly."
+        )
+
+
+def check_speed() -> Iterator[Check]:
+    """Memory and arithmetic of this machine, and what the linear layers reach of them. Takes some seconds."""
+    import torch
+
+    from ropeway.runtime.kernels.library import load
+    from ropeway.runtime.roofline import ROWS, measure
+
+    library = load()
+    if isinstance(library, str):
+        yield Check("Speed", "not measured: there are no native kernels", False, "See Kernels above.")
+        return
+    torch.set_num_threads(cpu_info.detect().cores)
+    roofline = measure(library)
+    threads = f"{roofline.threads} thread{'s' if roofline.threads > 1 else ''}"
+    yield Check("Bandwidth", f"{roofline.read / 1e9:.1f} GB/s, reading with {threads}")
+    for reach in roofline.reaches:
+        unit = "GOP/s" if reach.format == "int8" else "GFLOP/s"
+        yield Check(
+            reach.format,
+            f"{reach.peak / 1e9:,.0f} {unit} peak; linear layers reach {reach.many_rows / reach.peak:.0%} of it with "
+            f"{ROWS} rows, and {reach.one_row / roofline.read:.0%} of the bandwidth with one",
         )
 
 

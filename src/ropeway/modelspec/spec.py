@@ -111,9 +111,10 @@ class ModelSpec:
             total += matrix_bytes("int8", self.vocab, self.hidden, 0) - self.vocab * self.hidden * size
         return total
 
-    def kv_bytes_per_token(self, dtype: str) -> int:
-        """K and V of all layers for one token."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+    def kv_bytes_per_token(self, dtype: str, kv_cache_dtype: str = "auto") -> int:
+        """K and V of all layers for one token. int8 has a float32 scale for each KV head's K, and one for its V."""
+        vector = self.head_dim + 4 if kv_cache_dtype == "int8" else self.head_dim * DTYPE_BYTES[dtype]
+        return 2 * self.layers * self.kv_heads * vector
 
 
 def load_spec(directory: Path, name: str | None = None) -> ModelSpec:

@@ -15,13 +15,15 @@ from ropeway.modelspec import ModelSpec, load_spec
 from ropeway.runtime.attention.backend import AttentionSpec
 from ropeway.runtime.attention.select import select
 from ropeway.runtime.cpu_info import detect
+from ropeway.runtime.fused import fuse
 from ropeway.runtime.kernels.library import load
 from ropeway.runtime.kernels.ops import select_ops
 from ropeway.runtime.kvstore import KVStore
-from ropeway.runtime.layers.linear import describe_linear
+from ropeway.runtime.layers.linear import FASTEST, Scheme, describe_linear
 from ropeway.runtime.memory import Budget, MemoryState, cpu_memory, gib, plan_budget
+from ropeway.runtime.models.llama import Llama
 from ropeway.runtime.models.registry import MODELS
-from ropeway.runtime.runner import Runner
+from ropeway.runtime.runner import Model, Runner
 from ropeway.runtime.sampler import Sampler
 from ropeway.runtime.slots import Slots
 from ropeway.runtime.weights.loader import Weights
@@ -43,20 +45,23 @@ class LocalExecutor:
         directory = locate(config.model, revision=config.revision, download_dir=config.download_dir)
         spec = load_spec(directory, config.model)
         device, device_note = choose_device(config)
+        level = wanted_level(config, device)
         dtype, dtype_note = choose_dtype(config, spec, device)
         name = str(dtype).removeprefix("torch.")
         weight_bytes = spec.weight_bytes(name, config.quantization, config.quantization_group)
         threads, threads_note = _set_threads(config, weight_bytes)
         budget = plan_budget(config, spec, name, device.type, device_memory(device))
-        backend, passed = select(_attention_spec(spec, config, dtype), device, config.attention_backend)
-        ops, ops_passed = select_ops(device, dtype)
+        attention = _attention_spec(spec, config, dtype)
+        backend, passed = select(attention, device, attention_backend(config, level))
+        ops, ops_passed = select_ops(device, dtype, level)
         begun = time.perf_counter()
         try:
             stored = Weights(directory, dtype, spec.quantization, config.quantization, config.quantization_group)
             with stored as weights, torch.inference_mode():
-                model = MODELS[spec.architecture](spec, weights, backend, ops, device, budget.max_model_len)
+                layered = MODELS[spec.architecture](spec, weights, backend, ops, device, budget.max_model_len, level)
             loaded = time.perf_counter() - begun
-            kv = KVStore(budget.num_blocks, spec.layers, backend.block_shape(), dtype, device)
+            model, level_note = whole_steps(layered, level, config)
+            kv = KVStore(budget.num_blocks, spec.layers, backend.block_shape(), attention.kv_dtype, device)
             slots = Slots(config.max_num_seqs, budget.max_model_len, config.block_size, budget.num_blocks, spec.vocab)
         except (MemoryError, OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
@@ -84,9 +89,10 @@ class LocalExecutor:
                 device_note,
                 dtype_note,
                 threads_note,
+                *([level_note] if level_note else []),
                 _attention_note(backend.name, passed),
                 f"Small operations: {ops.name}{_passed(ops_passed)}.",
-                _sentence(describe_linear(device, dtype)),
+                _sentence(describe_linear(device, dtype, linear_scheme(config, spec), level)),
                 f"Weights: {spec.parameters:,} parameters, {gib(weight_bytes)}, loaded in {loaded:.1f} s.",
                 *_quantization_notes(config, spec),
                 _kv_note(budget, config.block_size),
@@ -140,7 +146,7 @@ def choose_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) ->
     else:
         # Without such instructions the native kernels widen bfloat16 as they read it: half the memory to read, which
         # is what decoding waits for.
-        native = detect().native_bf16 or not isinstance(load(), str)
+        native = detect().native_bf16 or (wanted_level(config, device) >= 2 and not isinstance(load(), str))
         reason = "this CPU (neither AVX512_BF16 nor AMX), and there are no native kernels to widen it"
         fallback = torch.float32
     if native:
@@ -148,6 +154,47 @@ def choose_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) ->
         return torch.bfloat16, f"dtype: bfloat16 ({how})."
     name = str(fallback).removeprefix("torch.")
     return fallback, f"dtype: {name} (the checkpoint's {spec.dtype} is not native to {reason})."
+
+
+def wanted_level(config: EngineConfig, device: torch.device) -> int:
+    """The highest kernel level to use. Raises ConfigError if the user asked for one that cannot be had."""
+    if config.kernel_level == "auto":
+        return FASTEST
+    level = int(config.kernel_level)
+    library = load() if level >= 2 else None
+    missing = "they run on the CPU" if device.type != "cpu" else library
+    if level and isinstance(missing, str):
+        raise ConfigError(f"kernel_level is {level}, but {missing}. Use --kernel-level auto.", param="kernel_level")
+    return level
+
+
+def attention_backend(config: EngineConfig, level: int) -> str:
+    """Below level 2 attention is plain torch too, unless the user names a back end."""
+    return "reference" if config.attention_backend == "auto" and level < 2 else config.attention_backend
+
+
+def whole_steps(model: Llama, level: int, config: EngineConfig) -> tuple[Model, str]:
+    """`model` with each step in one native call if `level` and the model allow it, and the sentence that says so.
+    Raises ConfigError if the user asked for it and it cannot be."""
+    if model.device.type != "cpu":
+        return model, ""
+    asked = "as told" if config.kernel_level != "auto" else "the highest that works here"
+    fused = fuse(model) if level >= 3 else f"kernel level {level} is asked for"
+    if not isinstance(fused, str):
+        return fused, f"Kernel level: 3, each step is one native call ({asked})."
+    if config.kernel_level == "3":
+        raise ConfigError(f"kernel_level is 3, but {fused}. Use --kernel-level auto.", param="kernel_level")
+    if level < 2:
+        return model, f"Kernel level: {level}, {('plain torch', 'packed linear layers')[level]} ({asked})."
+    if isinstance(load(), str):
+        return model, "Kernel level: 1, packed linear layers where torch has them (there are no native kernels)."
+    return model, f"Kernel level: 2, native kernels called one by one ({asked if level == 2 else 'not 3: ' + fused})."
+
+
+def linear_scheme(config: EngineConfig, spec: ModelSpec) -> Scheme:
+    """How the weights of most linear layers are held."""
+    stored = spec.quantization.format if spec.quantization is not None else "plain"
+    return cast(Scheme, stored) if config.quantization == "auto" else config.quantization
 
 
 def device_memory(device: torch.device) -> MemoryState:
@@ -179,6 +226,7 @@ def _attention_spec(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -
         dtype=dtype,
         scale=spec.head_dim**-0.5,
         windows=spec.windows,
+        int8_kv=config.kv_cache_dtype == "int8",
     )
 
 

@@ -118,7 +118,7 @@ def plan_budget(config: EngineConfig, spec: ModelSpec, dtype: str, device: str, 
             f"Free memory, choose a smaller model{', or use --dtype bfloat16' if dtype == 'float32' else ''}.",
         )
     wanted_len = _wanted_length(config, spec)
-    block = spec.kv_bytes_per_token(dtype) * config.block_size
+    block = spec.kv_bytes_per_token(dtype, config.kv_cache_dtype) * config.block_size
     blocks, why = _blocks(config, device, memory, weights + workspace, room, block)
     notes: list[str] = []
     needed = -(-wanted_len // config.block_size)

@@ -56,7 +56,8 @@ class LLM:
     """A model and its engine in this process.
 
     `model` is 'bundled', a Hugging Face directory or a hub name; `tokenizer` and `chat_template` (a file) replace the
-    model's own. All other settings are the fields of `EngineConfig`. Not thread-safe.
+    model's own. All other settings are the fields of `EngineConfig`, with its defaults but one: nobody watches a stream
+    here, so `step_budget_ms` is 0. Not thread-safe.
     Raises ConfigError, ModelError or MemoryBudgetError.
     """
 
@@ -290,7 +291,7 @@ def _advance(job: _Job, event: TokenEvent) -> bool:
 
 def _engine_config(model: str, given: Mapping[str, Any]) -> EngineConfig:
     known = {setting.name: setting for setting in settings(EngineConfig)}
-    values: dict[str, Any] = {"model": model}
+    values: dict[str, Any] = {"model": model, "step_budget_ms": 0.0}
     for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

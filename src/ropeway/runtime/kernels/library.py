@@ -73,6 +73,8 @@ class NativeLibrary:
         self.argmax = self._bind("ropeway_argmax", [p, p, p, i, i, i])
         self.read = self._bind("ropeway_read", [p, i, i])
         self.read.restype = ctypes.c_uint64
+        self.peak = self._bind("ropeway_peak", [i, i, i])
+        self.peak.restype = c_double
 
         self.sample = self._bind("ropeway_sample", [p, i, i, c_char_p, p, p, p, i])
         self.sample_scratch = self._bind("ropeway_sample_scratch", [i])

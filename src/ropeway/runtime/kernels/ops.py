@@ -181,12 +181,15 @@ class NativeOps:
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def select_ops(device: torch.device, dtype: torch.dtype) -> tuple[Ops, list[str]]:
-    """The operations to use on `device` for `dtype`, and one sentence for each implementation that was passed over."""
+def select_ops(device: torch.device, dtype: torch.dtype, level: int = 3) -> tuple[Ops, list[str]]:
+    """The operations to use on `device` for `dtype`, and one sentence for each implementation that was passed over.
+    Below level 2 they are torch's."""
     if device.type != "cpu":
         return TorchOps(), [f"native: it runs on the CPU, not on {device.type}"]
     if dtype not in _TYPES:
         return TorchOps(), [f"native: it computes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"]
+    if level < 2:
+        return TorchOps(), [f"native: kernel level {level} does without"]
     library = load()
     if isinstance(library, str):
         return TorchOps(), [f"native: {library}"]

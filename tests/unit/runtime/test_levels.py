@@ -1,0 +1,67 @@
+"""Which code computes a model on the CPU: as asked for, or as high as it goes, and said at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ropeway.config import EngineConfig
+from ropeway.errors import ConfigError
+from ropeway.runtime import local
+from ropeway.runtime.kernels import ops
+from ropeway.runtime.kernels.library import load
+from ropeway.runtime.layers import linear
+from ropeway.runtime.local import LocalExecutor
+
+Make = Callable[[str], Path]
+NATIVE = not isinstance(load(), str)
+
+
+def _notes(directory: Path, **changes: object) -> dict[str, str]:
+    values = {"num_kv_blocks": 8, "max_model_len": 32, "max_num_seqs": 2, "threads": 1} | changes
+    executor = LocalExecutor(EngineConfig(model=str(directory), **values))  # type: ignore[arg-type]
+    executor.close()
+    return dict(note.split(": ", 1) for note in executor.info.notes if ": " in note)
+
+
+@pytest.mark.parametrize(
+    ("level", "said", "attention", "linears"),
+    [
+        ("0", "0, plain torch (as told).", "reference", "torch"),
+        ("1", "1, packed linear layers (as told).", "reference", "oneDNN"),
+        ("2", "2, native kernels called one by one (as told).", "cpu", "native"),
+        ("3", "3, each step is one native call (as told).", "cpu", "native"),
+        ("auto", "3, each step is one native call (the highest that works here).", "cpu", "native"),
+    ],
+)
+def test_a_level_is_kept_and_said(checkpoint: Make, level: str, said: str, attention: str, linears: str) -> None:
+    if not NATIVE and level not in "01":
+        pytest.skip("there are no native kernels here")
+    notes = _notes(checkpoint("llama"), kernel_level=level, dtype="float32")
+    assert notes["Kernel level"] == said
+    assert notes["Attention"].startswith(attention)
+    # At level 1 the faster of oneDNN and plain torch is taken: which that is depends on the machine.
+    assert notes["Linear layers"].startswith((linears, "torch") if level == "1" else linears)
+
+
+def test_without_kernels_the_highest_level_is_one(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (local, ops, linear):
+        monkeypatch.setattr(module, "load", lambda: "there is no compiler")
+    linear.choose.cache_clear()
+    try:
+        notes = _notes(checkpoint("llama"), dtype="float32", attention_backend="reference")
+        assert notes["Kernel level"].startswith("1, packed linear layers")
+        with pytest.raises(ConfigError, match="kernel_level is 2, but there is no compiler"):
+            _notes(checkpoint("llama"), kernel_level="2")
+    finally:
+        linear.choose.cache_clear()
+
+
+@pytest.mark.skipif(not NATIVE, reason="there are no native kernels here")
+def test_a_level_that_the_model_cannot_have_is_refused(checkpoint: Make) -> None:
+    with pytest.raises(ConfigError, match="kernel_level is 3, but attention is reference"):
+        _notes(checkpoint("llama"), kernel_level="3", attention_backend="reference")
+    notes = _notes(checkpoint("llama"), attention_backend="reference")
+    assert "not 3: attention is reference" in notes["Kernel level"]
