@@ -101,32 +101,6 @@ def test_silu_mul(ops: Ops, rows: int, width: int, dtype: torch.dtype) -> None:
     close(ops.silu_mul(gate_up), torch.nn.functional.silu(gate) * up)
 
 
-@pytest.mark.parametrize("width", [1, 7, 32, 33, 4099])
-def test_argmax_takes_the_lowest_of_equals(ops: Ops, width: int) -> None:
-    logits = torch.randint(-3, 3, (20, width)).float()
-    logits[0] = -5.0
-    ids, finite = ops.argmax(logits)
-    best = logits.max(dim=1, keepdim=True).values
-    assert torch.equal(ids, (logits == best).int().argmax(dim=1))
-    assert ids.dtype == torch.int64
-    assert finite.dtype == torch.bool
-    assert finite.all()
-
-
-@pytest.mark.parametrize("at", [0, 5, 31, 32, 98, 99])
-def test_argmax_flags_rows_that_are_not_finite(ops: Ops, at: int) -> None:
-    logits = torch.randn(5, 100)
-    logits[1, at] = math.nan
-    logits[2, at] = math.inf
-    logits[3] = -math.inf
-    logits[4, :] = -math.inf
-    logits[4, at] = -1e30  # a mask that leaves one choice is not a fault
-    ids, finite = ops.argmax(logits)
-    assert finite.tolist() == [True, False, False, False, True]
-    assert ids[0] == logits[0].argmax()
-    assert ids[4] == at
-
-
 def test_nan_is_not_hidden(ops: Ops) -> None:
     for dtype in FLOATS:
         x = torch.randn(2, 64).to(dtype)

@@ -2,12 +2,13 @@
 
     python benchmarks/cpu/engines/probe.py THREADS
 
-`read` is in bytes/s. The other rates are operations/s of the fastest large product known here for a type, or absent
-where the processor or torch has none.
+`read` is in bytes/s. The other rates are operations/s from registers alone, two for a multiply-add: what no product of
+matrices can exceed.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -16,8 +17,9 @@ from collections.abc import Callable
 import torch
 
 from ropeway.runtime.kernels.library import load
+from ropeway.runtime.pages import huge_pages
 
-ROWS, DEPTH, COLUMNS = 512, 1024, 4096
+ROUNDS = 300_000
 
 
 def best(run: Callable[[], object], budget: float = 0.3) -> float:
@@ -39,18 +41,12 @@ def main() -> None:
     library = load()
     if isinstance(library, str):
         raise SystemExit(f"There are no native kernels here, so reading cannot be measured: {library}")
-    buffer = torch.ones(1 << 26, dtype=torch.int32)
-    size = buffer.numel() * buffer.itemsize
+    size = 1 << 28
+    buffer = huge_pages(size, torch.uint8).fill_(1)
     rates["read"] = size / best(lambda: library.read(buffer.data_ptr(), size, threads), 0.5)
-    operations = 2 * ROWS * DEPTH * COLUMNS
-    x, w = torch.randn(ROWS, DEPTH), torch.randn(COLUMNS, DEPTH)
-    rates["float32"] = operations / best(lambda: torch.nn.functional.linear(x, w))
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        xb, wb = x.bfloat16(), w.bfloat16()
-        rates["bfloat16"] = operations / best(lambda: torch.nn.functional.linear(xb, wb))
-    xi = torch.randint(-127, 127, (ROWS, DEPTH), dtype=torch.int8)
-    wi = torch.randint(-127, 127, (COLUMNS, DEPTH), dtype=torch.int8).t()
-    rates["int8"] = operations / best(lambda: torch._int_mm(xi, wi))
+    for kind, name in enumerate(("float32", "bfloat16", "int8")):
+        operations = library.peak(kind, ROUNDS, threads)
+        rates[name] = operations / best(functools.partial(library.peak, kind, ROUNDS, threads))
     print(json.dumps({name: round(rate) for name, rate in rates.items()}))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from math import prod
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ropeway.contract import BlockCopy
 from ropeway.errors import EngineError
+from ropeway.runtime.pages import huge_pages
 
 
 class KVStore:
@@ -22,12 +22,8 @@ class KVStore:
         shape = (num_blocks, layers, *block_shape)
         self.bytes = prod(shape) * dtype.itemsize
         if device.type == "cpu":
-            # Anonymous memory is zero, page-aligned, and costs nothing before it is touched. A block is read whole, and
-            # blocks lie anywhere: huge pages spare most of the address translation.
-            memory = mmap.mmap(-1, self.bytes)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            self.data: Tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
+            # A block is read whole, and blocks lie anywhere: huge pages spare most of the address translation.
+            self.data: Tensor = huge_pages(prod(shape), dtype).view(shape)
         else:
             self.data = torch.zeros(shape, dtype=dtype, device=device)
 

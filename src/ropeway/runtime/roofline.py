@@ -12,6 +12,7 @@ import torch
 from ropeway.runtime.kernels.library import NativeLibrary
 from ropeway.runtime.layers.linear import PackedLinear
 from ropeway.runtime.layers.quantized import QuantizedWeight
+from ropeway.runtime.pages import huge_pages
 
 Format = Literal["float32", "bfloat16", "int8"]
 FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8")
@@ -51,7 +52,7 @@ def measure(library: NativeLibrary) -> Roofline:
     beside other work."""
     threads = library.refresh()
     with torch.inference_mode():
-        data = torch.ones(_READ, dtype=torch.uint8)
+        data = huge_pages(_READ, torch.uint8).fill_(1)
         read = _READ / _best(lambda: library.read(data.data_ptr(), _READ, threads))
         return Roofline(threads, read, tuple(_reach(library, format) for format in FORMATS))
 

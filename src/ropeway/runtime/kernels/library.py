@@ -70,7 +70,6 @@ class NativeLibrary:
         self.add_rms_norm = self._bind("ropeway_add_rms_norm", [i, p, p, p, p, i, i, d, i])
         self.rotary = self._bind("ropeway_rotary", [i, p, p, p, p, d, p, p, p, i, i, i, i, i, i, i, i])
         self.silu_mul = self._bind("ropeway_silu_mul", [i, p, p, i, i, i])
-        self.argmax = self._bind("ropeway_argmax", [p, p, p, i, i, i])
         self.read = self._bind("ropeway_read", [p, i, i])
         self.read.restype = ctypes.c_uint64
         self.peak = self._bind("ropeway_peak", [i, i, i])

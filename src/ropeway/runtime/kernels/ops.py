@@ -39,10 +39,6 @@ class Ops(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up, where `gate_up` (T, 2 * I) holds gate in its first half. Returns (T, I), new."""
 
-    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """`logits` (N, V) float32 contiguous. Returns ids (N,) int64, ties to the lowest id, and finite (N,) bool,
-        False where a row holds NaN or +inf or nothing but -inf (its id is then meaningless). -inf alone is a mask."""
-
 
 class TorchOps:
     """The operations in plain torch, on any device."""
@@ -70,13 +66,6 @@ class TorchOps:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
-
-    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        best, ids = logits.max(dim=-1)
-        # max propagates NaN. On ties torch names the first on the CPU; on CUDA that is not promised, so ask for it.
-        if logits.device.type != "cpu":
-            ids = (logits == best[:, None]).int().argmax(dim=-1)
-        return ids, torch.isfinite(best)
 
 
 class NativeOps:
@@ -167,15 +156,6 @@ class NativeOps:
         out = torch.empty((rows, twice // 2), dtype=gate_up.dtype)
         self._library.silu_mul(kind, gate_up.data_ptr(), out.data_ptr(), rows, twice // 2, self._library.threads)
         return out
-
-    def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        if logits.dtype != torch.float32 or not logits.is_contiguous():
-            return self._torch.argmax(logits)
-        rows, width = logits.shape
-        ids = torch.empty(rows, dtype=torch.int64)
-        finite = torch.empty(rows, dtype=torch.bool)
-        self._library.argmax(logits.data_ptr(), ids.data_ptr(), finite.data_ptr(), rows, width, self._library.threads)
-        return ids, finite
 
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import mmap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from ropeway.runtime import cpu_info
 from ropeway.runtime.kernels.library import LinearWeight, NativeLibrary, load
 from ropeway.runtime.layers.integer import OneDnnInt8Product, TorchIntProduct, quantize_rows
 from ropeway.runtime.layers.quantized import QuantizedWeight, checked
+from ropeway.runtime.pages import huge_pages
 
-HUGE_PAGE = 2 << 20
 FASTEST = 3
 DEEPEST = 1 << 16
 """Input features up to which sums of quantized products surely fit 32 bits."""
@@ -100,7 +99,7 @@ class NativeProduct:
         self._dtype = dtype
         self._columns, self._depth = values.shape
         form = LinearWeight(_TYPES[dtype], kind, self._columns, self._depth, group)
-        self._packed = _huge_pages(library.packed_bytes(ctypes.byref(form)))
+        self._packed = huge_pages(library.packed_bytes(ctypes.byref(form)), torch.uint8)
         library.pack(
             ctypes.byref(form), *map(_address, (values, scales, zeros)), self._packed.data_ptr(), library.refresh()
         )
@@ -322,13 +321,3 @@ def _pick(names: list[str], seconds: dict[str, float], reasons: list[str]) -> st
             reasons.append(f"{chosen}: {seconds[chosen] / seconds[name]:.1f} times slower than {name} here")
             chosen = name
     return chosen
-
-
-def _huge_pages(size: int) -> Tensor:
-    """`size` bytes for a packed weight. Large ones ask for huge pages: reading them is a fifth to a quarter faster
-    where the kernel grants them, since a stream over 4 KiB pages waits for address translation."""
-    if size < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=size)

