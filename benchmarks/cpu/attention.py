@@ -2,8 +2,9 @@
 
     python benchmarks/cpu/attention.py [--dtype float32] [--threads N] [--all]
 
-Decode is judged by the bytes of K and V that it reads once (GB/s, and the share of what plain reading reaches in the
-same moment); prefill by arithmetic (GFLOP/s) against SDPA on contiguous, already expanded K and V: SDPA's best case.
+Decode is judged by the bytes of K and V that it reads once (GB/s, and the share of what plain reading reaches just
+before and after), with the cache in the model's type and in int8; prefill by arithmetic (GFLOP/s) against SDPA on
+contiguous, already expanded K and V: SDPA's best case.
 The cache is larger than the processor's caches and its blocks are shuffled.
 """
 
@@ -73,17 +74,30 @@ def step(rows: list[tuple[int, int]], num_blocks: int) -> BatchInputs:
 class Case:
     """One layer's attention over a store with enough layers to defeat the caches when they are visited in turn."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, rows: list[tuple[int, int]]) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, rows: list[tuple[int, int]], int8_kv: bool = False
+    ) -> None:
         heads, kv_heads, dim = shape
         blocks = sum(-(-(start + count) // BLOCK) for start, count in rows)
-        self.bytes = sum(2 * (s + c) * kv_heads * dim for s, c in rows) * dtype.itemsize
+        vector = dim + 4 if int8_kv else dim * dtype.itemsize  # bytes of K, or of V, of one token and KV head
+        self.bytes = sum(2 * (s + c) * kv_heads for s, c in rows) * vector
         self.flops = sum(4 * heads * dim * (c * s + c * (c + 1) / 2) for s, c in rows)
         self.layers = max(1, min(32, int(100e6 / self.bytes)))
         spec = AttentionSpec(
-            self.layers, heads, kv_heads, dim, BLOCK, dtype, scale=dim**-0.5, windows=(None,) * self.layers
+            self.layers,
+            heads,
+            kv_heads,
+            dim,
+            BLOCK,
+            dtype,
+            scale=dim**-0.5,
+            windows=(None,) * self.layers,
+            int8_kv=int8_kv,
         )
         self.backend = CpuBackend(spec, torch.device("cpu"))
-        self.store = torch.full((blocks, self.layers, *self.backend.block_shape()), 0.01, dtype=dtype)
+        self.store = torch.full((blocks, self.layers, *self.backend.block_shape()), 1, dtype=spec.kv_dtype)
+        if int8_kv:
+            self.store.view(torch.float32)[..., -2 * BLOCK :] = 0.01  # the scales, which lie last
         self.meta = self.backend.prepare(step(rows, blocks))
         tokens = sum(count for _, count in rows)
         self.q = torch.randn(tokens, heads, dim).to(dtype)
@@ -139,23 +153,27 @@ def main() -> None:
         raise SystemExit(f"There are no native kernels here: {library}")
     buffer = torch.ones(1 << 26, dtype=torch.int32)
     print(f"{library.variant}, {torch.get_num_threads()} threads, {options.dtype}, blocks of {BLOCK}")
-    print(f"{'case':34} {'cpu us':>9} {'GB/s':>6} {'of read':>8} {'GFLOP/s':>8} {'SDPA us':>9} {'ratio':>6}")
+    print(f"{'case':39} {'cpu us':>9} {'GB/s':>6} {'of read':>8} {'GFLOP/s':>8} {'SDPA us':>9} {'ratio':>6}")
     for name, shape in list(SHAPES.items())[: None if options.all else 1]:
         for rows, length in ((1, 256), (1, 4096), (16, 256), (16, 1024), (64, 256)):
-            case = Case(shape, dtype, [(length - 1, 1)] * rows)
-            taken = case.seconds()
-            rate, read = case.bytes / taken / 1e9, read_bandwidth(library, buffer)
             other = sdpa_decode(shape, dtype, rows, length)
-            print(
-                f"decode  {name:12} {rows:3} rows at {length:5} {taken * 1e6:9.0f} {rate:6.1f} {rate / read:8.0%} "
-                f"{case.flops / taken / 1e9:8.0f} {other * 1e6:9.0f} {other / taken:5.1f}x",
-                flush=True,
-            )
+            for int8_kv in (False, True):
+                case = Case(shape, dtype, [(length - 1, 1)] * rows, int8_kv)
+                before = read_bandwidth(library, buffer)
+                taken = case.seconds()
+                read = (before + read_bandwidth(library, buffer)) / 2
+                rate = case.bytes / taken / 1e9
+                print(
+                    f"decode  {name:12} {rows:3} rows at {length:5}{' int8' if int8_kv else '':5} {taken * 1e6:9.0f} "
+                    f"{rate:6.1f} {rate / read:8.0%} {case.flops / taken / 1e9:8.0f} {other * 1e6:9.0f} "
+                    f"{other / taken:5.1f}x",
+                    flush=True,
+                )
         for start, count in ((0, 512), (1024, 256), (0, 2048)):
             case = Case(shape, dtype, [(start, count)])
             taken, other = case.seconds(), sdpa_prefill(shape, dtype, start, count)
             print(
-                f"prefill {name:12} {count:4} after {start:6} {taken * 1e6:9.0f} {'':6} {'':8} "
+                f"prefill {name:12} {count:4} after {start:6}      {taken * 1e6:9.0f} {'':6} {'':8} "
                 f"{case.flops / taken / 1e9:8.0f} {other * 1e6:9.0f} {other / taken:5.1f}x",
                 flush=True,
             )

@@ -2,7 +2,6 @@
 
 #include <new>
 
-#include "attention_cache.h"
 #include "attention_work.h"
 
 int ropeway_attention(const AttentionStep* step, const AttentionLayer* layer) {

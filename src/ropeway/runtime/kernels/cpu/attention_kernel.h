@@ -12,44 +12,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "attention_cache.h"
 #include "attention_work.h"
 
 namespace ropeway {
-
-// Running softmax of a tile: maxima (in powers of two), sums, and weighted sums of V in rows of whole pairs of vectors.
-struct Softmax {
-    float top[TILE + 8], total[TILE];
-    alignas(64) float mixed[TILE * MAX_DIM];
-};
-
-struct Scratch {
-    const Item* upcoming;  // probably this thread's next work item
-    alignas(64) char query[TILE * MAX_DIM * 4];
-    alignas(64) float scores[TILE * CHUNK];
-    alignas(64) float panel[std::max(MAX_DIM, CHUNK) * 2 * ROPEWAY_LANES];
-    alignas(64) char tail[2 * ROPEWAY_LANES * 4];
-    float keep[TILE + 8];
-    Softmax piece, whole;
-};
-
-template <class X>
-class Buffer {
-    std::unique_ptr<X[]> data_;
-    size_t size_ = 0;
-
-   public:
-    X* at_least(size_t size) {
-        if (size > size_) {
-            data_.reset(new X[size]);  // not initialised
-            size_ = size;
-        }
-        return data_.get();
-    }
-};
 
 template <class D>
 class Attention : Work, Cache<D> {
@@ -84,7 +52,7 @@ class Attention : Work, Cache<D> {
     Attention(const AttentionStep& step, const AttentionLayer& layer)
         : Work(step, layer),
           Cache<D>(step, layer),
-          mixed_row_((dim_ + WIDTH - 1) / WIDTH * WIDTH),
+          mixed_row_((dim_ + 4 * W - 1) / (4 * W) * 4 * W),
           log2_scale_(float(step.scale) * LOG2_E) {}
 
     int run() {
@@ -271,105 +239,138 @@ class Attention : Work, Cache<D> {
 
     // Head h of a tile against a chunk.
     void chunk(const Item& item, int h, Chunk& c, Scratch& s, Softmax& x) {
-        const int most = item.count <= DIRECT_ROWS ? DIRECT_ROWS : P::MAX_ROWS;
+        const bool packed = item.count > WORTH_PACKING;
+        const int most = packed ? P::MAX_ROWS : DIRECT_ROWS;
         const int panels = (item.count + most - 1) / most;
         c.count = 0;
         for (int p = 0; p < panels; ++p) {
             const int begin = item.count * p / panels, rows = item.count * (p + 1) / panels - begin;
             const int query = item.first + begin;
-            const int64_t from = std::max(c.from, (first_seen(item, query) - c.base) / size_ * size_);
-            const int64_t to = std::min(c.to, position(item, query + rows - 1) + 1 - c.base);
+            int64_t from = c.from, to = c.to;
+            if (packed) {
+                from = std::max(from, (first_seen(item, query) - c.base) / size_ * size_);
+                to = std::min(to, position(item, query + rows - 1) + 1 - c.base);
+            }
             if (from < to) c.panels[c.count++] = Panel{query, h * item.count + begin, rows, from, to};
         }
-        score(c, s, panels > 1 || item.count > DIRECT_ROWS);
+        if (packed) {
+            score_packed(c, s);
+        } else {
+            each_directly(c, [&](auto rows, const Panel& p) { score<decltype(rows)::value>(c, p, s); });
+        }
         for (int p = 0; p < c.count; ++p) weigh(item, c, c.panels[p], s, x);
-        mix(c, s, x, panels > 1 || item.count > DIRECT_ROWS);
+        if (packed) {
+            mix_packed(c, s, x);
+        } else {
+            each_directly(c, [&](auto rows, const Panel& p) { mix<decltype(rows)::value>(c, p, s, x); });
+        }
     }
 
-    // scores[m][t] = query m . key t, for whole pairs of vectors of positions.
-    void score(const Chunk& c, Scratch& s, bool packed) {
+    template <class Fn>
+    static void each_directly(const Chunk& c, Fn fn) {
+        for (int p = 0; p < c.count; ++p) {
+            with_constant<DIRECT_ROWS>(c.panels[p].rows, [&](auto rows) { fn(rows, c.panels[p]); });
+        }
+    }
+
+    // scores[m][t] = query m . key t, for R queries and whole groups of vectors of positions.
+    template <int R>
+    void score(const Chunk& c, const Panel& p, Scratch& s) {
+        constexpr int N = direct_vectors(R);
+        const int64_t row = dim_ * D::A_BYTES;
+        for (int64_t t = p.from / (N * W) * (N * W); t < p.to; t += N * W) {
+            const Run<T, N> run = keys<N>(c, t);
+            product<D, R, N>(s.query + p.first * row, row, {&run, 1, size_ * STEP, size_ * STEP},
+                             s.scores + p.first * CHUNK + t, CHUNK, nullptr);
+        }
+    }
+
+    // mixed[m] = mixed[m] * keep[m] + sum over positions of weight * value, for R queries.
+    template <int R>
+    void mix(const Chunk& c, const Panel& p, Scratch& s, Softmax& x) {
+        constexpr int N = direct_vectors(R);
+        const char* a = weights(p, s);
+        Run<T, N> runs[CHUNK / 8 + 1];
+        for (int64_t d = 0; d < dim_; d += N * W) {
+            product<D, R, N>(a, CHUNK * 4, {runs, values<N>(c, d, s, runs), dim_ * STEP, N * W * STEP},
+                             x.mixed + p.first * mixed_row_ + d, mixed_row_, s.keep + p.first);
+        }
+    }
+
+    void score_packed(const Chunk& c, Scratch& s) {
         const int64_t row = dim_ * D::A_BYTES;
         for (int64_t t = c.from / WIDTH * WIDTH; t < c.to; t += WIDTH) {
-            const Run<T> run = keys(c, t);
-            const Operand<T> direct{&run, 1, size_ * STEP, size_ * STEP};
-            if (packed) pack<D>(direct, panel(s));
-            for (int p = 0; p < c.count; ++p) {
-                const Panel& q = c.panels[p];
-                if (t >= q.to || t + WIDTH <= q.from) continue;
-                const char* a = s.query + q.first * row;
-                float* to = s.scores + q.first * CHUNK + t;
-                if (packed) {
-                    packed_product(q.rows, a, row, s, 0, dim_, to, CHUNK, nullptr);
-                } else {
-                    with_constant<DIRECT_ROWS>(q.rows, [&](auto n) {
-                        product<D, decltype(n)::value>(a, row, direct, to, CHUNK, nullptr);
-                    });
-                }
+            const Run<T, 2> run = keys<2>(c, t);
+            pack<D>({&run, 1, size_ * STEP, size_ * STEP}, panel(s));
+            for (int i = 0; i < c.count; ++i) {
+                const Panel& p = c.panels[i];
+                if (t >= p.to || t + WIDTH <= p.from) continue;
+                with_constant<P::MAX_ROWS>(p.rows, [&](auto n) {
+                    packed_product<P, decltype(n)::value>(s.query + p.first * row, row, panel(s), dim_,
+                                                          s.scores + p.first * CHUNK + t, CHUNK, nullptr);
+                });
             }
         }
     }
 
-    // mixed[m] = mixed[m] * keep[m] + sum over positions of weight * value.
-    void mix(const Chunk& c, Scratch& s, Softmax& x, bool packed) {
-        Run<T> runs[CHUNK / 8 + 1];
+    void mix_packed(const Chunk& c, Scratch& s, Softmax& x) {
+        Run<T, 2> runs[CHUNK / 8 + 1];
         for (int64_t d = 0; d < dim_; d += WIDTH) {
-            const Operand<T> direct{runs, values(c, d, s, runs), dim_ * STEP, WIDTH * STEP};
-            if (packed) pack<D>(direct, panel(s));
-            for (int p = 0; p < c.count; ++p) {
-                const Panel& q = c.panels[p];
-                const char* a = reinterpret_cast<const char*>(s.scores + q.first * CHUNK) + q.from * D::A_BYTES;
-                float* to = x.mixed + q.first * mixed_row_ + d;
-                if (packed) {
-                    packed_product(q.rows, a, CHUNK * 4, s, q.from - c.from, q.to - q.from, to, mixed_row_,
-                                   s.keep + q.first);
-                } else {
-                    with_constant<DIRECT_ROWS>(q.rows, [&](auto n) {
-                        product<D, decltype(n)::value>(a, CHUNK * 4, direct, to, mixed_row_, s.keep + q.first);
-                    });
-                }
+            pack<D>({runs, values<2>(c, d, s, runs), dim_ * STEP, WIDTH * STEP}, panel(s));
+            for (int i = 0; i < c.count; ++i) {
+                const Panel& p = c.panels[i];
+                with_constant<P::MAX_ROWS>(p.rows, [&](auto n) {
+                    packed_product<P, decltype(n)::value>(weights(p, s), CHUNK * 4,
+                                                          panel(s) + (p.from - c.from) * WIDTH, p.to - p.from,
+                                                          x.mixed + p.first * mixed_row_ + d, mixed_row_,
+                                                          s.keep + p.first);
+                });
             }
         }
     }
 
     static typename P::T* panel(Scratch& s) { return reinterpret_cast<typename P::T*>(s.panel); }
 
-    // The product with `terms` of the packed panel from `first` on.
-    static void packed_product(int rows, const char* a, int64_t a_row, Scratch& s, int64_t first, int64_t terms,
-                               float* out, int64_t out_row, const float* keep) {
-        const typename P::T* from = panel(s) + first * WIDTH;
-        const Run<typename P::T> run{from, from + W * P::STEP, from, (terms + P::STEP - 1) / P::STEP};
-        const Operand<typename P::T> b{&run, 1, WIDTH * P::STEP, 0};
-        with_constant<P::MAX_ROWS>(rows, [&](auto n) {
-            product<P, decltype(n)::value>(a, a_row, b, out, out_row, keep);
-        });
+    static const char* weights(const Panel& p, const Scratch& s) {
+        return reinterpret_cast<const char*>(s.scores + p.first * CHUNK) + p.from * D::A_BYTES;
     }
 
-    // K of the two vectors of positions from t on. The second may have no block: its scores are never used then.
-    Run<T> keys(const Chunk& c, int64_t t) const {
-        const int64_t first = std::max(t, c.from), second = t + W < c.to ? std::max(t + W, c.from) : first;
-        const T* from = c.blocks[first / size_] + first % size_ * STEP;
-        return {from, c.blocks[second / size_] + second % size_ * STEP, from + dim_ * size_, dim_ / STEP};
+    // K of N vectors of positions from t on. Where there are no more, some other: its scores are never used.
+    template <int N>
+    Run<T, N> keys(const Chunk& c, int64_t t) const {
+        Run<T, N> run;
+        for (int v = 0; v < N; ++v) {
+            const int64_t wanted = std::max(t + v * W, c.from), at = wanted < c.to ? wanted : std::max(t, c.from);
+            run.at[v] = c.blocks[at / size_] + at % size_ * STEP;
+            run.fetch[v] = run.at[v] + dim_ * size_;
+        }
+        run.steps = dim_ / STEP;
+        return run;
     }
 
-    // V of the chunk's positions, two vectors of head_dim from d on. The second may not exist: nobody reads what comes
-    // of it. An odd end leaves half a pair that nobody has written. That may hold NaN, so it is cleared.
-    int64_t values(const Chunk& c, int64_t d, Scratch& s, Run<T>* runs) const {
-        const int64_t second = d + W < dim_ ? W * STEP : 0;
-        int64_t count = 0;
+    // V of the chunk's positions, N vectors of head_dim from d on. Where there are no more, some other: nobody reads
+    // what comes of it. An odd end leaves half a pair that nobody has written. That may hold NaN, so it is cleared.
+    template <int N>
+    int64_t values(const Chunk& c, int64_t d, Scratch& s, Run<T, N>* runs) const {
+        int64_t offset[N], count = 0;
+        for (int v = 0; v < N; ++v) offset[v] = (d + v * W < dim_ ? d + v * W : d) * STEP;
         for (int64_t t = c.from; t < c.to; t += size_) {
-            const T* from = c.blocks[t / size_] + dim_ * size_ + d * STEP;
-            runs[count++] = {from, from + second, c.ahead[t / size_] + d * size_, std::min(size_, c.to - t) / STEP};
+            Run<T, N>& run = runs[count++];
+            for (int v = 0; v < N; ++v) {
+                run.at[v] = c.blocks[t / size_] + dim_ * size_ + offset[v];
+                run.fetch[v] = c.ahead[t / size_] + d * size_ + v * W * STEP;
+            }
+            run.steps = std::min(size_, c.to - t) / STEP;
         }
         if (c.to % STEP) {
-            const T* from = c.blocks[c.to / size_] + dim_ * size_ + (c.to % size_ / STEP * dim_ + d) * STEP;
+            const T* from = c.blocks[c.to / size_] + dim_ * size_ + c.to % size_ / STEP * dim_ * STEP;
             T* to = reinterpret_cast<T*>(s.tail);
-            for (int e = 0; e < W; ++e) {
-                for (int v = 0; v < 2; ++v) {
-                    to[(v * W + e) * STEP] = from[v * second + e * STEP];
-                    for (int i = 1; i < STEP; ++i) to[(v * W + e) * STEP + i] = T{};
-                }
+            Run<T, N>& run = runs[count++];
+            for (int v = 0; v < N; ++v, to += W * STEP) {
+                for (int e = 0; e < W * STEP; ++e) to[e] = e % STEP ? T{} : from[offset[v] + e];
+                run.at[v] = run.fetch[v] = to;
             }
-            runs[count++] = {to, to + W * STEP, to, 1};
+            run.steps = 1;
         }
         return count;
     }

@@ -3,9 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
-#include "attention.h"
+#include "attention_cache.h"
 
 namespace ropeway {
 
@@ -25,6 +26,38 @@ struct Item {
     int32_t first, count;         // queries [first, first + count) of the row's list, for each head
     int32_t piece;                // this piece only, or -1 for all of them in turn
     int32_t slot, pieces;         // where partial results go, and how many pieces the tile has
+};
+
+// Running softmax of a tile: maxima (in powers of two), sums, and weighted sums of V, in rows of a multiple of four
+// vectors.
+struct Softmax {
+    float top[TILE + 8], total[TILE];
+    alignas(64) float mixed[TILE * MAX_DIM];
+};
+
+struct Scratch {
+    const Item* upcoming;  // probably this thread's next work item
+    alignas(64) char query[TILE * MAX_DIM * 4];
+    alignas(64) float scores[TILE * CHUNK];
+    alignas(64) float panel[std::max(MAX_DIM, CHUNK) * 2 * ROPEWAY_LANES];
+    alignas(64) char tail[4 * ROPEWAY_LANES * 4];
+    float keep[TILE + 8];
+    Softmax piece, whole;
+};
+
+template <class X>
+class Buffer {
+    std::unique_ptr<X[]> data_;
+    size_t size_ = 0;
+
+   public:
+    X* at_least(size_t size) {
+        if (size > size_) {
+            data_.reset(new X[size]);  // not initialised
+            size_ = size;
+        }
+        return data_.get();
+    }
 };
 
 // Which positions a query sees, and the list of work items.
