@@ -105,9 +105,15 @@ def _threshold(logits: Tensor, wanted: Tensor, weights: Callable[[Tensor], Tenso
     """The highest value (n, 1) such that the weights of all logits from it upwards reach `wanted`."""
     few = logits.topk(min(_FEW, logits.shape[1]), dim=1).values
     reached = weights(few).cumsum(dim=1, dtype=torch.float64) >= wanted
-    if bool(reached.any(dim=1).all()):
-        return few.gather(1, reached.int().argmax(dim=1, keepdim=True))
-    weight = weights(logits)
+    at = few.gather(1, reached.int().argmax(dim=1, keepdim=True))
+    rest = (~reached.any(dim=1)).nonzero()[:, 0]
+    if rest.numel():
+        at[rest] = _bisect(logits[rest], weights(logits)[rest], wanted[rest])
+    return at
+
+
+def _bisect(logits: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+    """`_threshold` for logits whose `weight` is known, by the bits of the values: as many rounds as a float32 has."""
     keys = _ordered((logits + 0.0).view(torch.int32))  # adding zero makes -0 equal to 0
     low, high = keys.amin(dim=1, keepdim=True).long(), keys.amax(dim=1, keepdim=True).long()
     for _ in range(32):
