@@ -33,19 +33,23 @@ class Linear {
         // Widening bfloat16 takes registers of its own.
         using Rows = std::conditional_t<W == 8 && D::MAX_ROWS == 4, Heights<4, 2, 1>, HeightsFor<W>>;
         over_tiles<W>(rows_, output_.columns, depth_, threads, Rows{},
-                      [this](int64_t first, int64_t panel, auto r) { this->template tile<decltype(r)::value>(first, panel); });
+                      [this](int64_t first, int64_t panel, int64_t i, int64_t tiles, auto r) {
+                          this->template tile<decltype(r)::value>(first, panel, i, tiles);
+                      });
     }
 
    private:
     // R rows from `first` on against as many panels as fit.
     template <int R>
-    void tile(int64_t first, int64_t panel) {
+    void tile(int64_t first, int64_t panel, int64_t i, int64_t tiles) {
         constexpr int P = panels_in_tile(W, R), N = P * VECTORS;
         const char* a = x_ + first * row_bytes_;
         const T* b = packed_ + panel * steps_ * PANEL * STEP;
         const int64_t next_panel = steps_ * PANEL * STEP;
+        Soon next(b + P * next_panel, P, next_panel * sizeof(T), i, tiles);
         F acc[R][N] = {};
         for (int64_t i = 0; i < steps_; ++i) {
+            if (R > 2) next.fetch();
             typename D::B w[N];
             ROPEWAY_UNROLL for (int p = 0; p < P; ++p) {
                 const T* line = b + p * next_panel + i * PANEL * STEP;

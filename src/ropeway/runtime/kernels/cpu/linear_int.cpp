@@ -17,8 +17,6 @@
 
 namespace ropeway {
 
-constexpr int64_t LINE = 4 * PANEL;  // bytes
-
 struct Int8 {
     static constexpr int64_t DEPTH = 4;        // input features of a line
     static constexpr int64_t SCALE_BYTES = 4;  // float32
@@ -141,27 +139,31 @@ class IntLinear {
 
     void run(int64_t rows, int64_t threads) {
         over_tiles<W>(rows, w_.columns, w_.depth, threads, HeightsFor<W>{},
-                      [this](int64_t first, int64_t panel, auto r) { this->template tile<decltype(r)::value>(first, panel); });
+                      [this](int64_t first, int64_t panel, int64_t i, int64_t tiles, auto r) {
+                          this->template tile<decltype(r)::value>(first, panel, i, tiles);
+                      });
     }
 
    private:
     template <int R>
-    void tile(int64_t first, int64_t panel) {
+    void tile(int64_t first, int64_t panel, int64_t i, int64_t tiles) {
         constexpr int P = panels_in_tile(W, R), N = P * VECTORS;
         const auto packed = static_cast<const uint8_t*>(w_.packed) + panel * layout_.panel_bytes;
         const char* const a = rows_.values + first * rows_.stride;
         const int32_t* const sums = rows_.sums + first * layout_.groups;
         const int64_t lines = layout_.lines / layout_.groups;
+        Soon next(packed + P * layout_.panel_bytes, P, layout_.panel_bytes, i, tiles);
         F total[R][N] = {};
         for (int64_t g = 0; g < layout_.groups; ++g) {
             I acc[R][N] = {};
             D::template dot<R, P>(acc, packed + g * lines * LINE, layout_.panel_bytes,
-                                  a + g * lines * Format::DEPTH * D::A_BYTES, rows_.stride, lines);
+                                  a + g * lines * Format::DEPTH * D::A_BYTES, rows_.stride, lines, next);
             ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
                 const uint8_t* const from = packed + v / VECTORS * layout_.panel_bytes;
                 const int lane = v % VECTORS * W;
                 const F scale = Format::template load_scales<W>(from + layout_.scales(g) + lane * Format::SCALE_BYTES);
-                const I zero = layout_.zeros_bytes ? load_bytes<W>(from + layout_.zeros(g) + lane) : I{} + Format::OFFSET;
+                const I zero =
+                    layout_.zeros_bytes ? load_bytes<W>(from + layout_.zeros(g) + lane) : I{} + Format::OFFSET;
                 ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
                     const I exact = acc[m][v] - zero * sums[m * layout_.groups + g];
                     total[m][v] = fused<W>(__builtin_convertvector(exact, F), scale, total[m][v]);
@@ -256,9 +258,11 @@ void unpack_rows(const LinearWeight& w, const int64_t* ids, T* out, int64_t coun
         const int64_t lane = ids[r] % PANEL, group = w.depth / layout.groups;
         for (int64_t g = 0; g < layout.groups; ++g) {
             const int zero = layout.zeros_bytes ? panel[layout.zeros(g) + lane] : Format::OFFSET;
-            const auto scales = Format::template load_scales<8>(panel + layout.scales(g) + lane / 8 * 8 * Format::SCALE_BYTES);
+            const int64_t eight = lane / 8 * 8 * Format::SCALE_BYTES;
+            const auto scales = Format::template load_scales<8>(panel + layout.scales(g) + eight);
             for (int64_t k = g * group; k < g * group + group; ++k) {
-                out[r * w.depth + k] = from_float<T>(float(stored(layout, packed, ids[r], k) - zero) * scales[lane % 8]);
+                const int value = stored(layout, packed, ids[r], k) - zero;
+                out[r * w.depth + k] = from_float<T>(float(value) * scales[lane % 8]);
             }
         }
     }

@@ -2,6 +2,7 @@
 // VPDPBUSD (VNNI), VPMADDWD and VPMADDUBSW (AVX2, AVX-512BW), or the compiler's own vectors. All are exact.
 #pragma once
 
+#include "linear_tiles.h"
 #include "vec.h"
 
 #if defined(__x86_64__)
@@ -49,16 +50,40 @@ ROPEWAY_INLINE typename Lanes<W>::F half_to_float(const uint8_t* p) {
     return bits_as<typename L::F>(typename L::U(bits_as<typename L::U>(magnitude) | (wide & 0x8000u) << 16));
 }
 
-// Have `x` computed here and held in a register: integer sums may be reordered, and compilers do so until the
-// accumulators of a tile no longer fit the registers.
-template <class X>
-ROPEWAY_INLINE void settle(X& x) {
+// acc + x in 32 bits, and in 16. In place, which the compiler must be told: it reorders integer sums and copies them
+// about, until the accumulators of a tile no longer fit the registers.
+template <class I>
+ROPEWAY_INLINE I plus32(I acc, I x) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(X) <= 64) asm("" : "+v"(x));
-#elif defined(__AVX2__)
-    if constexpr (sizeof(X) <= 32) asm("" : "+x"(x));
+    if constexpr (sizeof(I) == 64) {
+        asm("vpaddd %1, %0, %0" : "+v"(acc) : "v"(x));
+        return acc;
+    }
 #endif
-    (void)x;
+#if defined(__AVX2__)
+    if constexpr (sizeof(I) == 32) {
+        asm("vpaddd %1, %0, %0" : "+x"(acc) : "x"(x));
+        return acc;
+    }
+#endif
+    return acc + x;
+}
+
+template <class S>
+ROPEWAY_INLINE S plus16(S acc, S x) {
+#if defined(__AVX512BW__)
+    if constexpr (sizeof(S) == 64) {
+        asm("vpaddw %1, %0, %0" : "+v"(acc) : "v"(x));
+        return acc;
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof(S) == 32) {
+        asm("vpaddw %1, %0, %0" : "+x"(acc) : "x"(x));
+        return acc;
+    }
+#endif
+    return acc + x;
 }
 
 template <int W>
@@ -155,9 +180,10 @@ struct Int8Quads : ByteRows {
     using I = typename Lanes<W>::I;
     template <int R, int P>
     static ROPEWAY_INLINE void dot(I (&acc)[R][P * VECTORS], const uint8_t* b, int64_t stride, const char* a,
-                                   int64_t a_stride, int64_t lines) {
+                                   int64_t a_stride, int64_t lines, Soon& next) {
         constexpr int N = P * VECTORS;
         for (int64_t i = 0; i < lines; ++i, b += 64, a += 4) {
+            if (R > 2) next.fetch();
             I w[N];
             ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
                 const uint8_t* const from = b + v / VECTORS * stride + v % VECTORS * 4 * W;
@@ -180,9 +206,10 @@ struct Int8Pairs : PairRows {
     using H = typename Halves<W>::U;
     template <int R, int P>
     static ROPEWAY_INLINE void dot(I (&acc)[R][P * VECTORS], const uint8_t* b, int64_t stride, const char* a,
-                                   int64_t a_stride, int64_t lines) {
+                                   int64_t a_stride, int64_t lines, Soon& next) {
         constexpr int N = P * VECTORS;
         for (int64_t i = 0; i < lines; ++i, b += 64, a += 8) {
+            if (R > 2) next.fetch();
             H w[N];
             ROPEWAY_UNROLL for (int odd = 0; odd < 2; ++odd) {
                 ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
@@ -193,8 +220,7 @@ struct Int8Pairs : PairRows {
                 ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
                     const I x = I{} + load_as<int32_t>(a + m * a_stride + 4 * odd);
                     ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
-                        acc[m][v] = dot_pairs<W>(acc[m][v], bits_as<I>(w[v]), x);
-                        settle(acc[m][v]);
+                        acc[m][v] = plus32(acc[m][v], dot_pairs<W>(I{}, bits_as<I>(w[v]), x));
                     }
                 }
             }
@@ -210,9 +236,10 @@ struct Int4Quads : ByteRows {
     using U = typename Lanes<W>::U;
     template <int R, int P>
     static ROPEWAY_INLINE void dot(I (&acc)[R][P * VECTORS], const uint8_t* b, int64_t stride, const char* a,
-                                   int64_t a_stride, int64_t lines) {
+                                   int64_t a_stride, int64_t lines, Soon& next) {
         constexpr int N = P * VECTORS;
         for (int64_t i = 0; i < lines; ++i, b += 64, a += 8) {
+            if (R > 2) next.fetch();
             I w[2][N];
             ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
                 const uint8_t* const from = b + v / VECTORS * stride + v % VECTORS * 4 * W;
@@ -241,11 +268,12 @@ struct Int4Bytes : ByteRows {
     using S = typename Halves<W>::S;
     template <int R, int P>
     static ROPEWAY_INLINE void dot(I (&acc)[R][P * VECTORS], const uint8_t* b, int64_t stride, const char* a,
-                                   int64_t a_stride, int64_t lines) {
+                                   int64_t a_stride, int64_t lines, Soon& next) {
         constexpr int N = P * VECTORS;
         for (int64_t block = 0; block < lines / 4; ++block) {
             S part[R][N] = {};
             for (int i = 0; i < 4; ++i, b += 64, a += 8) {
+                if (R > 2) next.fetch();
                 ROPEWAY_UNROLL for (int h = 0; h < 2; ++h) {
                     I w[N];
                     ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
@@ -256,8 +284,7 @@ struct Int4Bytes : ByteRows {
                     ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
                         const I x = I{} + load_as<int32_t>(a + m * a_stride + 4 * h);
                         ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
-                            part[m][v] += dot_bytes<W>(w[v], x);
-                            settle(part[m][v]);
+                            part[m][v] = plus16(part[m][v], dot_bytes<W>(w[v], x));
                         }
                     }
                 }
