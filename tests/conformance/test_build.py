@@ -139,6 +139,33 @@ def test_without_kernels_torch_serves_and_one_sentence_says_so(caplog: pytest.Lo
         select(spec_of(), CPU, "cpu")
 
 
+def test_a_compiler_too_old_for_the_best_builds_the_next(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = []
+
+    class Library:
+        def __init__(self, variant: str) -> None:
+            tried.append(variant)
+            if "avx512" in variant:
+                raise KernelError(f"no {variant}")
+
+    new = cpu_info.CpuInfo("new", cpu_info.ISA_FLAGS["avx512_vnni"], 2)
+    monkeypatch.setattr(cpu_info, "detect", lambda: new)
+    monkeypatch.setattr(library, "NativeLibrary", Library)
+    load = library.load.__wrapped__
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(load(), Library)
+    assert tried == ["avx512_vnni", "avx512", "avx2"]
+    assert [record.getMessage() for record in caplog.records if "no avx512_vnni" in record.getMessage()]
+    assert load("avx512") == "no avx512"
+    assert tried[-1] == "avx512"
+    tried.clear()
+    monkeypatch.setattr(cpu_info, "detect", lambda: cpu_info.CpuInfo("old", frozenset(), 2))
+    load()
+    assert tried == ["generic"]
+
+
 def test_select_prefers_native_and_names_reasons() -> None:
     if isinstance(library.load(), str):
         pytest.skip("no native kernels here")

@@ -16,7 +16,6 @@ from torch import Tensor
 from ropeway.errors import KernelError
 from ropeway.runtime.attention.cpu import CpuBackend
 from ropeway.runtime.batch import BatchInputs
-from ropeway.runtime.kernels.library import LinearWeight
 from ropeway.runtime.kernels.ops import NativeOps
 from ropeway.runtime.layers.linear import PackedLinear
 from ropeway.runtime.layers.norm import RMSNorm
@@ -115,7 +114,7 @@ def fuse(model: object) -> FusedModel | str:
         return f"attention is {backend.name}, not the native one"
     if not isinstance(model.ops, NativeOps):
         return f"the small operations are {model.ops.name}, not native"
-    if any(_weight(linear) is None for linear in _linears(model)):
+    if any(linear.native is None for linear in _linears(model)):
         return "a linear layer is not native"
     dtype = backend.spec.dtype
     if any(norm.weight.dtype != dtype or not norm.weight.is_contiguous() for norm in _norms(model)):
@@ -151,13 +150,8 @@ def _describe(layer: Layer, window: int | None) -> StepLayer:
     )
 
 
-def _weight(linear: PackedLinear) -> LinearWeight | None:
-    weight = getattr(linear._product, "weight", None)
-    return weight if isinstance(weight, LinearWeight) else None
-
-
 def _address(linear: PackedLinear) -> int:
-    weight = _weight(linear)
+    weight = linear.native
     assert weight is not None, "fuse() has looked"
     return ctypes.addressof(weight)
 

@@ -103,9 +103,21 @@ class NativeLibrary:
 
 @functools.cache
 def load(variant: str | None = None) -> NativeLibrary | str:
-    """The kernels for this processor (or of the named variant), or why there are none, said once in the log too."""
-    try:
-        return NativeLibrary(variant or cpu_info.detect().isa)
-    except KernelError as error:
-        logger.warning("Native kernels are off and torch serves, slower: %s", error.message)
-        return error.message
+    """The kernels for this processor (or of the named variant), or why there are none, said once in the log too.
+
+    Where the compiler is too old for the processor's best instructions, the next best that it can build serve.
+    """
+    flags = cpu_info.detect().flags
+    usable = [name for name, needed in cpu_info.ISA_FLAGS.items() if needed <= flags]
+    faults = []
+    for name in [variant] if variant else usable[:-1] or usable:  # the last, "generic", is slower than torch
+        try:
+            library = NativeLibrary(name)
+        except KernelError as error:
+            faults.append(error.message)
+        else:
+            if faults:
+                logger.warning("Native kernels for %s serve, slower than they could be: %s", name, faults[0])
+            return library
+    logger.warning("Native kernels are off and torch serves, slower: %s", faults[0])
+    return faults[0]

@@ -165,6 +165,12 @@ class PackedLinear:
         make = choice.make_for_lookup if lookup else choice.make
         self._product = make(weight.to(device), None if bias is None else bias.to(device=device, dtype=dtype))
 
+    @property
+    def native(self) -> LinearWeight | None:
+        """The packed weight for C++ code, which may use it for as long as this layer lives; None if the native
+        kernels do not serve."""
+        return self._product.weight if isinstance(self._product, NativeProduct) else None
+
     def __call__(self, x: Tensor) -> Tensor:
         """`x` (T, in_features) of the layer's dtype. Returns (T, out_features), contiguous."""
         return self._product(x)
@@ -300,7 +306,7 @@ def _seconds(make: Make, dtype: torch.dtype, scheme: Scheme) -> float:
     """Time of a decode step's and a prefill chunk's product together, each the best of three."""
     product = make(_sample(2048, 1024, dtype, scheme, torch.Generator().manual_seed(0)), None)
     total = 0.0
-    for count, weight in ((1, 8.0), (16, 4.0), (128, 1.0)):
+    for count, weight in ((1, 8.0), (16, 4.0), (256, 1.0)):
         x = torch.ones(count, 1024, dtype=dtype)
         product(x)
         best = min(_timed(product, x) for _ in range(3))
