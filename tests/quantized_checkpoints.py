@@ -100,6 +100,17 @@ def store_gptq(name: str, weight: Array, group: int, symmetric: bool, offset: in
     return stored, plain(values, scale, zero, group)
 
 
+def store_act_order(name: str, weight: Array, group: int) -> tuple[dict[str, Tensor], Tensor]:
+    """GPTQ with desc_act: the input features of a group stand anywhere in the row."""
+    order = np.random.default_rng(weight.shape[1]).permutation(weight.shape[1])
+    back = np.argsort(order)
+    stored, meant = store_gptq(name, weight[:, order], group, False, 1)
+    values, _, _ = steps(weight[:, order], group, False)
+    stored[f"{name}.qweight"] = pack(values[:, back].T, 0)
+    stored[f"{name}.g_idx"] = torch.from_numpy((back // group).astype(np.int32))
+    return stored, meant[:, torch.from_numpy(back)].contiguous()
+
+
 def store_awq(name: str, weight: Array, group: int, symmetric: bool) -> tuple[dict[str, Tensor], Tensor]:
     values, scale, zero = steps(weight, group, symmetric)
     stored = {
@@ -125,6 +136,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Store]] = {
     "gptq": (
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False},
         lambda n, w: store_gptq(n, w, 32, False, 1),
+    ),
+    "gptq-act-order": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False},
+        lambda n, w: store_act_order(n, w, 32),
     ),
     "gptq-v2": (
         {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "checkpoint_format": "gptq_v2"},

@@ -79,6 +79,7 @@ def test_stands_for_what_was_stored(stored: Make, layout: str) -> None:
             assert isinstance(found, QuantizedWeight)
             assert found.group in (0, 32, 64, 128)
             expected = torch.cat([meant[module + ".weight"] for module in modules])
+            expected = expected if found.order is None else expected[:, found.order]
             torch.testing.assert_close(found.dequantize(), expected, rtol=1e-6, atol=1e-7)
         head = weights.linear(["lm_head"], [300], 128)
         assert isinstance(head, torch.Tensor)
@@ -136,12 +137,21 @@ def test_a_bias_that_matters_is_not_dropped(stored: Make) -> None:
         assert "model.layers.0.mlp.down_proj.bias" not in left
 
 
-def test_act_order_is_refused_unless_it_is_trivial(stored: Make) -> None:
+def test_layers_that_are_computed_as_one_must_have_one_order(stored: Make) -> None:
     directory = stored("gptq")
     order = torch.arange(128, dtype=torch.int32) // 32
     rewrite(directory, **{f"{QKV[0]}.g_idx".replace(".", "__"): order.flip(0).contiguous()})
-    with reader(directory) as weights, pytest.raises(ModelError, match=r"q_proj.g_idx .*act-order.* desc_act=False"):
+    with reader(directory) as weights, pytest.raises(ModelError, match=r"q_proj.*k_proj.*act-order"):
         weights.linear(QKV, [128, 64, 64], 128)
+
+
+def test_groups_of_unequal_size_are_refused(stored: Make) -> None:
+    directory = stored("gptq")
+    order = torch.arange(128, dtype=torch.int32) // 32
+    order[0] = 3
+    rewrite(directory, **{f"{QKV[0]}.g_idx".replace(".", "__"): order})
+    with reader(directory) as weights, pytest.raises(ModelError, match=r"q_proj.g_idx .*31 .*33"):
+        weights.linear([QKV[0]], [128], 128)
 
 
 def test_layers_that_are_computed_as_one_must_agree(stored: Make) -> None:

@@ -18,6 +18,7 @@ class QuantizedWeight:
     'int8': `values` (N, K) int8 within [-127, 127], `scales` (N,), no zeros, `group` 0.
     'int4': `values` (N, K) uint8 within 0..15, `scales` and `zeros` (N, K / group), a scale for every `group`
     neighbouring input features. Scales are float32, zeros uint8 within 0..15; None is 8 throughout.
+    `order` (K,) int64 says which input feature each column belongs to (GPTQ's act-order); None is their own order.
     """
 
     format: Literal["int8", "int4"]
@@ -25,9 +26,10 @@ class QuantizedWeight:
     scales: Tensor
     zeros: Tensor | None = None
     group: int = 0
+    order: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """The weight in float32."""
+        """The weight in float32, its columns in the order of `values`."""
         if self.format == "int8":
             return self.values.float() * self.scales[:, None]
         steps = self.values.float().view(*self.scales.shape, self.group)

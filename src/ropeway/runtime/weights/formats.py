@@ -51,11 +51,20 @@ def read(stored: Stored, spec: QuantSpec, module: str, outs: int, ins: int) -> Q
     return _READERS[spec.method](stored, spec, module, outs, ins, group)
 
 
-def join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Layers with the same input as one, their outputs side by side."""
+def join(parts: Sequence[QuantizedWeight], modules: Sequence[str]) -> QuantizedWeight:
+    """Layers with the same input as one, their outputs side by side. Raises ModelError if their orders differ."""
     first = parts[0]
     if len(parts) == 1:
         return first
+    for part in parts[1:]:
+        if (part.order is None) != (first.order is None) or (
+            part.order is not None and first.order is not None and not torch.equal(part.order, first.order)
+        ):
+            raise ModelError(
+                f"{', '.join(modules)} have the same input and are computed as one, but their input features are "
+                "grouped in different orders (act-order, desc_act). Take a checkpoint made with desc_act=False, or the "
+                "plain one with --quantization int4."
+            )
     zeros: Tensor | None = None
     if any(p.zeros is not None for p in parts):
         zeros = torch.cat(
@@ -67,6 +76,7 @@ def join(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         scales=torch.cat([p.scales for p in parts]),
         zeros=zeros,
         group=first.group,
+        order=first.order,
     )
 
 
@@ -97,12 +107,12 @@ def _read_packed(stored: Stored, spec: QuantSpec, module: str, outs: int, ins: i
     words = stored.raw(module + ".weight_packed", [(outs, -(-ins // 8))])
     scales = stored.raw(module + ".weight_scale", [(outs, groups)])
     stored.raw(module + ".weight_shape", [(2,)])
-    _check_order(stored, module + ".weight_g_idx", ins, group)
+    order = _order(stored, module + ".weight_g_idx", ins, group)
     zeros = None
     if not spec.symmetric:
         packed = stored.raw(module + ".weight_zero_point", [(-(-outs // 8), groups)])
         zeros = unpack_nibbles(packed.T)[:, :outs].T
-    return _grouped(unpack_nibbles(words)[:, :ins], scales, zeros, group)
+    return _grouped(unpack_nibbles(words)[:, :ins], scales, zeros, group, order)
 
 
 def _read_gptq(stored: Stored, spec: QuantSpec, module: str, outs: int, ins: int, group: int) -> QuantizedWeight:
@@ -110,8 +120,8 @@ def _read_gptq(stored: Stored, spec: QuantSpec, module: str, outs: int, ins: int
     words = stored.raw(module + ".qweight", [(ins // 8, outs)])
     scales = stored.raw(module + ".scales", [(groups, outs)])
     zeros = unpack_nibbles(stored.raw(module + ".qzeros", [(groups, -(-outs // 8))]))[:, :outs].T
-    _check_order(stored, module + ".g_idx", ins, group)
-    return _grouped(unpack_nibbles(words.T), scales.T, (zeros + spec.zero_offset) & 15, group)
+    order = _order(stored, module + ".g_idx", ins, group)
+    return _grouped(unpack_nibbles(words.T), scales.T, (zeros + spec.zero_offset) & 15, group, order)
 
 
 def _read_awq(stored: Stored, spec: QuantSpec, module: str, outs: int, ins: int, group: int) -> QuantizedWeight:
@@ -134,9 +144,13 @@ _READERS: dict[str, Callable[[Stored, QuantSpec, str, int, int, int], QuantizedW
 }
 
 
-def _grouped(values: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> QuantizedWeight:
-    """With groups that the kernels know: a larger one is several of them with the same scale."""
+def _grouped(
+    values: Tensor, scales: Tensor, zeros: Tensor | None, group: int, order: Tensor | None = None
+) -> QuantizedWeight:
+    """With groups that the kernels know: a larger one is several of them with the same scale. `order` brings the input
+    features of a group together."""
     smaller = kernel_group(group)
+    values = values if order is None else values[:, order]
     if zeros is not None and bool((zeros == 8).all()):
         zeros = None
     if smaller != group:
@@ -148,17 +162,21 @@ def _grouped(values: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -
         scales=scales.float().contiguous(),
         zeros=None if zeros is None else zeros.contiguous(),
         group=smaller,
+        order=order,
     )
 
 
-def _check_order(stored: Stored, name: str, ins: int, group: int) -> None:
+def _order(stored: Stored, name: str, ins: int, group: int) -> Tensor | None:
+    """The input features group by group, where `name` (ins,), the group of each, says that they are not neighbours."""
     if not stored.has(name):
-        return
-    order = stored.raw(name, [(ins,)]).long()
-    if bool((order == torch.arange(ins) // group).all()) or bool((order == -1).all()):
-        return
-    raise ModelError(
-        f"{name} spreads the input features of a group over the whole row (act-order, desc_act), and the kernels read "
-        "groups of neighbours. Take a checkpoint made with desc_act=False, static groups or actorder 'weight', or the "
-        "plain one with --quantization int4."
-    )
+        return None
+    groups = stored.raw(name, [(ins,)]).long()
+    if bool((groups == torch.arange(ins) // group).all()) or bool((groups == -1).all()):
+        return None
+    sizes = torch.bincount(groups.clamp(min=0), minlength=ins // group)
+    if bool((sizes != group).any()) or bool((groups < 0).any()):
+        raise ModelError(
+            f"{name} makes groups of {int(sizes.min())} to {int(sizes.max())} input features where config.json "
+            f"announces {group}. The checkpoint is damaged; download it again."
+        )
+    return groups.argsort(stable=True)

@@ -93,7 +93,7 @@ class Weights:
         if all(quantized) and self.stored is not None:
             self._drop_zero_biases(modules)
             parts = [formats.read(self, self.stored, m, out, ins) for m, out in zip(modules, outs, strict=True)]
-            return formats.join(parts)
+            return formats.join(parts, modules)
         if any(quantized):
             plain = ", ".join(m for m, q in zip(modules, quantized, strict=True) if not q)
             raise ModelError(
