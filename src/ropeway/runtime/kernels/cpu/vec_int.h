@@ -88,7 +88,15 @@ ROPEWAY_INLINE S plus16(S acc, S x) {
 
 template <int W>
 ROPEWAY_INLINE typename Lanes<W>::I load_bytes(const uint8_t* p) {
-    return __builtin_convertvector(load_as<typename Halves<W>::UB>(p), typename Lanes<W>::I);
+    using I = typename Lanes<W>::I;
+    // Compilers widen bytes one by one.
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return I(_mm512_cvtepu8_epi32(load_as<__m128i>(p)));
+#endif
+#if defined(__AVX2__)
+    if constexpr (W == 8) return I(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#endif
+    return __builtin_convertvector(load_as<typename Halves<W>::UB>(p), I);
 }
 
 // acc + the two products of int16 pairs in each lane.
