@@ -122,6 +122,20 @@ class NativeProduct:
         return out
 
 
+class ReorderedProduct:
+    """`product`, whose weight has its input features in another order: column j belongs to feature order[j] of x."""
+
+    def __init__(self, product: Product, order: Tensor) -> None:
+        self._product, self._order = product, order
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x.index_select(1, self._order))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        found = self._product.rows(ids)
+        return torch.empty_like(found).index_copy_(1, self._order, found)
+
+
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -164,6 +178,8 @@ class PackedLinear:
         choice = choose(device.type, dtype, scheme, level)
         make = choice.make_for_lookup if lookup else choice.make
         self._product = make(weight.to(device), None if bias is None else bias.to(device=device, dtype=dtype))
+        if isinstance(weight, QuantizedWeight) and weight.order is not None:
+            self._product = ReorderedProduct(self._product, weight.order.to(device))
 
     @property
     def native(self) -> LinearWeight | None:
