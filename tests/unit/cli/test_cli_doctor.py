@@ -3,25 +3,59 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ropeway.cli import checks
 from ropeway.cli.main import app
 from ropeway.runtime.cpu_info import CpuInfo
+from ropeway.runtime.kernels import library
+from ropeway.runtime.kernels.library import load
+from ropeway.runtime.roofline import measure
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_every_line_is_ok_or_says_what_to_do() -> None:
     found = list(checks.run_checks(0))
+    speed = ["Speed"] if isinstance(load(), str) else ["Bandwidth", "float32", "bfloat16", "int8"]
     assert [c.name for c in found] == [
-        "Python", "torch", "CPU", "Memory", "Compiler", "Kernels", "CUDA", "Disk", "Port", "Proxies",
+        "Python", "torch", "CPU", "Memory", "Compiler", "Kernels", "CUDA", "Disk", "Port", "Proxies", *speed,
     ]  # fmt: skip
     assert all(c.found and (c.ok or c.advice) for c in found)
     result = CliRunner().invoke(app, ["doctor", "--port", "1"])
     assert result.exit_code == 0
-    assert result.stdout.count("OK  ") + result.stdout.count("WARN") == 10
+    assert result.stdout.count("OK  ") + result.stdout.count("WARN") == len(found)
+
+
+def test_speed_is_not_measured_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", lambda: "there is no compiler")
+    (check,) = checks.check_speed()
+    assert check.name == "Speed"
+    assert not check.ok
+
+
+@pytest.mark.skipif(isinstance(load(), str), reason="there are no native kernels here")
+def test_kernels_stay_below_what_the_machine_can_do() -> None:
+    kernels = load()
+    assert not isinstance(kernels, str)
+    torch.set_num_threads(1)
+    roofline = measure(kernels)
+    assert roofline.threads == 1
+    assert roofline.read > 1e8
+    for reach in roofline.reaches:
+        # Twice the peak would be a mistake in counting; other work on the machine can only make figures smaller.
+        assert 0 < reach.many_rows < 2 * reach.peak
+        assert reach.one_row > 0
 
 
 def test_old_python_weak_cpu_taken_port() -> None:
