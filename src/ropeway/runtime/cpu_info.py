@@ -8,14 +8,14 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"})
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"})
 
 ISA_FLAGS: dict[str, frozenset[str]] = {
     "avx512_bf16": _AVX512 | {"avx512_bf16", "avx512_vnni"},
     "avx512_vnni": _AVX512 | {"avx512_vnni"},
     "avx512": _AVX512,
-    "avx_vnni": frozenset({"avx2", "fma", "avx_vnni"}),
-    "avx2": frozenset({"avx2", "fma"}),
+    "avx_vnni": frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
+    "avx2": frozenset({"avx2", "fma", "f16c"}),
     "generic": frozenset(),
 }
 """Instruction-set level to the processor flags it needs, best first. "generic" is whatever the compiler assumes."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20
+CHUNK = 64 << 20
+LINE = 64
 
 
 def huge_pages(elements: int, dtype: torch.dtype) -> Tensor:
@@ -20,3 +22,21 @@ def huge_pages(elements: int, dtype: torch.dtype) -> Tensor:
     memory = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=elements)
+
+
+class Arena:
+    """Room for tensors that are read one after the other: side by side, so that small ones lie on huge pages too. What
+    one of them took is given back once all its neighbours in the same chunk are gone."""
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> Tensor:
+        """Zeros (size,) uint8, at a multiple of 64 bytes."""
+        padded = -(-size // LINE) * LINE
+        if padded > len(self._free):
+            if padded > CHUNK // 2:
+                return huge_pages(padded, torch.uint8)[:size]
+            self._free = huge_pages(CHUNK, torch.uint8)
+        taken, self._free = self._free[:size], self._free[padded:]
+        return taken

@@ -36,7 +36,7 @@ class Variant:
     flags: tuple[str, ...] = ()
 
 
-_AVX2 = ("-mavx2", "-mfma")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 
 VARIANTS: dict[str, Variant] = {

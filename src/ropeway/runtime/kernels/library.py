@@ -12,6 +12,7 @@ import torch
 from ropeway.errors import KernelError
 from ropeway.runtime import cpu_info
 from ropeway.runtime.kernels import build
+from ropeway.runtime.pages import Arena
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class NativeLibrary:
 
     `threads` is passed to every kernel. torch's own setting is per thread of the caller, so it is read once per step
     (`refresh`) instead of being left to the OpenMP runtime. Loading after torch binds to the OpenMP runtime that torch
-    brought along, and both share one pool of threads.
+    brought along, and both share one pool of threads. `weights` is where packed weights lie.
     """
 
     def __init__(self, variant: str) -> None:
@@ -64,6 +65,7 @@ class NativeLibrary:
         except OSError as error:
             raise KernelError(f"the compiled kernels cannot be loaded: {error}. Delete {path} to rebuild.") from None
         self.threads = torch.get_num_threads()
+        self.weights = Arena()
         i, p, d = c_int64, c_void_p, c_double
         self.attention = self._bind("ropeway_attention", [p, p])
         self.rms_norm = self._bind("ropeway_rms_norm", [i, p, p, p, i, i, i, i, i, d, i])

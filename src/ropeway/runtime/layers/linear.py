@@ -18,7 +18,6 @@ from ropeway.runtime import cpu_info
 from ropeway.runtime.kernels.library import LinearWeight, NativeLibrary, load
 from ropeway.runtime.layers.integer import OneDnnInt8Product, TorchIntProduct, quantize_rows
 from ropeway.runtime.layers.quantized import QuantizedWeight, checked
-from ropeway.runtime.pages import huge_pages
 
 FASTEST = 3
 DEEPEST = 1 << 16
@@ -99,7 +98,7 @@ class NativeProduct:
         self._dtype = dtype
         self._columns, self._depth = values.shape
         form = LinearWeight(_TYPES[dtype], kind, self._columns, self._depth, group)
-        self._packed = huge_pages(library.packed_bytes(ctypes.byref(form)), torch.uint8)
+        self._packed = library.weights.take(library.packed_bytes(ctypes.byref(form)))
         library.pack(
             ctypes.byref(form), *map(_address, (values, scales, zeros)), self._packed.data_ptr(), library.refresh()
         )

@@ -33,28 +33,26 @@ class Linear {
         // Widening bfloat16 takes registers of its own.
         using Rows = std::conditional_t<W == 8 && D::MAX_ROWS == 4, Heights<4, 2, 1>, HeightsFor<W>>;
         over_tiles<W>(rows_, output_.columns, depth_, threads, Rows{},
-                      [this](int64_t first, int64_t panel, int64_t i, int64_t tiles, auto r) {
-                          this->template tile<decltype(r)::value>(first, panel, i, tiles);
+                      [this](int64_t first, const Place& place, auto r) {
+                          this->template tile<decltype(r)::value>(first, place);
                       });
     }
 
    private:
     // R rows from `first` on against as many panels as fit.
     template <int R>
-    void tile(int64_t first, int64_t panel, int64_t i, int64_t tiles) {
+    void tile(int64_t first, const Place& place) {
         constexpr int P = panels_in_tile(W, R), N = P * VECTORS;
         const char* a = x_ + first * row_bytes_;
-        const T* b = packed_ + panel * steps_ * PANEL * STEP;
-        const int64_t next_panel = steps_ * PANEL * STEP;
-        Soon next(b + P * next_panel, P, next_panel * sizeof(T), i, tiles);
+        const int64_t panel = steps_ * PANEL * STEP;  // elements
+        const T* line = packed_ + place.panel * panel;
+        Ahead<R, P> ahead(line, panel * sizeof(T), steps_, place);
         F acc[R][N] = {};
-        for (int64_t i = 0; i < steps_; ++i) {
-            if (R > 2) next.fetch();
+        for (int64_t i = 0; i < steps_; ++i, line += PANEL * STEP) {
+            ahead.fetch(LINE);
             typename D::B w[N];
-            ROPEWAY_UNROLL for (int p = 0; p < P; ++p) {
-                const T* line = b + p * next_panel + i * PANEL * STEP;
-                if (R <= 2) __builtin_prefetch(line + AHEAD / sizeof(T));
-                ROPEWAY_UNROLL for (int v = 0; v < VECTORS; ++v) w[p * VECTORS + v] = D::load_b(line + v * W * STEP);
+            ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
+                w[v] = D::load_b(line + v / VECTORS * panel + v % VECTORS * W * STEP);
             }
             ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
                 const typename D::A x = D::load_a(a + m * row_bytes_, i);
@@ -63,7 +61,7 @@ class Linear {
         }
         float out[R * N * W];
         ROPEWAY_UNROLL for (int i = 0; i < R * N; ++i) ropeway::store<W>(out + i * W, acc[i / N][i % N]);
-        output_.store(out, first, R, panel * PANEL, N * W);
+        output_.store(out, first, R, place.panel * PANEL, N * W);
     }
 };
 

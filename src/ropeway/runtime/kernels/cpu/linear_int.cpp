@@ -3,8 +3,9 @@
 // meet their scales in float32, in one fixed order: every instruction set gives the same bits.
 //
 // W is unsigned with a zero point (128 for int8; 8 or one per group for int4), because that is what the instructions
-// want; the zero point is taken off again by the sum of the quantized row. A panel is [line][16 columns][4 bytes],
-// 4 input features a line in int8 and 8 in int4 (the first 4 in the low nibbles), then its scales, then zero points.
+// want; the zero point is taken off again by the sum of the quantized row. A panel has, for each group of input
+// features, [line][16 columns][4 bytes], 4 features a line in int8 and 8 in int4 (the first 4 in the low nibbles), then
+// the scales of the columns, then their zero points: one row of x reads all of it as one long stream.
 //
 // A row whose largest magnitude is below 127 * 2^-126 counts as zero. A row with a NaN or an infinity gives NaN in
 // that row alone.
@@ -40,19 +41,22 @@ struct Int4 {
 // Where things lie in a packed weight.
 template <class Format>
 struct Layout {
-    int64_t lines, groups, zeros_bytes, panel_bytes;
+    int64_t groups, lines;  // lines of a group
+    int64_t scales, zeros;  // where they lie in a group, or zeros = 0
+    int64_t group_bytes, panel_bytes;
 
     explicit Layout(const LinearWeight& w)
-        : lines((w.depth + Format::DEPTH - 1) / Format::DEPTH),
-          groups(w.group ? w.depth / w.group : 1),
-          zeros_bytes(w.format == 3 ? PANEL : 0),
-          panel_bytes((lines * LINE + groups * (PANEL * Format::SCALE_BYTES + zeros_bytes) + 63) / 64 * 64) {}
+        : groups(w.group ? w.depth / w.group : 1),
+          lines((w.depth / groups + Format::DEPTH - 1) / Format::DEPTH),
+          scales(lines * LINE),
+          zeros(w.format == 3 ? scales + PANEL * Format::SCALE_BYTES : 0),
+          group_bytes(scales + PANEL * Format::SCALE_BYTES + (zeros ? PANEL : 0)),
+          panel_bytes(groups * group_bytes) {}
 
-    int64_t padded_depth() const { return lines * Format::DEPTH; }
-    int64_t scales(int64_t group) const { return lines * LINE + group * PANEL * Format::SCALE_BYTES; }
-    int64_t zeros(int64_t group) const { return scales(groups) + group * PANEL; }
-    int64_t line(int64_t column, int64_t k) const {
-        return column / PANEL * panel_bytes + k / Format::DEPTH * LINE + column % PANEL * 4 + k % 4;
+    int64_t depth() const { return lines * Format::DEPTH; }  // input features of a group, some of int8 for nothing
+    int64_t column(int64_t c, int64_t group) const { return c / PANEL * panel_bytes + group * group_bytes; }
+    int64_t line(int64_t c, int64_t k) const {
+        return column(c, k / depth()) + k % depth() / Format::DEPTH * LINE + c % PANEL * 4 + k % 4;
     }
 };
 
@@ -139,31 +143,31 @@ class IntLinear {
 
     void run(int64_t rows, int64_t threads) {
         over_tiles<W>(rows, w_.columns, w_.depth, threads, HeightsFor<W>{},
-                      [this](int64_t first, int64_t panel, int64_t i, int64_t tiles, auto r) {
-                          this->template tile<decltype(r)::value>(first, panel, i, tiles);
+                      [this](int64_t first, const Place& place, auto r) {
+                          this->template tile<decltype(r)::value>(first, place);
                       });
     }
 
    private:
     template <int R>
-    void tile(int64_t first, int64_t panel, int64_t i, int64_t tiles) {
+    void tile(int64_t first, const Place& place) {
         constexpr int P = panels_in_tile(W, R), N = P * VECTORS;
-        const auto packed = static_cast<const uint8_t*>(w_.packed) + panel * layout_.panel_bytes;
+        const auto panel = static_cast<const uint8_t*>(w_.packed) + place.panel * layout_.panel_bytes;
         const char* const a = rows_.values + first * rows_.stride;
         const int32_t* const sums = rows_.sums + first * layout_.groups;
-        const int64_t lines = layout_.lines / layout_.groups;
-        Soon next(packed + P * layout_.panel_bytes, P, layout_.panel_bytes, i, tiles);
+        Ahead<R, P> ahead(panel, layout_.panel_bytes, layout_.groups * layout_.lines, place);
         F total[R][N] = {};
         for (int64_t g = 0; g < layout_.groups; ++g) {
+            const uint8_t* const group = panel + g * layout_.group_bytes;
             I acc[R][N] = {};
-            D::template dot<R, P>(acc, packed + g * lines * LINE, layout_.panel_bytes,
-                                  a + g * lines * Format::DEPTH * D::A_BYTES, rows_.stride, lines, next);
+            D::template dot<R, P>(acc, group, layout_.panel_bytes, a + g * layout_.depth() * D::A_BYTES, rows_.stride,
+                                  layout_.lines, ahead);
+            ahead.fetch(layout_.group_bytes - layout_.scales);
             ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
-                const uint8_t* const from = packed + v / VECTORS * layout_.panel_bytes;
+                const uint8_t* const from = group + v / VECTORS * layout_.panel_bytes;
                 const int lane = v % VECTORS * W;
-                const F scale = Format::template load_scales<W>(from + layout_.scales(g) + lane * Format::SCALE_BYTES);
-                const I zero =
-                    layout_.zeros_bytes ? load_bytes<W>(from + layout_.zeros(g) + lane) : I{} + Format::OFFSET;
+                const F scale = Format::template load_scales<W>(from + layout_.scales + lane * Format::SCALE_BYTES);
+                const I zero = layout_.zeros ? load_bytes<W>(from + layout_.zeros + lane) : I{} + Format::OFFSET;
                 ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
                     const I exact = acc[m][v] - zero * sums[m * layout_.groups + g];
                     total[m][v] = fused<W>(__builtin_convertvector(exact, F), scale, total[m][v]);
@@ -172,7 +176,7 @@ class IntLinear {
         }
         float out[R * N * W];
         ROPEWAY_UNROLL for (int i = 0; i < R * N; ++i) store<W>(out + i * W, total[i / N][i % N]);
-        output_.store(out, first, R, panel * PANEL, N * W);
+        output_.store(out, first, R, place.panel * PANEL, N * W);
     }
 };
 
@@ -182,7 +186,7 @@ void multiply(const LinearWeight& w, const void* x, void* y, int64_t rows, int64
     with_type(w.type, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         const Rows quantized = quantize<typename D::Form>(static_cast<const T*>(x), rows, w.depth,
-                                                          layout.padded_depth(), layout.groups, threads);
+                                                          layout.groups * layout.depth(), layout.groups, threads);
         IntLinear<Format, D>(w, layout, quantized, y).run(rows, threads);
         return 0;
     });
@@ -240,8 +244,9 @@ void pack_int(const LinearWeight& w, const void* values, const void* scales, con
                 }
                 for (int64_t g = 0; g < layout.groups; ++g) {
                     const int64_t i = c * layout.groups + g, lane = c % PANEL;
-                    std::copy_n(scale_bytes + i * S, S, start + layout.scales(g) + lane * S);
-                    if (zeros) start[layout.zeros(g) + lane] = zeros[i];
+                    uint8_t* const group = to + layout.column(c, g);
+                    std::copy_n(scale_bytes + i * S, S, group + layout.scales + lane * S);
+                    if (zeros) group[layout.zeros + lane] = zeros[i];
                 }
             }
         }
@@ -254,13 +259,12 @@ void unpack_rows(const LinearWeight& w, const int64_t* ids, T* out, int64_t coun
     const auto packed = static_cast<const uint8_t*>(w.packed);
 #pragma omp parallel for num_threads(int(threads)) schedule(static) if (count > 4)
     for (int64_t r = 0; r < count; ++r) {
-        const uint8_t* const panel = packed + ids[r] / PANEL * layout.panel_bytes;
-        const int64_t lane = ids[r] % PANEL, group = w.depth / layout.groups;
+        const int64_t lane = ids[r] % PANEL, depth = w.depth / layout.groups;
         for (int64_t g = 0; g < layout.groups; ++g) {
-            const int zero = layout.zeros_bytes ? panel[layout.zeros(g) + lane] : Format::OFFSET;
-            const int64_t eight = lane / 8 * 8 * Format::SCALE_BYTES;
-            const auto scales = Format::template load_scales<8>(panel + layout.scales(g) + eight);
-            for (int64_t k = g * group; k < g * group + group; ++k) {
+            const uint8_t* const group = packed + layout.column(ids[r], g);
+            const int zero = layout.zeros ? group[layout.zeros + lane] : Format::OFFSET;
+            const auto scales = Format::template load_scales<8>(group + layout.scales + lane / 8 * 8 * Format::SCALE_BYTES);
+            for (int64_t k = g * depth; k < g * depth + depth; ++k) {
                 const int value = stored(layout, packed, ids[r], k) - zero;
                 out[r * w.depth + k] = from_float<T>(float(value) * scales[lane % 8]);
             }

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <tuple>
@@ -17,7 +18,7 @@ namespace ropeway {
 constexpr int PANEL = 16;                   // columns of a panel of W
 constexpr int64_t LINE = 4 * PANEL;         // bytes of a panel that are used together
 constexpr int BAND = 128;                   // rows of x that use a panel while it is cached, before the next panel
-constexpr int64_t AHEAD = 2048;             // bytes of W asked for before they are needed
+constexpr int64_t AHEAD = 1024;             // bytes of W asked for before they are needed
 constexpr int64_t WORTH_THREADS = 1 << 19;  // elements of W plus a share of the sums: some ten microseconds
 
 // Panels of a packed weight: an even number, so that a tile can always take two.
@@ -31,22 +32,54 @@ using Heights = std::integer_sequence<int, R...>;
 template <int W>
 using HeightsFor = std::conditional_t<W == 16, Heights<12, 8, 4, 2, 1>, Heights<4, 6, 2, 1>>;
 
-// Neighbouring panels of a tile: two of one vector each, or one of two unless a single row leaves registers for more.
-constexpr int panels_in_tile(int lanes, int rows) { return lanes == PANEL || rows == 1 ? 2 : 1; }
+// Neighbouring panels of a tile: two of one vector each, or one of two unless few rows leave registers for more.
+constexpr int panels_in_tile(int lanes, int rows) { return lanes == PANEL || rows <= 2 ? 2 : 1; }
 
-// A tile's share of fetching the panels that come next, a bit with each line that it uses: so neither memory nor
-// arithmetic waits for the other. `tile` is one of `tiles` on these panels.
-struct Soon {
-    const char* line;
-    int64_t stride;
+// Where a tile takes W from: the panels from `panel` on. It is the i-th of `tiles` that do.
+struct Place {
+    int64_t panel, i, tiles;
+};
 
-    Soon(const void* next, int64_t panels, int64_t panel_bytes, int64_t tile, int64_t tiles)
-        : line(static_cast<const char*>(next) + panels * panel_bytes * tile / tiles), stride(LINE * panels / tiles) {}
-    ROPEWAY_INLINE void fetch() {
-        __builtin_prefetch(line, 0, 2);
-        line += stride;
+// What a tile with few rows fetches ahead: its own P panels, then those of the next tile.
+template <int P>
+class Stream {
+    const char* line_;
+    const char* const end_;
+    const int64_t panel_bytes_;
+
+   public:
+    Stream(const void* panel, int64_t panel_bytes, int64_t, const Place&)
+        : line_(static_cast<const char*>(panel) + AHEAD),
+          end_(static_cast<const char*>(panel) + panel_bytes),
+          panel_bytes_(panel_bytes) {}
+    // For `bytes` of each panel, a line at most.
+    ROPEWAY_INLINE void fetch(int64_t bytes) {
+        const char* const from = line_ < end_ ? line_ : line_ + (P - 1) * panel_bytes_;
+        ROPEWAY_UNROLL for (int p = 0; p < P; ++p) __builtin_prefetch(from + p * panel_bytes_);
+        line_ += bytes;
     }
 };
+
+// What a tile with many rows fetches ahead: its share of the next tile's panels, a bit with each line that it uses, so
+// that neither memory nor arithmetic waits for the other.
+template <int P>
+class Share {
+    const char* line_;
+    const int64_t stride_;
+
+   public:
+    Share(const void* panel, int64_t panel_bytes, int64_t lines, const Place& place)
+        : line_(static_cast<const char*>(panel) + P * panel_bytes + P * panel_bytes * place.i / place.tiles),
+          stride_(P * panel_bytes / lines / place.tiles) {}
+    ROPEWAY_INLINE void fetch(int64_t bytes) {
+        if (bytes < LINE) return;
+        __builtin_prefetch(line_, 0, 2);
+        line_ += stride_;
+    }
+};
+
+template <int R, int P>
+using Ahead = std::conditional_t<R <= 2, Stream<P>, Share<P>>;
 
 // Call fn(first, i, tiles, height) for the tiles that cover `count` rows, of the height, a compile-time constant, that
 // does so with the least work. Tiles may overlap: a row that is computed twice comes out the same.
@@ -68,25 +101,36 @@ ROPEWAY_INLINE void cover(int64_t count, Heights<R...>, Fn&& fn) {
     (with(std::integral_constant<int, R>{}), ...);
 }
 
-// Call tile(first_row, panel, i, tiles, R), the i-th of so many on that panel, until all rows have met all panels, with
-// R rows against panels_in_tile(W, R) panels. `depth` only says how much work that is.
+// Call fn(item) for all items, on `threads` threads. Each takes a share of what is left, so that they end together.
+template <class Fn>
+void in_parallel(int64_t items, int64_t threads, Fn&& fn) {
+    std::atomic<int64_t> taken{0};
+#pragma omp parallel num_threads(int(threads)) if (threads > 1)
+    for (int64_t begin = taken.load(std::memory_order_relaxed); begin < items;) {
+        const int64_t end = begin + std::max<int64_t>(1, (items - begin) / (2 * threads));
+        if (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+        for (int64_t item = begin; item < end; ++item) fn(item);
+        begin = taken.load(std::memory_order_relaxed);
+    }
+}
+
+// Call tile(first_row, place, R) until all rows have met all panels, with R rows against panels_in_tile(W, R) panels.
+// `depth` only says how much work that is.
 template <int W, class Rows, class Tile>
 void over_tiles(int64_t rows, int64_t columns, int64_t depth, int64_t threads, Rows heights, Tile&& tile) {
-    const int64_t bands = (rows + BAND - 1) / BAND, items = panels_of(columns) / 2 * bands;
-    const bool shared = threads > 1 && columns * depth * (rows + 4) > WORTH_THREADS;
-    const int chunk = int(std::max<int64_t>(1, items / (threads * 8)));
-#pragma omp parallel for num_threads(int(threads)) schedule(dynamic, chunk) if (shared)
-    for (int64_t item = 0; item < items; ++item) {
+    const int64_t bands = (rows + BAND - 1) / BAND;
+    const bool shared = columns * depth * (rows + 4) > WORTH_THREADS;
+    in_parallel(panels_of(columns) / 2 * bands, shared ? threads : 1, [&](int64_t item) {
         const int64_t pair = item / bands * 2, band = item % bands;
         const int64_t begin = rows * band / bands, end = rows * (band + 1) / bands;
         for (int64_t half = 0; half < 2; ++half) {
             const auto one = [&](int64_t first, int64_t i, int64_t tiles, auto height) ROPEWAY_INLINE_LAMBDA {
                 if (half == 1 && panels_in_tile(W, decltype(height)::value) == 2) return;
-                tile(begin + first, pair + half, band * tiles + i, bands * tiles, height);
+                tile(begin + first, Place{pair + half, band * tiles + i, bands * tiles}, height);
             };
             cover(end - begin, heights, one);
         }
-    }
+    });
 }
 
 // Where a tile's sums go: y = sums * scale + bias, where there are such.

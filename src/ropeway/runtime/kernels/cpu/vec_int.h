@@ -45,6 +45,12 @@ struct Halves<16> {
 template <int W>
 ROPEWAY_INLINE typename Lanes<W>::F half_to_float(const uint8_t* p) {
     using L = Lanes<W>;
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return typename L::F(_mm512_cvtph_ps(load_as<__m256i>(p)));
+#endif
+#if defined(__F16C__)
+    if constexpr (W == 8) return typename L::F(_mm256_cvtph_ps(load_as<__m128i>(p)));
+#endif
     const auto wide = __builtin_convertvector(load_as<typename L::H>(p), typename L::U);
     const auto magnitude = bits_as<typename L::F>(typename L::U((wide & 0x7fffu) << 13)) * 0x1p112f;
     return bits_as<typename L::F>(typename L::U(bits_as<typename L::U>(magnitude) | (wide & 0x8000u) << 16));
@@ -186,16 +192,15 @@ struct Int8Quads : ByteRows {
     using Form = ByteRows;
     static constexpr int LANES = W, VECTORS = 16 / W;
     using I = typename Lanes<W>::I;
-    template <int R, int P>
+    template <int R, int P, class Ahead>
     static ROPEWAY_INLINE void dot(I (&acc)[R][P * VECTORS], const uint8_t* b, int64_t stride, const char* a,
-                                   int64_t a_stride, int64_t lines, Soon& next) {
+                                   int64_t a_stride, int64_t lines, Ahead& ahead) {
         constexpr int N = P * VECTORS;
-        for (int64_t i = 0; i < lines; ++i, b += 64, a += 4) {
-            if (R > 2) next.fetch();
+        for (int64_t i = 0; i < lines; ++i, b += LINE, a += 4) {
+            ahead.fetch(LINE);
             I w[N];
             ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
                 const uint8_t* const from = b + v / VECTORS * stride + v % VECTORS * 4 * W;
-                if (R <= 2) __builtin_prefetch(from + 2048);
                 w[v] = load_as<I>(from);
             }
             ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
@@ -212,17 +217,16 @@ struct Int8Pairs : PairRows {
     static constexpr int LANES = W, VECTORS = 16 / W;
     using I = typename Lanes<W>::I;
     using H = typename Halves<W>::U;
-    template <int R, int P>
+    template <int R, int P, class Ahead>
     static ROPEWAY_INLINE void dot(I (&acc)[R][P * VECTORS], const uint8_t* b, int64_t stride, const char* a,
-                                   int64_t a_stride, int64_t lines, Soon& next) {
+                                   int64_t a_stride, int64_t lines, Ahead& ahead) {
         constexpr int N = P * VECTORS;
-        for (int64_t i = 0; i < lines; ++i, b += 64, a += 8) {
-            if (R > 2) next.fetch();
+        for (int64_t i = 0; i < lines; ++i, b += LINE, a += 8) {
+            ahead.fetch(LINE);
             H w[N];
             ROPEWAY_UNROLL for (int odd = 0; odd < 2; ++odd) {
                 ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
                     const uint8_t* const from = b + v / VECTORS * stride + v % VECTORS * 4 * W;
-                    if (R <= 2 && !odd) __builtin_prefetch(from + 2048);
                     w[v] = odd ? H(load_as<H>(from) >> 8) : H(load_as<H>(from) & 0xffu);
                 }
                 ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
@@ -242,16 +246,15 @@ struct Int4Quads : ByteRows {
     static constexpr int LANES = W, VECTORS = 16 / W;
     using I = typename Lanes<W>::I;
     using U = typename Lanes<W>::U;
-    template <int R, int P>
+    template <int R, int P, class Ahead>
     static ROPEWAY_INLINE void dot(I (&acc)[R][P * VECTORS], const uint8_t* b, int64_t stride, const char* a,
-                                   int64_t a_stride, int64_t lines, Soon& next) {
+                                   int64_t a_stride, int64_t lines, Ahead& ahead) {
         constexpr int N = P * VECTORS;
-        for (int64_t i = 0; i < lines; ++i, b += 64, a += 8) {
-            if (R > 2) next.fetch();
+        for (int64_t i = 0; i < lines; ++i, b += LINE, a += 8) {
+            ahead.fetch(LINE);
             I w[2][N];
             ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
                 const uint8_t* const from = b + v / VECTORS * stride + v % VECTORS * 4 * W;
-                if (R <= 2) __builtin_prefetch(from + 2048);
                 const U line = load_as<U>(from);
                 w[0][v] = I(line & 0x0f0f0f0fu);
                 w[1][v] = I(line >> 4 & 0x0f0f0f0fu);
@@ -274,19 +277,18 @@ struct Int4Bytes : ByteRows {
     using I = typename Lanes<W>::I;
     using U = typename Lanes<W>::U;
     using S = typename Halves<W>::S;
-    template <int R, int P>
+    template <int R, int P, class Ahead>
     static ROPEWAY_INLINE void dot(I (&acc)[R][P * VECTORS], const uint8_t* b, int64_t stride, const char* a,
-                                   int64_t a_stride, int64_t lines, Soon& next) {
+                                   int64_t a_stride, int64_t lines, Ahead& ahead) {
         constexpr int N = P * VECTORS;
         for (int64_t block = 0; block < lines / 4; ++block) {
             S part[R][N] = {};
-            for (int i = 0; i < 4; ++i, b += 64, a += 8) {
-                if (R > 2) next.fetch();
+            for (int i = 0; i < 4; ++i, b += LINE, a += 8) {
+                ahead.fetch(LINE);
                 ROPEWAY_UNROLL for (int h = 0; h < 2; ++h) {
                     I w[N];
                     ROPEWAY_UNROLL for (int v = 0; v < N; ++v) {
                         const uint8_t* const from = b + v / VECTORS * stride + v % VECTORS * 4 * W;
-                        if (R <= 2 && !h) __builtin_prefetch(from + 2048);
                         w[v] = I(load_as<U>(from) >> 4 * h & 0x0f0f0f0fu);
                     }
                     ROPEWAY_UNROLL for (int m = 0; m < R; ++m) {
