@@ -202,7 +202,7 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels() -> None:
 def test_cpu_info_reads_what_the_kernel_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proc, sys = tmp_path / "proc", tmp_path / "sys"
     proc.mkdir()
-    flags = "fpu sse2 avx2 fma avx512f avx512bw avx512dq avx512vl"
+    flags = "fpu sse2 avx2 fma f16c avx512f avx512bw avx512dq avx512vl"
     (proc / "cpuinfo").write_text(
         f"processor : 0\nmodel name : Thing 9000\nflags : {flags}\n\nprocessor : 1\nflags : x\n"
     )
