@@ -76,8 +76,9 @@ def measure(config: EngineConfig, start: list[int], tokens: list[int], context: 
             )
     finally:
         executor.close()
-    how = info.dtype if config.quantization == "auto" else f"{config.quantization}, {info.dtype}"
-    print(f"{info.model} ({how})")
+    how = [config.quantization] if config.quantization != "auto" else []
+    cache = [f"KV cache {config.kv_cache_dtype}"] if config.kv_cache_dtype != "auto" else []
+    print(f"{info.model} ({', '.join([*how, info.dtype, *cache])})")
     print(f"  perplexity  {found.perplexity:.4f}")
     print(f"  tokens      {found.predicted:,} predicted in windows of {context}, {found.computed:,} computed")
     print(f"  speed       {found.computed / found.seconds:,.0f} tokens/s")

@@ -13,8 +13,10 @@ from ropeway.modelspec import DTYPE_BYTES
 
 ASKED = (
     "revision", "download_dir", "dtype", "quantization", "quantization_group", "device", "threads",
-    "attention_backend", "max_num_batched_tokens",
+    "attention_backend", "kv_cache_dtype", "max_num_batched_tokens",
 )  # fmt: skip
+
+PLAIN = {"quantization": "auto", "kv_cache_dtype": "auto"}
 
 
 def register(app: typer.Typer) -> None:
@@ -45,7 +47,7 @@ def perplexity(
     baseline = None
     if against is not None:
         changed = {"dtype": against} if against in DTYPE_BYTES else {"model": against}
-        baseline, _ = load(EngineConfig, {**flags, "model": model, "quantization": "auto", **changed})
+        baseline, _ = load(EngineConfig, {**flags, "model": model, **PLAIN, **changed})
     from ropeway.cli.measure_perplexity import run
 
     run(config, baseline, text, context=context, max_tokens=max_tokens)

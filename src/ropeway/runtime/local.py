@@ -12,6 +12,7 @@ from ropeway.contract import Admit, ExecutorInfo, Row, SamplingParams, StepPlan,
 from ropeway.errors import ConfigError, KernelError, MemoryBudgetError, ModelError, NumericalError
 from ropeway.hub import locate
 from ropeway.modelspec import ModelSpec, load_spec
+from ropeway.modelspec.quantization import kernel_group
 from ropeway.runtime.attention.backend import AttentionSpec
 from ropeway.runtime.attention.select import select
 from ropeway.runtime.cpu_info import detect
@@ -248,11 +249,27 @@ def _quantization_notes(config: EngineConfig, spec: ModelSpec) -> list[str]:
     if stored is None:
         if config.quantization == "auto":
             return []
-        return [f"Quantization: {config.quantization}, while loading; the LM head int8. Activations int8 per token."]
+        wanted = _wanted_format(config, spec)
+        return [f"Quantization: {wanted}, while loading; the LM head int8. Activations int8 per token."]
     group = f" in groups of {stored.group}" if stored.group else " per channel"
     head = "" if config.quantization == "auto" else "; the LM head int8, while loading"
     how = f"Quantization: {stored.format}{group}, the checkpoint's ({stored.method}){head}. Activations int8 per token."
     return [how, *stored.notes]
+
+
+def _wanted_format(config: EngineConfig, spec: ModelSpec) -> str:
+    """int8, or int4 with what it could not be used for."""
+    if config.quantization != "int4":
+        return config.quantization
+    inputs = [ins for _, ins in spec.linears]
+    odd = [ins for ins in inputs if not kernel_group(ins, config.quantization_group)]
+    groups = sorted({kernel_group(ins, config.quantization_group) for ins in inputs} - {0})
+    found = f"int4 in groups of {' and '.join(map(str, groups))}" if groups else ""
+    if not odd:
+        return found
+    which = "all linear layers" if len(odd) == len(inputs) else f"{len(odd)} of {len(inputs)} linear layers"
+    why = f"{which} int8, since groups of 32 do not divide their {' or '.join(map(str, sorted(set(odd))))} inputs"
+    return f"{found}; {why}" if found else why
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,3 +66,9 @@ def test_a_level_that_the_model_cannot_have_is_refused(checkpoint: Make) -> None
         _notes(checkpoint("llama"), kernel_level="3", attention_backend="reference")
     notes = _notes(checkpoint("llama"), attention_backend="reference")
     assert "not 3: attention is reference" in notes["Kernel level"]
+
+
+def test_layers_that_groups_do_not_fit_are_said_to_be_int8(checkpoint: Make) -> None:
+    said = _notes(checkpoint("llama"), quantization="int4")["Quantization"]
+    wanted = r"int4 in groups of 64; \d of \d+ linear layers int8, since groups of 32 do not divide their 112 inputs, while"
+    assert re.match(wanted, said), said
