@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from ropeway.contract import Admit, ExecutorInfo, GenerateRequest, RowFault, StepPlan, StepResult
 from ropeway.sim.clock import VirtualClock
+from ropeway.sim.cost import CostModel
 
 _MASK = (1 << 64) - 1
 
@@ -45,19 +46,6 @@ def expected_tokens(request: GenerateRequest, info: ExecutorInfo) -> list[int]:
             return output
         if len(output) >= sampling.max_tokens or len(request.tokens) + len(output) >= info.max_model_len:
             return output
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Seconds of a step: `base + per_token * tokens + per_context * KV tokens read`."""
-
-    base: float = 0.01
-    per_token: float = 0.0005
-    per_context: float = 0.0
-
-    def seconds(self, plan: StepPlan) -> float:
-        context = sum(row.start + row.count for row in plan.rows)
-        return self.base + self.per_token * plan.num_tokens + self.per_context * context
 
 
 @dataclass
