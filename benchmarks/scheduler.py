@@ -9,7 +9,7 @@ import statistics
 import time
 
 from ropeway.contract import GenerateRequest, SamplingParams, StepResult
-from ropeway.scheduler import ORDERS, FixedTokens, Newest, Resources, Scheduler
+from ropeway.scheduler import FixedTokens, Newest, Resources, Scheduler, make_order
 
 
 def measure(rows: int, steps: int = 300) -> float:
@@ -17,7 +17,7 @@ def measure(rows: int, steps: int = 300) -> float:
     resources = Resources(
         num_blocks=rows * 64, block_size=16, slots=rows, max_model_len=1024, max_step_tokens=1 << 20
     )
-    scheduler = Scheduler(resources, ORDERS["fcfs"](1.0), Newest(), FixedTokens(1 << 20))
+    scheduler = Scheduler(resources, make_order("fcfs"), Newest(), FixedTokens(1 << 20))
     for rid in range(rows):
         sampling = SamplingParams(max_tokens=512, temperature=0.0)
         scheduler.add(GenerateRequest(rid=rid, tokens=[rid] * 200, sampling=sampling), 0.0)

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -77,6 +77,9 @@ class EngineConfig:
         high=1.0,
     )
 
+    preset: Literal["balanced", "latency", "throughput"] = _option(
+        "balanced", "Scheduling", "A set of settings for those not given themselves; start-up lists them with reasons."
+    )
     max_num_seqs: int = _option(64, "Scheduling", "Seats: the most requests that run at once.", low=1, high=4096)
     max_num_batched_tokens: int = _option(512, "Scheduling", "The most tokens that one step computes.", low=1)
     step_budget_ms: float | None = _option(
@@ -89,11 +92,29 @@ class EngineConfig:
     batching: Literal["continuous", "static"] = _option(
         "continuous", "Scheduling", "'static' admits only when the running batch is empty: the baseline."
     )
-    scheduling_policy: Literal["fcfs", "priority"] = _option(
-        "priority", "Scheduling", "Who boards next: lower priority numbers first and equals by arrival, or 'fcfs'."
-    )
+    scheduling_policy: Literal[
+        "fcfs", "sjf", "hrrn", "prefix", "deadline", "fair", "priority", "priority:sjf", "priority:hrrn",
+        "priority:prefix", "priority:deadline", "priority:fair",
+    ] = _option(
+        "priority",
+        "Scheduling",
+        "Who boards next. 'priority' puts the requests' own priorities before the policy behind the colon (alone: "
+        "before fcfs).",
+    )  # fmt: skip
     promote_after: float = _option(
         30.0, "Scheduling", "Seconds of waiting that lift a request by one class, so that none starves.", low=0.001
+    )
+    age_cap: float = _option(
+        10.0, "Scheduling", "Seconds after which sjf and prefix let a request board in order of arrival.", low=0
+    )
+    fair_quantum: float = _option(
+        2000.0,
+        "Scheduling",
+        "Virtual tokens by which fair lets tenants differ to use cached prefixes; 0 is strict.",
+        low=0,
+    )
+    tenant_weights: str | None = _option(
+        None, "Scheduling", "Tenants' shares under fair, as NAME=WEIGHT by commas (default: 1 each)."
     )
     enable_prefix_caching: bool = _option(True, "Scheduling", "Reuse KV blocks of equal prompt beginnings.")
     enable_chunked_prefill: bool = _option(
@@ -103,6 +124,13 @@ class EngineConfig:
         256, "Scheduling", "Waiting requests beyond which newcomers get 503 and a Retry-After.", low=1
     )
     default_priority: int = _option(0, "Scheduling", "Priority of requests that name none; lower is served earlier.")
+
+    journal: str | None = _option(
+        None, "Flight recorder", "Directory for a record of every scheduling decision, prompts included (mode 0600)."
+    )
+    journal_mb: int = _option(
+        256, "Flight recorder", "Megabytes that the files in the journal's directory may take; the oldest go.", low=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +159,30 @@ class ServerConfig:
     log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Server", "How much to log.")
     log_format: Literal["text", "json"] = _option("text", "Server", "Shape of log lines.")
     log_stats_interval: float = _option(10.0, "Server", "Seconds between statistics lines while busy; 0 is off.", low=0)
+
+
+PRESETS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
+    "latency": (
+        "few at a time, each at a steady pace; who would have to wait long hears so at once.",
+        {
+            "max_num_seqs": (8, "a step is short when few share it"),
+            "max_num_batched_tokens": (128, "a prompt stretches nobody's step by more than so many tokens"),
+            "scheduling_policy": ("priority:sjf", "a short question does not wait behind long ones"),
+            "max_queue": (32, "beyond four times the seats, another server answers sooner"),
+        },
+    ),
+    "throughput": (
+        "the most tokens a second; single streams may pause while prompts are computed.",
+        {
+            "max_num_seqs": (256, "weights are read once for all rows of a step"),
+            "max_num_batched_tokens": (2048, "long steps spend the least on what each step costs anyway"),
+            "step_budget_ms": (0.0, "prefill does not hold back for running streams"),
+            "scheduling_policy": ("priority:prefix", "cached beginnings are used before they are forgotten"),
+            "max_queue": (4096, "a long queue keeps the seats taken"),
+        },
+    ),
+}
+"""Meaning, values and reasons of each preset; `balanced` is the defaults."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +301,38 @@ def load(
             values[name], origins[name] = setting.default, "default"
             continue
         values[name], origins[name] = setting.parse(raw, origin), origin
+    given = [name for name, origin in origins.items() if origin != "default"]
+    for name, value in preset_values(values.get("preset"), given).items():
+        values[name], origins[name] = value, f"preset {values['preset']}"
     return cls(**values), origins
+
+
+def preset_values(preset: str | None, given: Collection[str]) -> dict[str, Any]:
+    """What a preset sets, except for what was given itself."""
+    _, chosen = PRESETS.get(preset or "", ("", {}))
+    return {name: value for name, (value, _) in chosen.items() if name not in given}
+
+
+def preset_notes(engine: EngineConfig, origins: Mapping[str, str]) -> list[str]:
+    """Sentences about what the preset of `engine` has set, and why; none for the default one."""
+    meaning, chosen = PRESETS.get(engine.preset, ("", {}))
+    own = [(name, value, why) for name, (value, why) in chosen.items() if origins.get(name) == f"preset {engine.preset}"]
+    return [f"Preset {engine.preset}: {meaning}", *(f"{name}={value}: {why}" for name, value, why in own)] if own else []
+
+
+def weights_of(text: str | None) -> dict[str, float]:
+    """`NAME=WEIGHT,...` as numbers. Raises ConfigError."""
+    weights = {}
+    for part in filter(None, (text or "").split(",")):
+        name, _, number = part.rpartition("=")
+        try:
+            weights[name.strip()] = weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not 0.001 <= weight <= 1000 or not name.strip():
+            message = f"tenant_weights has {part!r}; each part must be NAME=WEIGHT with a weight from 0.001 to 1000."
+            raise ConfigError(message, param="tenant_weights")
+    return weights
 
 
 def _read_file(file: Path, allowed: set[str]) -> dict[str, Any]:
@@ -282,6 +365,7 @@ def check(engine: EngineConfig) -> EngineConfig:
     """Refuse combinations that no single setting can see. Returns the config. Raises ConfigError."""
     if engine.block_size & (engine.block_size - 1):
         raise ConfigError(f"block_size is {engine.block_size}; it must be 8, 16, 32 or 64.", param="block_size")
+    weights_of(engine.tenant_weights)
     if engine.tensor_parallel_size != 1:
         raise ConfigError(
             f"tensor_parallel_size is {engine.tensor_parallel_size}, but this version runs on one device. Use 1.",

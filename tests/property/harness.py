@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from ropeway.contract import ExecutorInfo, FinishReason, GenerateRequest, SamplingParams, StepPlan, TokenEvent
-from ropeway.scheduler import ORDERS, FixedTokens, LowestPriority, Newest, Resources, Scheduler, TargetLatency
+from ropeway.scheduler import FixedTokens, LowestPriority, Newest, Resources, Rules, Scheduler, TargetLatency, make_order
 from ropeway.sim import FakeExecutor, VirtualClock, expected_tokens
 
 
@@ -22,6 +22,7 @@ class World:
     max_step_tokens: int = 16
     depth: int = 1
     policy: str = "fcfs"
+    rules: Rules = Rules(promote_after=5.0, age_cap=2.0, quantum=20.0)
     prefix_caching: bool = True
     chunked_prefill: bool = True
     static_batching: bool = False
@@ -46,8 +47,8 @@ class World:
                 prefix_caching=self.prefix_caching, chunked_prefill=self.chunked_prefill,
                 static_batching=self.static_batching,
             ),
-            ORDERS[self.policy](5.0),
-            LowestPriority() if self.policy == "priority" else Newest(),
+            make_order(self.policy, self.rules),
+            LowestPriority() if self.policy.startswith("priority") else Newest(),
             TargetLatency(self.max_step_tokens, self.block_size)
             if self.target_latency
             else FixedTokens(self.max_step_tokens),

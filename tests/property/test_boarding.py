@@ -79,7 +79,7 @@ class _Waiting:
     """A running sequence as a budget sees it."""
 
     def __init__(self, want: int) -> None:
-        self.want = want
+        self.known, self.computed = 100 + want, 100
 
 
 def _plan(*counts: int) -> StepPlan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from msgspec import Struct
 
 from ropeway.contract.request import SamplingParams
@@ -35,16 +37,20 @@ class Row(Struct, frozen=True, gc=False):
     new_blocks: list[int]
 
 
-class BlockCopy(Struct, frozen=True):
-    """Copy block `source` of tier `source_tier` over block `target` of tier `target_tier` before the step's rows."""
+class BlockCopy(Struct, frozen=True, gc=False):
+    """Copy block `source` of tier `source_tier` over block `target` of tier `target_tier` before the step's rows.
+
+    `key` names the content, so that a tier which outlives the process finds it again; content without a name is not
+    found again."""
 
     source: int
     target: int
     source_tier: str = "device"
     target_tier: str = "device"
+    key: bytes = b""
 
 
-class StepPlan(Struct, frozen=True):
+class StepPlan(Struct, frozen=True, dict=True):
     """One step. Executed in this order: `release` slots, `admit`, `copies`, `rows`.
     Slots and blocks freed by a plan may be reused by the same plan."""
 
@@ -54,6 +60,6 @@ class StepPlan(Struct, frozen=True):
     rows: list[Row]
     copies: list[BlockCopy]
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
-        return sum(row.count for row in self.rows)
+        return sum([row.count for row in self.rows])

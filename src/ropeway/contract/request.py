@@ -35,7 +35,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sequence to generate. `rid` is made by the service and unique per engine life.
 
     `eos_ids` are the model's end tokens (empty under `ignore_eos`). `salt` separates prefix caches of tenants.
-    `priority`: lower is served earlier (vLLM's sense). `deadline_s` bounds the whole life, in seconds from arrival.
+    `priority`: lower is served earlier (vLLM's sense). `deadline_s` bounds the whole life, in seconds from arrival;
+    `ttft_deadline_s` says when the first token is wanted, which the policy `deadline` works for.
     """
 
     rid: int
@@ -46,3 +47,4 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tenant: str = ""
     salt: str = ""
     deadline_s: float | None = None
+    ttft_deadline_s: float | None = None

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from ropeway.config import EngineConfig
+from ropeway.config import EngineConfig, weights_of
 from ropeway.contract import (
     Cancel,
     Command,
@@ -30,14 +30,16 @@ from ropeway.engine.executor import Executor
 from ropeway.engine.intake import Intake
 from ropeway.errors import EngineError
 from ropeway.scheduler import (
-    ORDERS,
     Budget,
     FixedTokens,
     LowestPriority,
     Newest,
+    Order,
     Resources,
+    Rules,
     Scheduler,
     TargetLatency,
+    make_order,
 )
 
 
@@ -55,9 +57,19 @@ def make_scheduler(config: EngineConfig, executor: Executor, secret: bytes) -> S
         static_batching=config.batching == "static",
         secret=secret,
     )
-    order = ORDERS[config.scheduling_policy](config.promote_after)
-    victim = LowestPriority() if config.scheduling_policy == "priority" else Newest()
-    return Scheduler(resources, order, victim, make_budget(config))
+    victim = LowestPriority() if config.scheduling_policy.startswith("priority") else Newest()
+    return Scheduler(resources, policy_order(config), victim, make_budget(config))
+
+
+def policy_order(config: EngineConfig, policy: str | None = None) -> Order:
+    """The order that `policy` names (default: the configured one), by the rules in `config`. Raises ConfigError."""
+    rules = Rules(
+        promote_after=config.promote_after,
+        age_cap=config.age_cap,
+        quantum=config.fair_quantum,
+        weights=weights_of(config.tenant_weights),
+    )
+    return make_order(policy or config.scheduling_policy, rules)
 
 
 def make_budget(config: EngineConfig) -> Budget:
@@ -154,6 +166,10 @@ class Engine:
             if self.busy:
                 channel.send(self.step())
         channel.send(Stopped())
+
+    def close(self) -> None:
+        """Free the executor. No step is under way."""
+        self.executor.close()
 
     def _take_news(self) -> list[TokenEvent]:
         news, self._news = self._news, []

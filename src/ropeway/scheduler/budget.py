@@ -52,7 +52,7 @@ class TargetLatency:
     def tokens(self, running: Collection[Sequence]) -> int:
         if self.each <= 0:
             return self._most
-        decoding = sum(1 for seq in running if seq.want == 1)
+        decoding = [seq.known - seq.computed for seq in running].count(1)
         alone = self.fixed + self.each * decoding
         if not decoding:
             limit = max(16 * self.fixed, self.NEWCOMER)

@@ -11,41 +11,52 @@ from typing import Protocol
 from ropeway.kv import BlockPool
 from ropeway.scheduler.sequence import Sequence, State
 
+ANYBODY = 1 << 62
+
 
 class Limit(Protocol):
-    """`passable`: others may board before a sequence that this limit holds back."""
+    """`aboard`: it holds back those on board too, not only those who would board. `passes`: how many may board before
+    the first in line while this limit holds it back."""
 
     name: str
-    passable: bool
+    aboard: bool
+    passes: int
 
     def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
-        """A step is about to be planned. `running` is live: it grows as sequences board during the step."""
+        """Boarding begins. `running` is live: it grows as sequences board."""
 
     def cap(self, seq: Sequence, want: int) -> int:
         """At most this many of the `want` tokens now; 0 holds the sequence back. `want` is at least 1."""
 
-    def grant(self, seq: Sequence, count: int) -> None:
-        """`seq`, which has its blocks, runs `count` tokens in this step; negative takes a grant back."""
+    def boards(self, seq: Sequence) -> None:
+        """`seq` is on board from now on, with its matched blocks."""
+
+    def leaves(self, seq: Sequence) -> None:
+        """`seq` is put back or has ended, and is about to give back its blocks."""
 
     def why(self, seq: Sequence) -> str:
         """What this limit lacks for `seq`, and what must happen first."""
 
 
-class _Stateless:
-    passable = False
+class _Limit:
+    aboard = False
+    passes = 0
 
     def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
         """Nothing to prepare."""
 
-    def grant(self, seq: Sequence, count: int) -> None:
-        """Nothing to count."""
+    def boards(self, seq: Sequence) -> None:
+        """Nothing to note."""
+
+    def leaves(self, seq: Sequence) -> None:
+        """Nothing to note."""
 
 
-class TokenLimit:
-    """The step's token budget. The scheduler sets `left` before each step."""
+class TokenLimit(_Limit):
+    """The step's token budget. Whoever plans a row takes its tokens from `left`."""
 
     name = "tokens"
-    passable = False
+    aboard = True
 
     def __init__(self) -> None:
         self.left = 0
@@ -54,50 +65,43 @@ class TokenLimit:
     def fill(self, tokens: int) -> None:
         self.left = self._budget = tokens
 
-    def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
-        """`fill` prepares it."""
-
     def cap(self, seq: Sequence, want: int) -> int:
         return min(want, self.left)
-
-    def grant(self, seq: Sequence, count: int) -> None:
-        self.left -= count
 
     def why(self, seq: Sequence) -> str:
         return f"the step's budget of {self._budget} tokens is taken by requests before it"
 
 
-class WholePrompt(_Stateless):
+class WholePrompt(_Limit):
     """Without chunked prefill a sequence runs everything it wants in one step, or nothing."""
 
     name = "whole-prompt"
+    aboard = True
 
     def __init__(self, tokens: TokenLimit) -> None:
         self._tokens = tokens
 
     def cap(self, seq: Sequence, want: int) -> int:
-        return want if want <= self._tokens.left else 0
+        return want if seq.want <= self._tokens.left else 0
 
     def why(self, seq: Sequence) -> str:
         return f"its {seq.want} tokens must run in one step, which has {self._tokens.left} left"
 
 
-class LengthLimit(_Stateless):
+class LengthLimit(_Limit):
     """Nobody computes past its own end or the model's context: the last token needs no KV."""
 
     name = "length"
-
-    def __init__(self, max_model_len: int) -> None:
-        self._max_model_len = max_model_len
+    aboard = True
 
     def cap(self, seq: Sequence, want: int) -> int:
-        return max(0, min(want, min(seq.end, self._max_model_len) - 1 - seq.computed))
+        return max(0, min(want, seq.end - 1 - seq.computed))
 
     def why(self, seq: Sequence) -> str:
         return "all its tokens are under way"
 
 
-class SlotLimit(_Stateless):
+class SlotLimit(_Limit):
     """A sequence needs a seat."""
 
     name = "seats"
@@ -108,19 +112,26 @@ class SlotLimit(_Stateless):
         self.free = list(range(slots - 1, -1, -1))
 
     def cap(self, seq: Sequence, want: int) -> int:
-        return want if seq.state is State.RUNNING or self.free else 0
+        return want if self.free else 0
+
+    def boards(self, seq: Sequence) -> None:
+        seq.slot = self.free.pop()
+
+    def leaves(self, seq: Sequence) -> None:
+        self.free.append(seq.slot)
+        seq.slot = -1
 
     def why(self, seq: Sequence) -> str:
         return f"all {self._slots} seats are taken; the next request to finish frees one"
 
 
-class BlockLimit:
+class BlockLimit(_Limit):
     """A sequence needs KV blocks. To board, all that is known of it must fit beside what the running ones still need
     for all that is known of them, and one block more for each of them (at most a sixteenth of the pool), because
     each may cross a block boundary soon. Who boards into less would soon be put back."""
 
     name = "kv-blocks"
-    passable = False
+    aboard = True
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self._pool = pool
@@ -134,13 +145,11 @@ class BlockLimit:
 
     def cap(self, seq: Sequence, want: int) -> int:
         if seq.state is State.RUNNING:
-            room = (len(seq.blocks) + self._pool.available) * self._block_size - seq.computed
-            return min(want, room)
+            return min(want, (len(seq.blocks) + self._pool.available) * self._block_size - seq.computed)
         return want if self._missing(seq) <= 0 else 0
 
-    def grant(self, seq: Sequence, count: int) -> None:
-        if self._owed is not None:
-            self._owed += self._still_needed(seq)
+    def boards(self, seq: Sequence) -> None:
+        self._owed = None
 
     def why(self, seq: Sequence) -> str:
         return f"it needs {max(1, self._missing(seq))} KV blocks more than are free; running requests must finish first"
@@ -159,21 +168,24 @@ class BlockLimit:
         return taken + self._owed + reserve - self._pool.available
 
 
-class SharedPrefix(_Stateless):
+class SharedPrefix(_Limit):
     """Of waiting sequences with the same beginning one computes it and the others board when it is cached. Whoever
     computes it runs, so nobody waits for ever; if it is preempted or ends, the others are free to go."""
 
     name = "shared-prefix"
-    passable = True
+    passes = ANYBODY
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._coming: dict[bytes, int] = {}  # names of blocks under way, and the request that computes each
 
     def boards(self, seq: Sequence) -> None:
-        """`seq` is going to compute its full blocks that are not cached."""
+        """It is going to compute its full blocks that are not cached."""
         for key in seq.keys[len(seq.blocks) :]:
             self._coming.setdefault(key, seq.rid)
+
+    def leaves(self, seq: Sequence) -> None:
+        self.settle(seq, seq.keys[seq.published :])
 
     def settle(self, seq: Sequence, keys: list[bytes]) -> None:
         """`keys` of `seq` are cached now, or will not be computed by it after all."""
@@ -182,7 +194,7 @@ class SharedPrefix(_Stateless):
                 del self._coming[key]
 
     def cap(self, seq: Sequence, want: int) -> int:
-        return want if seq.state is State.RUNNING or self._leader(seq) is None else 0
+        return want if self._leader(seq) is None else 0
 
     def why(self, seq: Sequence) -> str:
         return f"request {self._leader(seq)} computes the beginning of the prompt that both share; then it boards"
@@ -194,7 +206,7 @@ class SharedPrefix(_Stateless):
         return self._coming.get(seq.keys[first]) if first < min(shareable, len(seq.keys)) else None
 
 
-class StaticBatch(_Stateless):
+class StaticBatch(_Limit):
     """Static batching, the baseline: a batch is made of who waits when the last batch is empty, and nobody else
     boards until all of it has finished."""
 

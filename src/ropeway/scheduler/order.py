@@ -1,102 +1,304 @@
-"""Who boards next: the waiting sequence with the smallest key."""
+"""Who boards next: the waiting sequence with the smallest key `(rank, score, live score, arrival)`.
+
+An order scores sequences; the `WaitingRoom` makes keys of that and keeps them. Rank and score hold until the moment
+that the order names; a live score is asked for whenever somebody may board, of few.
+"""
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import NamedTuple
 
-from ropeway.scheduler.sequence import Sequence, State
+from ropeway.errors import ConfigError, DeadlineError, OverloadedError
+from ropeway.scheduler.sequence import Sequence
 
-Key = tuple[float, ...]
+Lane = str | int
+FIRST = -inf
+"""The score of whoever boards before all scores of its rank, in order of arrival."""
 
 
-class Order(Protocol):
-    """One key for each sequence; ties are broken by order of arrival. `moves` tells that keys change with time."""
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What orders can be told."""
 
-    name: str
-    moves: bool
+    promote_after: float = 30.0  # seconds of waiting that lift a request by one class
+    age_cap: float = 10.0  # seconds of waiting after which no score counts any more
+    quantum: float = 2000.0  # virtual tokens by which tenants may differ for the sake of cached prefixes
+    weights: Mapping[str, float] = field(default_factory=dict)  # tenants' shares; 1 for those not named
 
-    def key(self, seq: Sequence, now: float) -> Key: ...
+
+class Place(NamedTuple):
+    """Where a sequence waits, until it has to be placed anew. In a lane nobody overtakes by a live score, but for
+    those in the order's window."""
+
+    score: float = 0.0
+    until: float = inf
+    rank: int = 0
+    lane: Lane = ""
+
+
+class Order:
+    """First come, first served: what every other order changes in some respect."""
+
+    name = "fcfs"
+    uses_cache = False  # else `cached`, the tokens of a sequence that the prefix cache holds, is not looked up but 0
+    window = 0  # how many of the first in line get a live score
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.classes = False  # whether the requests' own priorities stand before everything else
+
+    def work(self, seq: Sequence, cached: int) -> int:
+        """Tokens to compute until its next one; who can estimate the length of an answer would add it here."""
+        return max(1, len(seq.tokens) - cached)
+
+    def place(self, seq: Sequence, cached: int, now: float) -> Place:
+        return Place()
+
+    def live(self, seq: Sequence, cached: int, ahead: int, now: float) -> tuple[float, ...]:
+        """A score of now. `ahead` tokens of its lane stand before it in this listing."""
+        return ()
+
+    def arrives(self, seq: Sequence, cached: int, ahead: int, lanes: Collection[Lane]) -> None:
+        """`seq` comes and stands behind `ahead` others of its lane. Somebody waits in `lanes`. May refuse it."""
+
+    def boards(self, seq: Sequence, now: float) -> None:
+        """`seq` has boarded; its first `computed` tokens were cached."""
+
+    def leaves(self, seq: Sequence) -> None:
+        """`seq` has ended, or is put back."""
 
     def explain(self, seq: Sequence, now: float) -> str:
         """Why `seq` stands where it stands, for people."""
-
-
-class Fcfs:
-    """First come, first served."""
-
-    name = "fcfs"
-    moves = False
-
-    def key(self, seq: Sequence, now: float) -> Key:
-        return (seq.number,)
-
-    def explain(self, seq: Sequence, now: float) -> str:
         return "requests board in order of arrival"
 
+    def _capped(self, seq: Sequence, score: float, now: float) -> Place:
+        """`score` until `age_cap`, then before all scores: nobody waits longer than that and the others of that age.
+        What is cached of a request is looked up again whenever its wait has doubled."""
+        aged = seq.arrival + self.rules.age_cap
+        return Place(FIRST) if now >= aged else Place(score, min(aged, _doubled(seq, now)))
 
-class PriorityAging:
-    """Lower priority numbers first; every `promote_after` seconds of waiting lift a request by one class.
 
-    A request of class k therefore waits behind newcomers of class 0 for at most k * promote_after seconds.
-    """
+class ShortestFirst(Order):
+    """Fewest tokens to compute first, with a cap on age: what is known of the shortest job first."""
 
-    name = "priority"
-    moves = True
+    name = "sjf"
+    uses_cache = True
 
-    def __init__(self, promote_after: float) -> None:
-        self._promote_after = promote_after
-
-    def key(self, seq: Sequence, now: float) -> Key:
-        return (self._rank(seq, now), seq.number)
-
-    def _rank(self, seq: Sequence, now: float) -> int:
-        return seq.request.priority - int((now - seq.arrival) / self._promote_after)
+    def place(self, seq: Sequence, cached: int, now: float) -> Place:
+        return self._capped(seq, self.work(seq, cached), now)
 
     def explain(self, seq: Sequence, now: float) -> str:
-        return (
-            f"its priority is {seq.request.priority}, after waiting {now - seq.arrival:.1f} s it counts as "
-            f"{self._rank(seq, now)}; lower numbers board first"
-        )
+        cap = self.rules.age_cap
+        return f"fewer uncached prompt tokens board first, and after {cap:g} s whoever came first"
 
 
-ORDERS: dict[str, Callable[[float], Order]] = {
-    "fcfs": lambda promote_after: Fcfs(),
-    "priority": PriorityAging,
-}
-"""How to make an order by name, from the seconds after which waiting promotes."""
+class PrefixFirst(Order):
+    """Longest cached beginning first, among the first 128 in order of arrival, with a cap on age.
 
-
-class WaitingRoom:
-    """The waiting sequences, in the order of an `Order`.
-
-    Keys that never move are kept sorted by insertion; keys that move are sorted again when somebody looks, which is
-    cheap because the list is nearly sorted from the last time.
+    Source: longest prefix match in SGLang (Zheng et al., arXiv:2312.07104).
     """
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
-        self._line: list[tuple[Key, Sequence]] = []
+    name = "prefix"
+    uses_cache = True
+    window = 128
 
-    def __len__(self) -> int:
-        return len(self._line)
+    def place(self, seq: Sequence, cached: int, now: float) -> Place:
+        return self._capped(seq, 0.0, now)
 
-    def __iter__(self) -> Iterator[Sequence]:
-        return (seq for _, seq in self._line)
+    def live(self, seq: Sequence, cached: int, ahead: int, now: float) -> tuple[float, ...]:
+        return (-cached,)
 
-    def add(self, seq: Sequence, now: float) -> None:
-        insort(self._line, (self.order.key(seq, now), seq), key=lambda entry: entry[0])
+    def explain(self, seq: Sequence, now: float) -> str:
+        cap = self.rules.age_cap
+        return f"of the first {self.window} the longest cached beginning boards first, and after {cap:g} s who came first"
 
-    def remove(self, seq: Sequence) -> None:
-        self._line = [entry for entry in self._line if entry[1] is not seq]
 
-    def leave(self, looked: int) -> None:
-        """Some of the first `looked` in line have boarded."""
-        self._line[:looked] = [entry for entry in self._line[:looked] if entry[1].state is State.QUEUED]
+class ResponseRatio(Order):
+    """Highest response ratio next (Brinch Hansen 1971): (waiting time + work) / work. The short go first, and nobody
+    is forgotten. A lane holds works within a quarter of each other, where the oldest stands for all."""
 
-    def line(self, now: float) -> list[Sequence]:
-        """All of them, next first."""
-        if self.order.moves:
-            self._line = sorted(((self.order.key(seq, now), seq) for _, seq in self._line), key=lambda entry: entry[0])
-        return [seq for _, seq in self._line]
+    name = "hrrn"
+    uses_cache = True
+    window = 1
+
+    def place(self, seq: Sequence, cached: int, now: float) -> Place:
+        work = self.work(seq, cached)
+        digits = max(0, work.bit_length() - 3)
+        return Place(until=_doubled(seq, now), lane=work >> digits << digits)
+
+    def live(self, seq: Sequence, cached: int, ahead: int, now: float) -> tuple[float, ...]:
+        return ((seq.arrival - now) / self.work(seq, cached),)
+
+    def explain(self, seq: Sequence, now: float) -> str:
+        return f"it has waited {now - seq.arrival:.1f} s; the longest wait for each uncached prompt token boards first"
+
+
+class Deadline(Order):
+    """Least slack first: the latest moment at which computing must begin for the first token to be in time.
+
+    Refuses at the door, with the numbers, who would be late. Who is late all the same steps back by `LATE` classes and
+    rises by one every `promote_after` seconds. A request without a deadline stands as if it had `promote_after`
+    seconds, and is neither refused nor set back. Source: relegation in Niyama (arXiv:2503.22562).
+    """
+
+    name = "deadline"
+    uses_cache = True
+    LATE = 10
+
+    def __init__(self, rules: Rules) -> None:
+        super().__init__(rules)
+        self._boarded = -inf
+        self._pace = _Mean()  # seconds between boardings while somebody waited
+        self._prefill = _Mean()  # seconds for a prompt token
+        self._fastest = inf  # the same at the best
+
+    def place(self, seq: Sequence, cached: int, now: float) -> Place:
+        wanted, patience = seq.request.ttft_deadline_s, self.rules.promote_after
+        due = seq.arrival + (patience if wanted is None else wanted)
+        if wanted is not None and now >= due:
+            steps = int((now - due) / patience)
+            return Place(until=due + (steps + 1) * patience, rank=max(0, self.LATE - steps))
+        until = inf if wanted is None else min(due, _doubled(seq, now))
+        return Place(due - self.work(seq, cached) * self._prefill.value, until)
+
+    def arrives(self, seq: Sequence, cached: int, ahead: int, lanes: Collection[Lane]) -> None:
+        wanted, tokens = seq.request.ttft_deadline_s, self.work(seq, cached)
+        if wanted is None:
+            return
+        if self._fastest < inf and tokens * self._fastest > wanted:
+            raise DeadlineError(
+                f"The first token is wanted within {wanted:.3g} s, but {tokens} prompt tokens are not cached and take "
+                f"at least {tokens * self._fastest:.3g} s here. Shorten the prompt or allow more time."
+            )
+        late = ahead * self._pace.value + tokens * self._prefill.value - wanted
+        if ahead and late > 0:
+            raise OverloadedError(
+                f"The first token is wanted within {wanted:.3g} s and would come after about {wanted + late:.3g} s: "
+                f"{ahead} requests board before, one every {self._pace.value:.3g} s. Allow more time, or retry later.",
+                retry_after=late,
+            )
+
+    def boards(self, seq: Sequence, now: float) -> None:
+        # Since then somebody was waiting, so this tells how fast a queue moves, and nothing while there is none.
+        self._pace.learn(now - max(self._boarded, seq.arrival), 1)
+        self._boarded = now
+
+    def leaves(self, seq: Sequence) -> None:
+        tokens = seq.prompt_len - seq.cached
+        if seq.first_token is not None and seq.first_scheduled is not None and not seq.preemptions:
+            took = seq.first_token - seq.first_scheduled
+            self._prefill.learn(took, tokens)
+            self._fastest = min(self._fastest, took / tokens)
+
+    def explain(self, seq: Sequence, now: float) -> str:
+        wanted = seq.request.ttft_deadline_s
+        if wanted is None:
+            return f"it names no deadline and stands as if it had {self.rules.promote_after:g} s"
+        left = seq.arrival + wanted - now
+        due = f"is due in {left:.2f} s; less slack boards first" if left > 0 else f"is {-left:.2f} s late; others are not"
+        return f"its first token {due}"
+
+
+class FairShare(Order):
+    """Tenants get equal service, or shares by weight: who has had least boards next, and of those within one quantum
+    the longest cached beginning.
+
+    Service is counted in virtual tokens, `INPUT` for an uncached prompt token and `OUTPUT` for a generated one, over
+    the tenant's weight. Who has nothing waiting saves up no credit. While two tenants have requests waiting, what they
+    get differs by at most 2 * max(INPUT * longest prompt, OUTPUT * tokens in the pool) + quantum.
+    Sources: VTC (Sheng et al., arXiv:2401.00588), and for the quantum DLPM (Cao et al., arXiv:2501.14312).
+    """
+
+    name = "fair"
+    uses_cache = True
+    window = 128
+    INPUT, OUTPUT = 1.0, 2.0
+
+    def __init__(self, rules: Rules) -> None:
+        super().__init__(rules)
+        self._service: dict[str, float] = {}
+        self._riding: dict[int, tuple[Sequence, int]] = {}  # with the tokens of its answer that are accounted for
+
+    def service(self, tenant: str) -> float:
+        """Virtual tokens over weight, including all that has been generated. Steps cost nothing: it is counted here."""
+        for number, (seq, counted) in self._riding.items():
+            if seq.output_len > counted:
+                self._charge(seq.request.tenant, self.OUTPUT * (seq.output_len - counted))
+                self._riding[number] = seq, seq.output_len
+        return self._service.get(tenant, 0.0)
+
+    def place(self, seq: Sequence, cached: int, now: float) -> Place:
+        return Place(lane=seq.request.tenant)
+
+    def live(self, seq: Sequence, cached: int, ahead: int, now: float) -> tuple[float, ...]:
+        tenant, quantum = seq.request.tenant, self.rules.quantum
+        service = self._service.get(tenant, 0.0) + self.INPUT * ahead / self.rules.weights.get(tenant, 1.0)
+        return (service // quantum if quantum else service, -cached)
+
+    def arrives(self, seq: Sequence, cached: int, ahead: int, lanes: Collection[Lane]) -> None:
+        tenant = seq.request.tenant
+        own = self.service(tenant)
+        if not lanes and not self._riding:
+            self._service.clear()  # where nobody is, nobody is owed anything
+        elif lanes and tenant not in lanes:
+            least = min(self._service.get(str(lane), 0.0) for lane in lanes)
+            if len(self._service) > 1000 + 2 * len(lanes):  # who would be lifted anyway can be forgotten
+                here = {*lanes, *(rider.request.tenant for rider, _ in self._riding.values())}
+                self._service = {t: s for t, s in self._service.items() if s > least or t in here}
+            self._service[tenant] = max(own, least)
+
+    def boards(self, seq: Sequence, now: float) -> None:
+        self.service(seq.request.tenant)
+        if not seq.preemptions:  # else it was charged the first time
+            self._charge(seq.request.tenant, self.INPUT * (len(seq.tokens) - seq.computed))
+        self._riding[seq.number] = seq, seq.output_len
+
+    def leaves(self, seq: Sequence) -> None:
+        self.service(seq.request.tenant)
+        self._riding.pop(seq.number, None)
+
+    def explain(self, seq: Sequence, now: float) -> str:
+        tenant = seq.request.tenant
+        return f"tenant {tenant!r} has had {self.service(tenant):.0f} virtual tokens; who has had less boards first"
+
+    def _charge(self, tenant: str, tokens: float) -> None:
+        self._service[tenant] = self._service.get(tenant, 0.0) + tokens / self.rules.weights.get(tenant, 1.0)
+
+
+ORDERS = {order.name: order for order in (Order, ShortestFirst, ResponseRatio, PrefixFirst, Deadline, FairShare)}
+
+
+def make_order(policy: str, rules: Rules | None = None) -> Order:
+    """The order that `policy` names: one of `ORDERS`, or `priority:NAME` with the requests' priorities outside and
+    that order among equals (`priority` alone: fcfs). Raises ConfigError."""
+    outside, _, inside = ("priority:fcfs" if policy == "priority" else policy).rpartition(":")
+    if inside not in ORDERS or outside not in ("", "priority"):
+        known = ", ".join(ORDERS)
+        raise ConfigError(
+            f"There is no scheduling policy {policy!r}. Take {known}, or priority:NAME with one of these inside.",
+            param="scheduling_policy",
+        )
+    order = ORDERS[inside](rules or Rules())
+    order.name, order.classes = policy, outside == "priority"
+    return order
+
+
+class _Mean:
+    """A mean in which old samples fade: some thirty count. 0 before the first."""
+
+    KEEP = 0.97
+
+    def __init__(self) -> None:
+        self._sum = self._count = self.value = 0.0
+
+    def learn(self, amount: float, count: int) -> None:
+        self._sum, self._count = self._sum * self.KEEP + amount, self._count * self.KEEP + count
+        self.value = self._sum / self._count
+
+
+def _doubled(seq: Sequence, now: float) -> float:
+    """When the wait of `seq` will be twice as long."""
+    return now + max(now - seq.arrival, 0.1)

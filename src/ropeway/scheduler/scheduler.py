@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ropeway.contract import (
     Admit,
@@ -25,7 +26,7 @@ from ropeway.contract import (
     Usage,
     Why,
 )
-from ropeway.errors import ContextLengthError, NeverFitsError, RequestError
+from ropeway.errors import RequestError
 from ropeway.kv import BlockPool, KeyChain
 from ropeway.scheduler.budget import Budget
 from ropeway.scheduler.limits import (
@@ -38,28 +39,15 @@ from ropeway.scheduler.limits import (
     TokenLimit,
     WholePrompt,
 )
-from ropeway.scheduler.order import Order, WaitingRoom
+from ropeway.scheduler.order import Order
+from ropeway.scheduler.resources import Resources, check_fits
 from ropeway.scheduler.sequence import Sequence, State
 from ropeway.scheduler.stops import finish_after, stop_token
 from ropeway.scheduler.victim import Victim
+from ropeway.scheduler.waiting import WaitingRoom
 
 _LOOK = 1024
 """Waiting sequences that a step looks at, at most: those held back by what others compute are passed over."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What there is to share out, and which of the optional limits apply."""
-
-    num_blocks: int
-    block_size: int
-    slots: int
-    max_model_len: int
-    max_step_tokens: int
-    prefix_caching: bool = True
-    chunked_prefill: bool = True
-    static_batching: bool = False
-    secret: bytes = b"ropeway"
 
 
 @dataclass
@@ -73,11 +61,15 @@ class Counters:
     preemptions: int = 0
 
 
+_NONE: list[int] = []
+"""The new blocks of a row that needs none: one list for all, which nobody may change."""
+
+
 @dataclass
 class _Draft:
     """A plan in the making."""
 
-    rows: dict[int, Row] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
     admit: list[Admit] = field(default_factory=list)
     preempted: bool = False
 
@@ -90,7 +82,7 @@ class Scheduler:
         self.pool = BlockPool(resources.num_blocks, remember=resources.prefix_caching)
         self.counters = Counters()
         self.running: list[Sequence] = []  # in order of admission
-        self.waiting = WaitingRoom(order)
+        self.waiting = WaitingRoom(order, self._cached)
         self._sequences: dict[int, Sequence] = {}
         self._keys = KeyChain(resources.block_size, resources.secret)
         self._victim = victim
@@ -101,13 +93,14 @@ class Scheduler:
         self._blocks = BlockLimit(self.pool, resources.block_size)
         self._limits: list[Limit] = [
             *([StaticBatch(resources.slots)] if resources.static_batching else []),
-            LengthLimit(resources.max_model_len),
+            LengthLimit(),
             self._slots,
             self._shared,
             self._tokens,
             *([] if resources.chunked_prefill else [WholePrompt(self._tokens)]),
             self._blocks,
         ]
+        self._limits_aboard = [limit for limit in self._limits if limit.aboard]
         self._release: list[int] = []
         self._step = 0
         self._arrivals = 0
@@ -116,23 +109,33 @@ class Scheduler:
 
     def add(self, request: GenerateRequest, now: float) -> None:
         """Let a request wait. Raises RequestError, with the numbers, if it could never run."""
-        self._check_fits(request)
+        check_fits(request, self.resources)
         if request.rid in self._sequences:
             raise RequestError(f"Request id {request.rid} is in use.")
         self._arrivals += 1
-        seq = Sequence(request, self._arrivals, now)
-        self._sequences[seq.rid] = seq
+        seq = Sequence(request, self._arrivals, now, self.resources.max_model_len)
         self.waiting.add(seq, now)
+        self._sequences[seq.rid] = seq
 
     def cancel(self, rid: int, reason: FinishReason, now: float, error: ErrorInfo | None = None) -> TokenEvent | None:
         """End a request from outside: its final event, or None if it has ended already."""
         seq = self._sequences.get(rid)
         return None if seq is None else self._finish(seq, reason, now, error)
 
+    def reorder(self, order: Order, now: float) -> None:
+        """Let those who wait board by another order from now on. It hears of everybody as if they came anew."""
+        room = WaitingRoom(order, self._cached)
+        for seq in sorted(self.waiting, key=lambda seq: seq.number):
+            room.add(seq, now)
+        for seq in self.running:
+            order.boards(seq, seq.first_scheduled or now)
+        self.waiting = room
+
     def why(self, now: float, rids: Collection[int] = ()) -> list[Why]:
         """What each of `rids` (all waiting requests if empty) waits for. Unknown ids are left out."""
-        self._begin(now)
-        line = self.waiting.line(now)
+        line = list(self.waiting.line(now, len(self.waiting)))
+        for limit in self._limits:
+            limit.begin(self.running, lambda: line)
         place = {seq.rid: position for position, seq in enumerate(line)}
         wanted = [self._sequences[rid] for rid in rids if rid in self._sequences] if rids else line
         return [self._explain(seq, place.get(seq.rid, -1), now) for seq in wanted]
@@ -146,7 +149,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None if there is nothing to compute."""
         draft = _Draft()
-        self._begin(now)
+        self._tokens.fill(self._budget.tokens(self.running))
         self._continue_running(draft, now)
         # Who was just put back must not board again at once: the blocks it gave are meant for others.
         if not draft.preempted:
@@ -155,27 +158,28 @@ class Scheduler:
             return None
         self._step += 1
         release, self._release = self._release, []
-        return StepPlan(self._step, release, draft.admit, list(draft.rows.values()), [])
+        return StepPlan(self._step, release, draft.admit, draft.rows, [])
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
         """Take in what a step has computed. Returns news in the plan's order of rows."""
-        faults = {fault.row: fault for fault in result.faults}
+        faults = {plan.rows[fault.row].rid: fault for fault in result.faults}
+        sequences = self._sequences
         events = []
-        for number, row in enumerate(plan.rows):
-            seq = self._sequences.get(row.rid)
-            if seq is None or seq.epoch != row.epoch or seq.state is not State.RUNNING:
+        for row, tokens in zip(plan.rows, result.tokens, strict=True):
+            seq = sequences.get(row.rid)
+            if seq is None or seq.epoch != row.epoch:
                 continue  # cancelled or preempted while the step was under way
-            fault = faults.get(number)
-            if fault is not None:
+            if faults and row.rid in faults:
                 # What made it fail may already be in its earlier blocks: nobody may build on them.
                 self.pool.forget(seq.blocks)
-                events.append(self._finish(seq, FinishReason.FAILED, now, ErrorInfo(fault.code, fault.message)))
+                error = ErrorInfo(faults[row.rid].code, faults[row.rid].message)
+                events.append(self._finish(seq, FinishReason.FAILED, now, error))
                 continue
-            seq.committed = max(seq.committed, row.start + row.count)
-            event = self._append(seq, result.tokens[number], now) if row.emit else None
-            self._publish(seq)
-            if event is not None:
-                events.append(event)
+            seq.committed = row.start + row.count
+            if seq.committed >= seq.due:
+                self._publish(seq)
+            if row.emit:
+                events.append(self._append(seq, tokens, now))
         self._budget.learn(plan, result.seconds)
         return events
 
@@ -192,69 +196,74 @@ class Scheduler:
             if seq.state is not State.RUNNING or len(seq.blocks) * self.resources.block_size < seq.computed:
                 raise AssertionError(f"running request {seq.rid} is {seq.state} with {len(seq.blocks)} blocks")
         for seq in waiting:
-            if seq.state is not State.QUEUED or seq.blocks or seq.computed or seq.pending or seq.slot != -1:
+            holds = seq.blocks or seq.computed or seq.known > len(seq.tokens) or seq.slot != -1
+            if holds or seq.state is not State.QUEUED:
                 raise AssertionError(f"waiting request {seq.rid} holds something")
 
     # How a step is planned
 
-    def _begin(self, now: float) -> None:
-        self._tokens.fill(self._budget.tokens(self.running))
-        for limit in self._limits:
-            limit.begin(self.running, lambda: self.waiting.line(now))
-
     def _continue_running(self, draft: _Draft, now: float) -> None:
+        left = self._tokens.left
         for seq in list(self.running):
-            if seq.state is not State.RUNNING:
-                continue  # put back for the sake of an earlier one
-            count, holder = self._cap(seq)
-            while count <= 0 and holder is self._blocks and self._put_back(draft, now):
-                if seq.state is not State.RUNNING:
-                    break
-                count, holder = self._cap(seq)
-            if count > 0 and seq.state is State.RUNNING:
-                self._run(seq, count, draft)
+            start, known = seq.computed, seq.known
+            if known <= seq.room and known - start <= left:
+                # It holds all that it needs but tokens of the step: no other limit has a say.
+                draft.rows.append(Row(seq.rid, seq.epoch, seq.slot, start, known - start, True, _NONE))
+                seq.computed, seq.known = known, known + 1
+                left -= known - start
+            elif seq.state is State.RUNNING:  # and not put back for the sake of an earlier one
+                self._tokens.left = left
+                count, holder = self._cap(seq, self._limits_aboard)
+                while count <= 0 and holder is self._blocks and self._put_back(draft, now) not in (None, seq):
+                    count, holder = self._cap(seq, self._limits_aboard)
+                if count > 0:
+                    self._run(seq, count, draft)
+                left = self._tokens.left
+        self._tokens.left = left
 
-    def _put_back(self, draft: _Draft, now: float) -> bool:
-        """Preempt somebody, perhaps the one that needs blocks. The oldest running sequence never has to give way, so
-        there is always progress. False if nobody else runs."""
+    def _put_back(self, draft: _Draft, now: float) -> Sequence | None:
+        """Preempt somebody, perhaps the one that needs blocks, and tell whom. The oldest running sequence never has to
+        give way, so there is always progress. None if nobody else runs."""
         candidates = self.running[1:]
         if not candidates:
-            return False
+            return None
         victim = self._victim.pick(candidates)
-        row = draft.rows.pop(victim.rid, None)
-        if row is not None:
-            for limit in self._limits:
-                limit.grant(victim, -row.count)
+        for row in draft.rows:
+            if row.rid == victim.rid:
+                draft.rows.remove(row)
+                self._tokens.left += row.count
+                break
         self._vacate(victim)
         victim.move(State.QUEUED)
+        victim.epoch += 1
         victim.preemptions += 1
-        victim.computed = victim.committed = victim.pending = victim.published = 0
+        victim.known = len(victim.tokens)
+        victim.computed = victim.committed = victim.published = 0
         self.counters.preemptions += 1
         self.waiting.add(victim, now)
         draft.preempted = True
-        return True
+        return victim
 
     def _board(self, draft: _Draft, now: float) -> None:
-        if not self._slots.free or self._tokens.left <= 0:
+        if not self.waiting or not self._slots.free or self._tokens.left <= 0:
             return
-        looked = 0
-        for seq in self.waiting.line(now)[:_LOOK]:
+        for limit in self._limits:
+            limit.begin(self.running, lambda: list(self.waiting.line(now)))
+        for seq in islice(self.waiting.line(now), _LOOK):
             self._match(seq)
-            count, holder = self._cap(seq)
+            count, holder = self._cap(seq, self._limits)
             if count > 0:
                 self._admit(seq, draft, now)
                 self._run(seq, count, draft)
             else:
                 self._unmatch(seq)
-                if holder is None or not holder.passable:
+                if holder is None or not holder.passes:
                     break
-            looked += 1
-        self.waiting.leave(looked)
 
-    def _cap(self, seq: Sequence) -> tuple[int, Limit | None]:
-        """How many tokens `seq` may run, and the limit that held it to that."""
+    def _cap(self, seq: Sequence, limits: list[Limit]) -> tuple[int, Limit | None]:
+        """How many tokens `seq` may run, and which of `limits` held it to that."""
         count, holder = seq.want, None
-        for limit in self._limits:
+        for limit in limits:
             if count <= 0:
                 break
             allowed = limit.cap(seq, count)
@@ -269,18 +278,28 @@ class Scheduler:
             seq.blocks = self.pool.match(seq.keys[: (len(seq.tokens) - 1) // self.resources.block_size])
             seq.computed = len(seq.blocks) * self.resources.block_size
 
+    def _cached(self, seq: Sequence) -> int:
+        """How many tokens of a waiting sequence are cached."""
+        self._match(seq)
+        cached = seq.computed
+        self._unmatch(seq)
+        return cached
+
     def _unmatch(self, seq: Sequence) -> None:
         seq.blocks, seq.computed = [], 0
 
     def _admit(self, seq: Sequence, draft: _Draft, now: float) -> None:
+        seq.shared = len(seq.blocks) - self.pool.idle(seq.blocks)
         self.pool.share(seq.blocks)
-        self._shared.boards(seq)
         seq.move(State.RUNNING)
-        seq.epoch += 1
-        seq.slot = self._slots.free.pop()
+        self.waiting.remove(seq)
+        self.waiting.order.boards(seq, now)
         seq.published = len(seq.blocks)
         seq.committed = seq.computed
+        seq.due = (seq.published + 1) * self.resources.block_size if self.resources.prefix_caching else seq.end
         self.running.append(seq)
+        for limit in self._limits:
+            limit.boards(seq)
         if seq.first_scheduled is None:
             seq.first_scheduled = now
             seq.cached = seq.computed
@@ -296,16 +315,16 @@ class Scheduler:
 
     def _run(self, seq: Sequence, count: int, draft: _Draft) -> None:
         needed = -(-(seq.computed + count) // self.resources.block_size) - len(seq.blocks)
-        blocks = self.pool.alloc(needed) if needed > 0 else []
+        blocks = self.pool.alloc(needed) if needed > 0 else _NONE
         if blocks is None:
             raise RuntimeError(f"{needed} blocks were promised to request {seq.rid} but {self.pool.available} are free")
         seq.blocks += blocks
+        seq.room = min(len(seq.blocks) * self.resources.block_size, seq.end - 1)
         emit = count == seq.want
-        draft.rows[seq.rid] = Row(seq.rid, seq.epoch, seq.slot, seq.computed, count, emit, blocks)
+        draft.rows.append(Row(seq.rid, seq.epoch, seq.slot, seq.computed, count, emit, blocks))
         seq.computed += count
-        seq.pending += emit
-        for limit in self._limits:
-            limit.grant(seq, count)
+        seq.known += emit
+        self._tokens.left -= count
 
     # How a step ends
 
@@ -315,29 +334,30 @@ class Scheduler:
             return self._finish(seq, FinishReason.FAILED, now, error)
         if seq.first_token is None:
             seq.first_token = now
-        seq.pending -= 1
-        new: list[int] = []
-        for token in tokens:
-            seq.tokens.append(token)
-            new.append(token)
-            self.counters.generation_tokens += 1
-            reason = finish_after(seq, self.resources.max_model_len)
-            if reason is not None:
-                self._publish(seq)
-                return self._finish(seq, reason, now, tokens=new)
-        return TokenEvent(seq.rid, new, cached_tokens=seq.cached)
+        known = seq.tokens
+        seq.known += len(tokens) - 1  # one was expected
+        self.counters.generation_tokens += len(tokens)
+        for number, token in enumerate(tokens, 1):
+            known.append(token)
+            if token in seq.ends or len(known) >= seq.end:
+                reason = finish_after(seq)
+                if reason is not None:
+                    self.counters.generation_tokens -= len(tokens) - number
+                    return self._finish(seq, reason, now, tokens=tokens[:number])
+        return TokenEvent(seq.rid, tokens, False, seq.cached)
 
     def _publish(self, seq: Sequence) -> None:
         """Offer the full blocks that have come back from the device to the prefix cache: never before, so that a
         failed step poisons nothing."""
         full = seq.committed // self.resources.block_size
-        if not self.resources.prefix_caching or full <= seq.published:
+        if not self.resources.prefix_caching:
             return
         self._keys.extend(seq.keys, seq.tokens, seq.request.salt, seq.committed)
         for index in range(seq.published, full):
             self.pool.publish(seq.blocks[index], seq.keys[index])
         self._shared.settle(seq, seq.keys[seq.published : full])
         seq.published = full
+        seq.due = (full + 1) * self.resources.block_size
 
     def _finish(
         self,
@@ -372,50 +392,24 @@ class Scheduler:
         """Give back seat and blocks. Plans run in order, so the next plan may hand both out again even while a step
         that uses them is still under way."""
         self.running.remove(seq)
-        self._shared.settle(seq, seq.keys[seq.published :])
-        self.pool.release(seq.blocks)
-        seq.blocks = []
-        self._slots.free.append(seq.slot)
+        self.waiting.order.leaves(seq)
         self._release.append(seq.slot)
-        seq.slot = -1
+        for limit in self._limits:
+            limit.leaves(seq)
+        self.pool.release(seq.blocks)
+        seq.blocks, seq.room = [], 0
 
     # What people may ask
-
-    def _check_fits(self, request: GenerateRequest) -> None:
-        res = self.resources
-        prompt, wanted = len(request.tokens), request.sampling.max_tokens
-        if prompt < 1 or wanted < 1:
-            raise RequestError(
-                f"A request needs at least one prompt token and one token to generate, not {prompt} and {wanted}."
-            )
-        if prompt >= res.max_model_len:
-            raise ContextLengthError(
-                f"This model's maximum context length is {res.max_model_len} tokens. However, your prompt has {prompt} "
-                "tokens, which leaves no room for an answer. Please shorten it."
-            )
-        total = min(prompt + wanted, res.max_model_len)
-        needed = -(-total // res.block_size)
-        if needed > res.num_blocks:
-            raise NeverFitsError(
-                f"The request may grow to {total} tokens ({prompt} of prompt, {wanted} to generate), which needs "
-                f"{needed} KV blocks of {res.block_size} tokens; this server has {res.num_blocks}. Ask for at most "
-                f"{max(0, res.num_blocks * res.block_size - prompt)} tokens, or raise --kv-cache-gib."
-            )
-        if not res.chunked_prefill and total > res.max_step_tokens:
-            raise NeverFitsError(
-                f"The request may grow to {total} tokens, but without chunked prefill all of a sequence must fit one "
-                f"step of {res.max_step_tokens} tokens. Shorten it, or start with --enable-chunked-prefill."
-            )
 
     def _explain(self, seq: Sequence, position: int, now: float) -> Why:
         if seq.state is State.RUNNING:
             reason = f"it runs: {seq.computed} of {len(seq.tokens)} known tokens are computed"
             return Why(seq.rid, seq.state.value, position, "", reason)
         self._match(seq)
-        _, holder = self._cap(seq)
+        _, holder = self._cap(seq, self._limits)
         why = holder.why(seq) if holder is not None else "it boards with the next step"
         self._unmatch(seq)
-        if position > 0 and not (holder is not None and holder.passable):
-            reason = f"{position} requests stand before it; {self.waiting.order.explain(seq, now)}"
+        if position > 0 and not (holder is not None and holder.passes):
+            reason = f"{position} requests stand before it; {self.waiting.explain(seq, now)}"
             return Why(seq.rid, seq.state.value, position, self.waiting.order.name, reason)
         return Why(seq.rid, seq.state.value, position, holder.name if holder else "", why)

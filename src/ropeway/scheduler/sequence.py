@@ -26,54 +26,51 @@ _ARROWS = {
 class Sequence:
     """A request's tokens and what has been done about them.
 
-    `tokens` are known, the first `computed` of them have KV (or are in a step under way), `pending` more are being
-    sampled, and the first `committed` have come back from the device. `keys` name its full blocks, of which
-    `published` have been offered to the prefix cache. `epoch` counts admissions: a result of an old one is void.
+    `known` counts its tokens and those that are being sampled: what there is to compute. The first `computed` of them
+    have KV (or are in a step under way), and the first `committed` have come back from the device. `keys` name its full
+    blocks, of which `published` have been offered to the prefix cache; the next is full at `due` tokens. Up to `room`
+    it may compute in the blocks that it holds. `epoch` counts its turns on board: a result of an old one is void.
     """
 
     __slots__ = (
-        "arrival", "blocks", "cached", "committed", "computed", "epoch", "finish", "first_scheduled", "first_token",
-        "keys", "number", "pending", "preemptions", "prompt_len", "published", "request", "slot", "state", "tokens",
+        "arrival", "blocks", "cached", "committed", "computed", "due", "end", "ends", "epoch", "finish",
+        "first_scheduled", "first_token", "keys", "known", "number", "passed", "preemptions", "prompt_len", "published",
+        "request", "rid", "room", "shared", "slot", "state", "tokens",
     )  # fmt: skip
 
-    def __init__(self, request: GenerateRequest, number: int, arrival: float) -> None:
+    def __init__(self, request: GenerateRequest, number: int, arrival: float, longest: int = 1 << 62) -> None:
+        """`longest` bounds the total length: the model's context."""
+        sampling = request.sampling
         self.request = request
+        self.rid = request.rid
         self.number = number  # order of arrival; breaks every tie
         self.arrival = arrival
         self.tokens = list(request.tokens)
-        self.prompt_len = len(self.tokens)
+        self.prompt_len = self.known = len(self.tokens)
+        self.end = min(self.prompt_len + sampling.max_tokens, longest)  # done at this length whatever it says
+        self.ends = frozenset(request.eos_ids + sampling.stop_token_ids)
         self.state = State.QUEUED
-        self.computed = 0
-        self.pending = 0
-        self.committed = 0
+        self.computed = self.committed = self.published = self.due = self.room = 0
         self.blocks: list[int] = []
         self.keys: list[bytes] = []
-        self.published = 0
+        self.shared = 0  # of its blocks, how many somebody else held when it boarded
         self.slot = -1
-        self.epoch = 0
+        self.epoch = 1
         self.preemptions = 0
+        self.passed = 0  # how many have boarded before it although it stood first
         self.cached = 0  # prompt tokens found in the prefix cache at the first admission
         self.first_scheduled: float | None = None
         self.first_token: float | None = None
         self.finish: FinishReason | None = None
 
     @property
-    def rid(self) -> int:
-        return self.request.rid
-
-    @property
     def want(self) -> int:
         """Tokens to compute until everything known, or about to be known, is computed."""
-        return len(self.tokens) + self.pending - self.computed
+        return self.known - self.computed
 
     @property
     def output_len(self) -> int:
         return len(self.tokens) - self.prompt_len
-
-    @property
-    def end(self) -> int:
-        """The total length at which the request is done whatever it says."""
-        return self.prompt_len + self.request.sampling.max_tokens
 
     def move(self, state: State) -> None:
         """The only writer of `state`. Raises RuntimeError for an arrow that does not exist."""

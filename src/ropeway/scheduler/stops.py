@@ -6,16 +6,11 @@ from ropeway.contract import FinishReason
 from ropeway.scheduler.sequence import Sequence
 
 
-def finish_after(seq: Sequence, max_model_len: int) -> FinishReason | None:
+def finish_after(seq: Sequence) -> FinishReason | None:
     """Whether the last token of `seq`, just appended, ends it. An end token wins over the length."""
-    sampling = seq.request.sampling
-    if seq.output_len >= sampling.min_tokens:
-        token = seq.tokens[-1]
-        if token in seq.request.eos_ids or token in sampling.stop_token_ids:
-            return FinishReason.STOP
-    if len(seq.tokens) >= min(seq.end, max_model_len):
-        return FinishReason.LENGTH
-    return None
+    if seq.tokens[-1] in seq.ends and seq.output_len >= seq.request.sampling.min_tokens:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(seq.tokens) >= seq.end else None
 
 
 def stop_token(seq: Sequence) -> int | None:
