@@ -17,3 +17,8 @@ class VirtualClock:
         if seconds < 0:
             raise ValueError(f"time cannot go back by {-seconds} s")
         self._now += seconds
+
+    def advance_to(self, moment: float) -> None:
+        """Go on until `moment`, which is not in the past."""
+        self.advance(moment - self._now)
+        self._now = moment

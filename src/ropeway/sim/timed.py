@@ -16,12 +16,19 @@ class TimedExecutor:
 
     A sequence always says the same token, its request's seed: whoever makes the requests can therefore foretell the
     answers, and a later turn of a conversation finds them in the prefix cache. It ends by its length.
+
+    `loop` is what the engine adds to a step, and to each row of it that yields a token: time that passes, but that an
+    executor does not see.
     """
 
-    def __init__(self, info: ExecutorInfo, cost: CostModel, clock: VirtualClock) -> None:
+    def __init__(
+        self, info: ExecutorInfo, cost: CostModel, clock: VirtualClock, *, loop: tuple[float, float] = (0.0, 0.0)
+    ) -> None:
         self.info = info
         self._cost = cost
         self._clock = clock
+        self._loop_step, self._loop_row = loop
+        self._loops: deque[float] = deque()
         self._says: dict[int, list[int]] = {}
         self._under_way: deque[StepResult] = deque()
         self.steps = 0
@@ -50,6 +57,7 @@ class TimedExecutor:
         self.steps += 1
         self.computed += tokens
         self.seconds += seconds
+        self._loops.append(self._loop_step + self._loop_row * emits)
         self._under_way.append(StepResult(plan.step, answers, [], seconds))
         return plan.step
 
@@ -57,7 +65,7 @@ class TimedExecutor:
         result = self._under_way.popleft()
         if result.step != ticket:
             raise RuntimeError(f"step {ticket} was collected, but {result.step} is the oldest")
-        self._clock.advance(result.seconds)
+        self._clock.advance(result.seconds + self._loops.popleft())
         return result
 
     def close(self) -> None:

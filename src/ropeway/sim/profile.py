@@ -1,0 +1,116 @@
+"""What a simulation must know of a machine with a model: a file, measured by `ropeway calibrate` or estimated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ropeway.config import EngineConfig
+from ropeway.contract import ExecutorInfo
+from ropeway.errors import ConfigError
+from ropeway.sim.cost import CostModel
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What a server adds to the executor, in seconds of work.
+
+    The service (HTTP, tokenizer, decoding, streams) is one process that does one thing at a time: `request`, and
+    `prompt_token` for each token of its prompt, before the engine hears of a request; `event` for each token that goes
+    out. The engine's loop adds `step` to every step and `row` for each row that yields a token.
+    """
+
+    request: float = 0.0
+    prompt_token: float = 0.0
+    event: float = 0.0
+    step: float = 0.0
+    row: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """`basis` tells whether `cost` was measured or follows from data sheets; `kv_token_bytes` is K and V of one token,
+    `kv_tokens` what the cache holds unless told otherwise. `fit_error` is the relative error of `cost` on the steps
+    that it was fitted to: median and 90th percentile."""
+
+    name: str
+    model: str
+    machine: str
+    basis: Literal["measured", "estimate"]
+    note: str = ""
+    date: str = ""
+    cost: CostModel
+    serving: Serving = field(default_factory=Serving)
+    kv_tokens: int
+    kv_token_bytes: int
+    max_model_len: int
+    vocab_size: int
+    price_per_hour: float | None = None
+    fit_error: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        what = "measured" if self.basis == "measured" else "ESTIMATE from data sheets, not measured"
+        return f"{self.name}: {self.model} on {self.machine} ({what})"
+
+    def executor_info(self, config: EngineConfig) -> ExecutorInfo:
+        """What such a machine offers under `config`. Raises ConfigError if its cache would hold no block."""
+        kv_bytes = self.kv_token_bytes * config.block_size
+        if config.num_kv_blocks is not None:
+            blocks = config.num_kv_blocks
+        elif config.kv_cache_gib is not None:
+            blocks = int(config.kv_cache_gib * GIB / kv_bytes)
+        else:
+            blocks = self.kv_tokens // config.block_size
+        if blocks < 1:
+            raise ConfigError(
+                f"A KV cache of {config.kv_cache_gib} GiB is smaller than one block of {kv_bytes} bytes. "
+                "Raise --kv-cache-gib.",
+                param="kv_cache_gib",
+            )
+        return ExecutorInfo(
+            model=self.model, device="sim", dtype="none", num_blocks=blocks, block_size=config.block_size,
+            max_slots=config.max_num_seqs, max_model_len=config.max_model_len or self.max_model_len,
+            vocab_size=self.vocab_size, kv_bytes=blocks * kv_bytes, attention="none", notes=[str(self)],
+        )  # fmt: skip
+
+
+def shipped() -> list[str]:
+    """Names of the profiles that come with the package."""
+    files = resources.files("ropeway.sim").joinpath("profiles").iterdir()
+    return sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))
+
+
+def load_profile(name: str) -> Profile:
+    """A profile by the name of a shipped one, or from a file. Raises ConfigError."""
+    path = Path(name)
+    try:
+        if name in shipped():
+            data = resources.files("ropeway.sim").joinpath("profiles", f"{name}.json").read_bytes()
+        else:
+            data = path.read_bytes()
+        return msgspec.json.decode(data, type=Profile)
+    except OSError as error:
+        raise ConfigError(
+            f"The profile {name} cannot be read: {error.strerror}. Shipped are {', '.join(shipped())}; "
+            "`ropeway calibrate MODEL` measures one.",
+            param="profile",
+        ) from None
+    except msgspec.MsgspecError as error:
+        raise ConfigError(
+            f"{name} is no profile: {error}. Make one with `ropeway calibrate`.", param="profile"
+        ) from None
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Raises ConfigError if the place cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
+    except OSError as error:
+        raise ConfigError(f"The profile cannot be written to {path}: {error.strerror}. Check --output.") from None

@@ -1,0 +1,221 @@
+"""The real engine in virtual time: the same door, scheduler and memory, on an executor that only takes time."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ropeway.config import EngineConfig
+from ropeway.contract import EngineStats, FinishReason, Step, Submit, TokenEvent
+from ropeway.engine.engine import Engine
+from ropeway.sim.clock import VirtualClock
+from ropeway.sim.profile import Profile
+from ropeway.sim.timed import TimedExecutor
+from ropeway.sim.workload import Arrival
+
+Balance = Literal["round-robin", "least-loaded"]
+_FOREVER = float("inf")
+_POINTS = 2000
+"""Points of a timeline between this number and twice as many are kept."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One request's fate. Times are seconds after it came; `first` and `last` stay None if it never got a token."""
+
+    arrival: Arrival
+    first: float | None = None
+    last: float | None = None
+    output_len: int = 0
+    cached: int = 0
+    preemptions: int = 0
+    finish: FinishReason | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.finish in (FinishReason.LENGTH, FinishReason.STOP)
+
+    @property
+    def pace(self) -> float:
+        """Seconds per token after the first; 0 for an answer of one token."""
+        if self.first is None or self.last is None or self.output_len < 2:
+            return 0.0
+        return (self.last - self.first) / (self.output_len - 1)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The engine after a step that ended at `at`."""
+
+    at: float
+    running: int
+    waiting: int
+    kv_used: float
+
+
+@dataclass
+class Run:
+    """What a simulation has seen. The i-th gap between two tokens of one answer, `gaps[i]` seconds, occurred
+    `gap_counts[i]` times. `computed` counts tokens that were computed, again after a preemption included."""
+
+    outcomes: list[Outcome]
+    gaps: array[float] = field(default_factory=lambda: array("d"))
+    gap_counts: array[int] = field(default_factory=lambda: array("q"))
+    timeline: list[Moment] = field(default_factory=list)
+    seconds: float = 0.0
+    steps: int = 0
+    computed: int = 0
+    busy: float = 0.0
+    replicas: int = 1
+
+
+class _Timeline:
+    """Every n-th step, where n doubles whenever there would be too many points."""
+
+    def __init__(self) -> None:
+        self.points: list[Moment] = []
+        self._every, self._seen = 1, 0
+
+    def add(self, at: float, stats: EngineStats) -> None:
+        self._seen += 1
+        if self._seen % self._every:
+            return
+        self.points.append(Moment(at, stats.running, stats.waiting, stats.blocks_used / stats.blocks_total))
+        if len(self.points) >= 2 * _POINTS:
+            self.points = self.points[1::2]
+            self._every *= 2
+
+
+class _Replica:
+    """One engine with its own clock, and the service before it: a process that does one thing at a time."""
+
+    def __init__(self, profile: Profile, config: EngineConfig, run: Run) -> None:
+        self.clock = VirtualClock()
+        loop = profile.serving.step, profile.serving.row
+        self.executor = TimedExecutor(profile.executor_info(config), profile.cost, self.clock, loop=loop)
+        self.engine = Engine(self.executor, config, clock=self.clock, secret=b"simulation")
+        self.timeline = _Timeline()
+        self.open = 0
+        self._serving = profile.serving
+        self._free = 0.0  # when the service has done all that it was given so far
+        self._coming: deque[tuple[float, int]] = deque()  # (when the engine hears of it, request)
+        self._run = run
+        self._last: dict[int, float] = {}
+
+    def submit(self, rid: int, arrival: Arrival) -> None:
+        """`arrival` comes now; the service passes it on when it gets to it."""
+        self.open += 1
+        work = self._serving.request + self._serving.prompt_token * arrival.prompt_len
+        self._free = max(self._free, arrival.at) + work
+        self._coming.append((self._free, rid))
+
+    def run_until(self, moment: float) -> None:
+        """Live until `moment`, or to the end of the step during which it falls."""
+        while True:
+            now = self.clock.now()
+            due = []
+            while self._coming and self._coming[0][0] <= now:
+                due.append(self._coming.popleft()[1])
+            if due:
+                outcomes = self._run.outcomes
+                for report in self.engine.submit([Submit(outcomes[rid].arrival.request(rid)) for rid in due]):
+                    if isinstance(report, Step):
+                        self._take(report.events)
+            if now >= moment:
+                return
+            if self.engine.busy:
+                step = self.engine.step()
+                self.timeline.add(self.clock.now(), step.stats)
+                self._take(step.events)
+            elif self._coming:
+                self.clock.advance_to(min(moment, self._coming[0][0]))
+            elif moment == _FOREVER:
+                return
+            else:
+                self.clock.advance_to(moment)
+
+    def _take(self, events: Sequence[TokenEvent]) -> None:
+        """Write down when the service has told the clients."""
+        run, last = self._run, self._last
+        rids = [event.rid for event in events if event.tokens]
+        if rids:
+            told = self._free = max(self._free, self.clock.now()) + self._serving.event * len(rids)
+            before = Counter(map(last.get, rids))
+            if before.pop(None, 0):
+                for rid in rids:
+                    if rid not in last:
+                        outcome = run.outcomes[rid]
+                        outcome.first = told - outcome.arrival.at
+            for moment, count in before.items():
+                run.gaps.append(told - moment)  # type: ignore[operator]
+                run.gap_counts.append(count)
+            last.update(dict.fromkeys(rids, told))
+        for event in events:
+            if event.finish is not None:
+                self._end(event)
+
+    def _end(self, event: TokenEvent) -> None:
+        outcome = self._run.outcomes[event.rid]
+        outcome.finish = event.finish
+        told = self._last.pop(event.rid, None)
+        if told is not None:
+            outcome.last = told - outcome.arrival.at
+        if event.usage is not None:
+            outcome.output_len = event.usage.completion_tokens
+            outcome.cached = event.usage.cached_tokens
+            outcome.preemptions = event.usage.preemptions
+        self.open -= 1
+
+
+def simulate(
+    arrivals: Sequence[Arrival],
+    profile: Profile,
+    config: EngineConfig,
+    *,
+    replicas: int = 1,
+    balance: Balance = "least-loaded",
+) -> Run:
+    """Serve `arrivals`, which are in order of time, on `replicas` equal servers, and see what becomes of them."""
+    run = Run([Outcome(arrival) for arrival in arrivals], replicas=replicas)
+    servers = [_Replica(profile, config, run) for _ in range(replicas)]
+    for rid, arrival in enumerate(arrivals):
+        for server in servers:
+            server.run_until(arrival.at)
+        _choose(servers, rid, balance).submit(rid, arrival)
+    for server in servers:
+        server.run_until(_FOREVER)
+    begun = arrivals[0].at if arrivals else 0.0
+    run.seconds = max(_ends(run.outcomes), default=begun) - begun
+    run.steps = sum(server.executor.steps for server in servers)
+    run.computed = sum(server.executor.computed for server in servers)
+    run.busy = sum(server.executor.seconds for server in servers)
+    run.timeline = servers[0].timeline.points
+    return run
+
+
+def _choose(servers: list[_Replica], rid: int, balance: Balance) -> _Replica:
+    if balance == "round-robin":
+        return servers[rid % len(servers)]
+    return min(servers, key=lambda server: server.open)
+
+
+def _ends(outcomes: Iterable[Outcome]) -> Iterable[float]:
+    return (o.arrival.at + o.last for o in outcomes if o.last is not None)
+
+
+def capacity(arrivals: Sequence[Arrival], profile: Profile, config: EngineConfig, *, replicas: int = 1) -> float:
+    """Requests a second that such servers finish while they never lack work: the middle of a run in which all of a
+    sample (at most 2,000 for each server) are there from the start."""
+    sample = [dataclasses.replace(a, at=0.0, deadline_s=None) for a in arrivals[: 2000 * replicas]]
+    eager = dataclasses.replace(config, max_queue=len(sample) + 1, batching="continuous")
+    run = simulate(sample, profile, eager, replicas=replicas)
+    ends = sorted(_ends(run.outcomes))
+    # Without the first and the last tenth, when seats are filling and emptying.
+    low, high = len(ends) // 10, len(ends) * 9 // 10
+    if high <= low or ends[high] <= ends[low]:
+        return len(ends) / run.seconds if run.seconds > 0 else 0.0
+    return (high - low) / (ends[high] - ends[low])

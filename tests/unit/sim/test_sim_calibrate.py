@@ -1,0 +1,86 @@
+"""Calibration on an executor whose costs are known."""
+
+from __future__ import annotations
+
+import pytest
+
+from ropeway.contract import ExecutorInfo
+from ropeway.engine.clock import SystemClock
+from ropeway.errors import ConfigError, EngineError
+from ropeway.sim import CostModel, FakeExecutor, TimedExecutor, VirtualClock
+from ropeway.sim.calibrate import Line, fit, grid, measure, measure_loop
+from ropeway.sim.profile import Profile, Serving
+from ropeway.sim.serving import Level, fit_serving
+
+INFO = ExecutorInfo(
+    model="fake", device="sim", dtype="none", num_blocks=1024, block_size=16, max_slots=64, max_model_len=2048,
+    vocab_size=100,
+)  # fmt: skip
+TRUE = CostModel(
+    base=0.02, per_token=1e-4, per_context=2e-8, per_emit=3e-4, per_pair=1e-9, per_prefix_row=1e-4,
+    bends=((32, 8e-4), (128, -2e-4)),
+)  # fmt: skip
+
+
+def test_the_fit_finds_the_costs_that_were_there() -> None:
+    clock = VirtualClock()
+    samples = measure(TimedExecutor(INFO, TRUE, clock), clock, list(grid(INFO)))
+    found, (median, tail) = fit(samples)
+    assert median < 0.005
+    assert tail < 0.02
+    for tokens, context, emits, pairs, chunks in [(1, 500, 1, 0, 0), (40, 20000, 40, 0, 0), (300, 600, 1, 90000, 1)]:
+        wanted = TRUE.of(tokens, context, emits, pairs, chunks)
+        assert found.of(tokens, context, emits, pairs, chunks) == pytest.approx(wanted, rel=0.02)
+
+
+def test_plans_written_by_hand_are_plans_that_an_executor_accepts() -> None:
+    """The fake executor checks slots, blocks and lengths as it goes."""
+    clock = VirtualClock()
+    small = ExecutorInfo(
+        model="fake", device="sim", dtype="none", num_blocks=40, block_size=16, max_slots=4, max_model_len=256,
+        vocab_size=100,
+    )  # fmt: skip
+    kinds = [
+        [Line(16, 1, True)] * 4,
+        [Line(16, 8, False)],
+        [Line(30, 1, True), Line(8, 20, False)],
+        [Line(300, 1, True)],
+    ]
+    samples = measure(FakeExecutor(small, clock=clock, cost=CostModel(0.5, 0.0)), clock, kinds)
+    assert [s.seconds for s in samples] == [0.5] * 3, "the last kind is longer than the model's context"
+    assert [(s.tokens, s.emits, s.chunks) for s in samples] == [(4, 4, 0), (8, 0, 1), (21, 1, 1)]
+
+
+def test_a_step_that_fails_ends_the_measurement() -> None:
+    clock = VirtualClock()
+    broken = FakeExecutor(INFO, clock=clock, fault=lambda rid, index: "the model is broken")
+    with pytest.raises(EngineError, match="the model is broken"):
+        measure(broken, clock, [[Line(0, 1, True)]])
+
+
+def test_too_few_samples_are_refused() -> None:
+    clock = VirtualClock()
+    with pytest.raises(ConfigError, match="too few"):
+        fit(measure(TimedExecutor(INFO, TRUE, clock), clock, [[Line(0, 1, True)]]))
+
+
+def test_the_loop_costs_something_but_little() -> None:
+    step, row = measure_loop(INFO, SystemClock(), lambda step: step)
+    assert 0 <= step < 0.05
+    assert 0 < row < 0.01
+
+
+def test_what_a_server_adds_is_found_from_its_gaps() -> None:
+    profile = Profile(
+        name="p", model="m", machine="x", basis="measured", cost=TRUE, kv_tokens=1, kv_token_bytes=1, max_model_len=1,
+        vocab_size=1,
+    )  # fmt: skip
+    levels = [
+        Level(n, 32, 64, TRUE.of(32, 32, 1, 528, 1) + 0.005 + 0.0021, TRUE.of(n, n * 64, n) + 0.002 + 1e-4 * n)
+        for n in (1, 8, 32)
+    ]
+    found = fit_serving(levels, profile)
+    assert found.row == pytest.approx(1e-4)
+    assert found.step == pytest.approx(0.002)
+    assert found.request == pytest.approx(0.005)
+    assert fit_serving(levels[:1], profile) == Serving(request=found.request + 0.0021)

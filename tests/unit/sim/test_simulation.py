@@ -1,0 +1,204 @@
+"""The simulation itself: nobody is lost, the same twice, and the same as the engine with any other executor."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simkit import small_config, small_profile
+
+from ropeway.contract import FinishReason, Submit
+from ropeway.engine.engine import Engine
+from ropeway.sim import FakeExecutor, VirtualClock
+from ropeway.sim.profile import Serving
+from ropeway.sim.report import Targets, _spread, jain, report, table
+from ropeway.sim.simulate import Outcome, Run, capacity, simulate
+from ropeway.sim.workload import Arrival, Traffic, alone, generate, scale
+
+TARGETS = Targets(1.0, 0.1)
+
+
+def traffic(count: int = 60, rate: float = 4.0, **more: object) -> list[Arrival]:
+    made = generate(Traffic(workload="burstgpt", count=count, rate=rate, **more))  # type: ignore[arg-type]
+    return scale(made, length=0.1)
+
+
+def long_answers(count: int) -> list[Arrival]:
+    """Requests that grow much after they have boarded."""
+    return generate(Traffic(workload="poisson", count=count, rate=20.0, input_len=10, output_len=100))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    seats=st.integers(1, 12),
+    blocks=st.integers(64, 200),
+    replicas=st.integers(1, 3),
+    batching=st.sampled_from(["continuous", "static"]),
+    queue=st.integers(1, 60),
+    deadline=st.one_of(st.none(), st.floats(0.1, 5.0)),
+)
+def test_every_request_ends_exactly_once(
+    seed: int, seats: int, blocks: int, replicas: int, batching: str, queue: int, deadline: float | None
+) -> None:
+    arrivals = [dataclasses.replace(a, deadline_s=deadline) for a in traffic(40, 20.0, seed=seed)]
+    config = small_config(max_num_seqs=seats, num_kv_blocks=blocks, batching=batching, max_queue=queue)
+    run = simulate(arrivals, small_profile(), config, replicas=replicas)
+    found = report(run, TARGETS)
+    assert found.finished + found.rejected + found.timed_out == len(arrivals)
+    for outcome in run.outcomes:
+        assert outcome.finish is not None
+        if outcome.ok:
+            assert outcome.output_len == min(outcome.arrival.output_len, 1024 - outcome.arrival.prompt_len)
+            assert outcome.first is not None
+            assert outcome.last is not None
+            assert 0 < outcome.first <= outcome.last
+    # Each token but the first of an answer has one gap before it.
+    assert sum(run.gap_counts) >= sum(o.output_len - 1 for o in run.outcomes if o.ok)
+    assert found.wasted >= 0
+
+
+def test_the_same_twice() -> None:
+    def once() -> object:
+        return report(simulate(traffic(), small_profile(), small_config(), replicas=2), TARGETS)
+
+    assert once() == once()
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_the_engine_decides_as_it_would_with_an_executor_that_computes(policy: str) -> None:
+    """Times of all events are those that the engine has over the fake executor, which computes texts."""
+    profile, config = small_profile(), small_config(scheduling_policy=policy, num_kv_blocks=24)
+    arrivals = long_answers(30)
+    run = simulate(arrivals, profile, config)
+
+    clock = VirtualClock()
+    executor = FakeExecutor(profile.executor_info(config), cost=profile.cost, clock=clock)
+    engine = Engine(executor, config, clock=clock, secret=b"other")
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    coming = list(enumerate(arrivals))
+    while coming or engine.busy:
+        while coming and coming[0][1].at <= clock.now():
+            rid, arrival = coming.pop(0)
+            engine.submit([Submit(arrival.request(rid))])
+        if engine.busy:
+            for event in engine.step().events:
+                if event.tokens:
+                    first.setdefault(event.rid, clock.now())
+                    last[event.rid] = clock.now()
+        else:
+            clock.advance_to(coming[0][1].at)
+    assert sum(o.preemptions for o in run.outcomes) > 0, "the pool is too large to test preemption"
+    for rid, outcome in enumerate(run.outcomes):
+        assert outcome.first == pytest.approx(first[rid] - outcome.arrival.at)
+        assert outcome.last == pytest.approx(last[rid] - outcome.arrival.at)
+
+
+def test_a_lone_request_takes_what_the_profile_says() -> None:
+    serving = Serving(request=0.5, prompt_token=0.001, event=0.25, step=0.002, row=0.003)
+    run = simulate([alone(1.0, 10, 3, 0)], small_profile(serving=serving), small_config())
+    (outcome,) = run.outcomes
+    step = 0.01 + 0.002 + 0.003  # base, and what the loop adds
+    assert outcome.first == pytest.approx(0.5 + 10 * 0.001 + step + 10 * 0.001 + 0.25)
+    # Telling takes longer than a step, so the service falls behind the engine.
+    assert outcome.last == pytest.approx(outcome.first + 2 * 0.25)
+    assert run.computed == 12
+    assert run.steps == 3
+
+
+def test_static_and_continuous_batching_are_equal_at_low_load() -> None:
+    arrivals = generate(Traffic(workload="uniform", count=30, rate=0.5, input_len=20, output_len=10))
+    found = [
+        report(simulate(arrivals, small_profile(), small_config(batching=batching)), TARGETS)
+        for batching in ("static", "continuous")
+    ]
+    assert found[0] == found[1]
+
+
+def test_static_batching_is_worse_under_load() -> None:
+    arrivals = traffic(80, 1000.0)
+    static, continuous = (
+        report(simulate(arrivals, small_profile(), small_config(batching=batching)), TARGETS)
+        for batching in ("static", "continuous")
+    )
+    assert static.output_rate < 0.8 * continuous.output_rate
+    assert static.ttft["p50"] > continuous.ttft["p50"]
+
+
+def test_conversations_find_their_history_in_the_cache() -> None:
+    arrivals = scale(generate(Traffic(workload="sessions", count=60, rate=0.05)), length=0.02)
+    profile = small_profile(kv_tokens=65536, max_model_len=65536)
+    hit = report(simulate(arrivals, profile, small_config()), TARGETS).hit_rate
+    assert hit > 0.3
+    assert report(simulate(arrivals, profile, small_config(enable_prefix_caching=False)), TARGETS).hit_rate == 0
+
+
+def test_a_small_cache_wastes_work() -> None:
+    small = small_config(num_kv_blocks=24, enable_prefix_caching=False)
+    found = report(simulate(long_answers(40), small_profile(), small), TARGETS)
+    assert found.preemptions >= found.preempted > 0
+    assert found.wasted > 0
+    assert report(simulate(long_answers(40), small_profile(), small_config()), TARGETS).wasted == 0
+
+
+def test_replicas_share_the_work() -> None:
+    arrivals = traffic(80, 50.0)
+    one, four, turns = (
+        report(simulate(arrivals, small_profile(), small_config(), replicas=n, balance=balance), TARGETS)  # type: ignore[arg-type]
+        for n, balance in ((1, "least-loaded"), (4, "least-loaded"), (4, "round-robin"))
+    )
+    assert four.ttft["p50"] < one.ttft["p50"] / 2
+    assert four.ttft["mean"] <= turns.ttft["mean"]
+
+
+def test_capacity_is_the_rate_at_which_queues_begin_to_grow() -> None:
+    arrivals = traffic(300, 1.0)
+    most = capacity(arrivals, small_profile(), small_config())
+    below, above = (
+        report(simulate(scale(arrivals, rate=load * most), small_profile(), small_config()), TARGETS)
+        for load in (0.5, 2.0)
+    )
+    assert above.request_rate == pytest.approx(most, rel=0.25)
+    assert below.ttft["p50"] < above.ttft["p50"] / 5
+
+
+def test_refused_requests_count_against_goodput() -> None:
+    found = report(simulate(traffic(40, 1000.0), small_profile(), small_config(max_queue=1)), Targets(1e9, 1e9))
+    assert found.rejected > 0
+    assert found.goodput == pytest.approx(found.finished / 40)
+
+
+def test_the_table_has_a_line_for_each_run() -> None:
+    found = report(simulate(traffic(5), small_profile(), small_config()), TARGETS)
+    lines = table([("one", found), ("the other", found)]).splitlines()
+    assert len(lines) == 3
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_weighted_percentiles_are_those_of_the_repeated_values() -> None:
+    rng = np.random.default_rng(0)
+    values, counts = rng.random(50), rng.integers(1, 20, 50)
+    spread = _spread(list(values), [int(n) for n in counts])
+    repeated = np.repeat(values, counts)
+    for p in (50, 90, 99):
+        assert spread[f"p{p}"] == pytest.approx(np.percentile(repeated, p, method="inverted_cdf"))
+    assert spread["mean"] == pytest.approx(repeated.mean())
+    assert _spread([])["p99"] == 0
+
+
+def test_jains_index() -> None:
+    assert jain([3, 3, 3]) == pytest.approx(1)
+    assert jain([1, 0, 0, 0]) == pytest.approx(0.25)
+    assert jain([]) == 1
+
+
+def test_goodput_needs_both_targets() -> None:
+    def outcome(first: float, last: float) -> Outcome:
+        return Outcome(alone(0, 1, 11, 0), first, last, 11, finish=FinishReason.LENGTH)
+
+    run = Run([outcome(0.5, 1.0), outcome(2.0, 2.1), outcome(0.5, 3.0)], seconds=3.0)
+    assert report(run, TARGETS).goodput == pytest.approx(1 / 3)
