@@ -140,6 +140,15 @@ class ServerConfig:
     host: str = _option("127.0.0.1", "Server", "Address to bind; anything but loopback needs an API key.")
     port: int = _option(8000, "Server", "Port to bind; 0 takes a free one and prints it.", low=0, high=65535)
     api_key: str | None = _option(None, "Server", "Bearer key that clients must send (several: separated by commas).")
+    admin_key: str | None = _option(
+        None, "Server", "Bearer key for the paths below /admin/, which are closed without one."
+    )
+    tenant_header: str | None = _option(
+        None,
+        "Server",
+        "Request header in which a trusted gateway names the tenant, such as X-Tenant (default: tenants are told apart "
+        "by their API keys).",
+    )
     served_model_name: str | None = _option(None, "Server", "Name that clients use for the model (default: its own).")
     tokenizer: str | None = _option(None, "Server", "Directory or hub name of the tokenizer (default: the model's).")
     chat_template: str | None = _option(None, "Server", "File with a Jinja chat template that replaces the model's.")
@@ -148,6 +157,9 @@ class ServerConfig:
     )
     max_body_mib: float = _option(16.0, "Server", "Largest request body, in MiB.", low=0.001)
     request_timeout: float = _option(600.0, "Server", "Seconds after which a request ends with a timeout.", low=0.001)
+    ttft_deadline_ms: float | None = _option(
+        None, "Server", "When the first token is wanted by requests that do not say so (policy deadline).", low=0.001
+    )
     stream_timeout: float = _option(
         30.0, "Server", "Seconds that a client may leave its stream unread before it is dropped.", low=0.001
     )
@@ -316,8 +328,9 @@ def preset_values(preset: str | None, given: Collection[str]) -> dict[str, Any]:
 def preset_notes(engine: EngineConfig, origins: Mapping[str, str]) -> list[str]:
     """Sentences about what the preset of `engine` has set, and why; none for the default one."""
     meaning, chosen = PRESETS.get(engine.preset, ("", {}))
-    own = [(name, value, why) for name, (value, why) in chosen.items() if origins.get(name) == f"preset {engine.preset}"]
-    return [f"Preset {engine.preset}: {meaning}", *(f"{name}={value}: {why}" for name, value, why in own)] if own else []
+    origin = f"preset {engine.preset}"
+    own = [f"{name}={value}: {why}" for name, (value, why) in chosen.items() if origins.get(name) == origin]
+    return [f"{origin}: {meaning}", *own] if own else []
 
 
 def weights_of(text: str | None) -> dict[str, float]:

@@ -309,7 +309,8 @@ class Answer(Response):
             return sse.KEEP_ALIVE
         for why in reasons:
             if why.rid == rid and why.state == "queued":
-                return sse.comment(f"queued position={why.position}")
+                eta = "" if why.eta_s is None else f" eta={why.eta_s:.1f}s"
+                return sse.comment(f"queued position={why.position}{eta}")
         return sse.KEEP_ALIVE
 
 

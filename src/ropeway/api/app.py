@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from ropeway._version import __version__
-from ropeway.api import chat, completions, docs, health, models, schema, tokens
+from ropeway.api import admin, chat, completions, docs, health, models, schema, tokens
 from ropeway.api.errors import HttpError, error_response
-from ropeway.api.middleware import PUBLIC, Gate
+from ropeway.api.middleware import ADMIN, PUBLIC, Gate
 from ropeway.api.state import Api, api_of
 from ropeway.config import ServerConfig
 from ropeway.observe.metrics import Metrics
@@ -61,6 +61,8 @@ def _add_routes(app: FastAPI) -> None:
     add("GET", "/version", health.version, op(schema.Version))
     add("GET", "/load", health.load, op(schema.Load))
     add("GET", "/metrics", health.metrics, op(None))
+    add("GET", "/admin/scheduler", admin.get_scheduler, op(schema.SchedulerState))
+    add("PUT", "/admin/scheduler", admin.put_scheduler, op(schema.SchedulerState, schema.SchedulerChange))
     app.add_api_route("/openapi.json", _openapi, methods=["GET"], include_in_schema=False)
     app.add_api_route("/docs", _docs, methods=["GET"], include_in_schema=False)
 
@@ -73,7 +75,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
         spec["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, entry in spec["paths"].items():
             for one in entry.values():
-                one["security"] = [] if path in PUBLIC else [{}, {"key": []}]
+                one["security"] = [] if path in PUBLIC else [{"key": []}, *([] if path.startswith(ADMIN) else [{}])]
         app.openapi_schema = spec
     return app.openapi_schema
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -86,6 +87,7 @@ def fan_out(
     if n * len(prompts) > MAX_SEQUENCES:
         message = f"{len(prompts)} prompts times n={n} is more than {MAX_SEQUENCES} answers. Split the request."
         raise HttpError(400, message, param="n" if n > 1 else param)
+    ttft_deadline_ms = body.ttft_deadline_ms or api.config.ttft_deadline_ms
     name = str(request.state.request_id)
     several = n * len(prompts) > 1
     choices: list[Choice] = []
@@ -101,7 +103,8 @@ def fan_out(
                 priority=body.priority,
                 tenant=str(request.state.tenant),
                 salt=body.cache_salt or "",
-                deadline_s=api.config.request_timeout,
+                deadline_s=min(api.config.request_timeout, (body.deadline_ms or math.inf) / 1000),
+                ttft_deadline_s=ttft_deadline_ms / 1000 if ttft_deadline_ms else None,
                 **prompt,
             )
             choices.append(Choice(text_request, number))

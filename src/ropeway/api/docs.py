@@ -13,7 +13,8 @@ from ropeway.api.errors import ErrorEnvelope
 _COMPONENTS = (
     schema.ChatCompletionRequest, schema.ChatCompletion, schema.CompletionRequest, schema.Completion,
     schema.TokenizeRequest, schema.TokenizeResponse, schema.DetokenizeRequest, schema.DetokenizeResponse,
-    schema.ModelList, schema.ModelCard, schema.Readiness, schema.Version, schema.Load, ErrorEnvelope,
+    schema.ModelList, schema.ModelCard, schema.Readiness, schema.Version, schema.Load, schema.SchedulerState,
+    schema.SchedulerChange, ErrorEnvelope,
 )  # fmt: skip
 _REF = "#/components/schemas/"
 _STYLE = """

@@ -32,6 +32,10 @@ _log = logging.getLogger(__name__)
 PUBLIC: Final = frozenset({"/livez", "/readyz", "/health", "/ping", "/version"})
 """What anybody may ask, with GET or HEAD, on a server that has a key."""
 
+ADMIN: Final = "/admin/"
+"""Below this path the operator is at home, who has a key that no client has."""
+
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -62,6 +66,8 @@ class Gate:
         self._app = app
         self._metrics = metrics
         self._keys = Keys(config.api_key)
+        self._admin = Keys(config.admin_key)
+        self._tenant_header = (config.tenant_header or "").lower().encode()
         self._hosts = allowed_hosts(config)
         self._max_body = int(config.max_body_mib * 1024 * 1024)
         self._date = (0, b"")
@@ -109,8 +115,12 @@ class Gate:
         if scope["method"] not in _SAFE_METHODS:
             self._check_browser(headers)
         public = scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")
-        if self._keys and not public:
-            tenant = self._keys.tenant(_presented_key(headers))
+        keys = self._admin if scope["path"].startswith(ADMIN) else self._keys
+        if keys is self._admin and not keys:
+            message = "This server has no administrator. Start it with --admin-key to use the paths below /admin/."
+            raise HttpError(403, message, code="admin_disabled")
+        if keys and not public:
+            tenant = keys.tenant(_presented_key(headers))
             if tenant is None:
                 raise HttpError(
                     401,
@@ -118,6 +128,11 @@ class Gate:
                     code="invalid_api_key",
                 )
             scope["state"]["tenant"] = tenant
+        named = headers.one(self._tenant_header).decode("latin-1") if self._tenant_header else ""
+        if named:
+            if not _TENANT.fullmatch(named):
+                raise HttpError(400, "The tenant's name is at most 128 letters, digits or . _ : @ - characters.")
+            scope["state"]["tenant"] = named
         if headers.one(b"content-encoding").lower() not in (b"", b"identity"):
             raise HttpError(415, "Compressed bodies are not accepted. Send it without Content-Encoding.", close=True)
         length = headers.one(b"content-length")

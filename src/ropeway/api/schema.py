@@ -29,6 +29,7 @@ _TOKEN_ID: dict[str, Any] = {"type": "integer", "minimum": 0}
 Label = Annotated[str, Meta(max_length=MAX_LABEL)]
 TokenId = Annotated[int, Meta(ge=0, lt=_INT32)]
 Count = Annotated[int, Meta(ge=1, lt=_INT32)]
+Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Messages = Annotated[
@@ -124,6 +125,13 @@ class CommonFields(Struct, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     priority: Annotated[
         Annotated[int, Meta(ge=-_INT32, lt=_INT32)] | None, Meta(description="Lower is served earlier.")
+    ] = None
+    deadline_ms: Annotated[
+        Milliseconds | None, Meta(description="Time for the whole answer, after which it ends with a timeout.")
+    ] = None
+    ttft_deadline_ms: Annotated[
+        Milliseconds | None,
+        Meta(description="When the first token is wanted: what the scheduling policy `deadline` works for."),
     ] = None
     cache_salt: Annotated[
         Label | None, Meta(description="Requests share cached prefixes only with requests of the same salt.")
@@ -271,6 +279,19 @@ class Readiness(Struct, frozen=True):
 
 class Version(Struct, frozen=True):
     version: str
+
+
+class SchedulerChange(Struct, frozen=True, kw_only=True):
+    """Body of PUT /admin/scheduler."""
+
+    policy: Annotated[Label, Meta(min_length=1, description="A value of --scheduling-policy.")]
+
+
+class SchedulerState(Struct, frozen=True):
+    """By which policy requests board, and how many wait."""
+
+    policy: str
+    waiting: int
 
 
 class Load(Struct, frozen=True):

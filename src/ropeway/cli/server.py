@@ -11,7 +11,7 @@ from typing import Any
 
 from ropeway.cli.banner import banner
 from ropeway.cli.engine import COMMAND
-from ropeway.config import EngineConfig, ServerConfig
+from ropeway.config import EngineConfig, ServerConfig, preset_notes
 from ropeway.contract import Ready, Report, Stopped
 from ropeway.engine.host import EngineHost
 from ropeway.errors import RopewayError
@@ -21,7 +21,7 @@ from ropeway.service.loader import ModelText, load_text
 from ropeway.service.service import EngineTextService
 
 _log = logging.getLogger(__name__)
-_SECRET = {"api_key"}
+_SECRET = {"api_key", "admin_key"}
 _STOP_SECONDS = 5.0
 
 
@@ -34,6 +34,8 @@ def run_server(engine: EngineConfig, server: ServerConfig, origins: Mapping[str,
         values = {**vars(engine), **vars(server)}
         shown = (f"{n}={'(hidden)' if n in _SECRET else values[n]} by {origin}" for n, origin in chosen.items())
         _log.info("settings: %s", ", ".join(shown))
+    for note in preset_notes(engine, origins):
+        _log.info("%s", note)
     _run(_serve(engine, server, begun))
 
 

@@ -1,13 +1,17 @@
 """What crosses a boundary, and nothing else: plain data without tensors, callables or back-references."""
 
-from ropeway.contract.event import EngineStats, ErrorInfo, FinishReason, TokenEvent, Usage, Why
+from ropeway.contract.event import EngineStats, ErrorInfo, FinishReason, Pinned, TierStats, TokenEvent, Usage, Why
 from ropeway.contract.message import (
     Cancel,
     Command,
     Drain,
     Explain,
     Explained,
+    Ordered,
+    Pin,
+    Pins,
     Ready,
+    Reorder,
     Report,
     Step,
     Stopped,
@@ -15,10 +19,11 @@ from ropeway.contract.message import (
 )
 from ropeway.contract.plan import Admit, BlockCopy, Row, StepPlan
 from ropeway.contract.request import GenerateRequest, SamplingParams
-from ropeway.contract.result import ExecutorInfo, RowFault, StepResult
+from ropeway.contract.result import ExecutorInfo, RowFault, StepResult, Tier
 
 __all__ = [
     "Admit", "BlockCopy", "Cancel", "Command", "Drain", "EngineStats", "ErrorInfo", "ExecutorInfo", "Explain",
-    "Explained", "FinishReason", "GenerateRequest", "Ready", "Report", "Row", "RowFault", "SamplingParams", "Step",
-    "StepPlan", "StepResult", "Stopped", "Submit", "TokenEvent", "Usage", "Why",
+    "Explained", "FinishReason", "GenerateRequest", "Ordered", "Pin", "Pinned", "Pins", "Ready", "Reorder", "Report",
+    "Row", "RowFault", "SamplingParams", "Step", "StepPlan", "StepResult", "Stopped", "Submit", "Tier", "TierStats",
+    "TokenEvent", "Usage", "Why",
 ]  # fmt: skip

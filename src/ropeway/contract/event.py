@@ -65,6 +65,15 @@ class TokenEvent(Struct, frozen=True, omit_defaults=True, gc=False):
     usage: Usage | None = None
 
 
+class TierStats(Struct, frozen=True):
+    """A tier beneath the device's memory: its blocks, those with content, and blocks brought back since the start."""
+
+    name: str
+    blocks: int
+    used: int
+    hits: int
+
+
 class EngineStats(Struct, frozen=True, kw_only=True):
     """The engine after a step. Counters are totals since the engine started."""
 
@@ -83,13 +92,27 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     cache_queries: int
     cache_hits: int
     preemptions: int
+    tiers: list[TierStats] = []
 
 
 class Why(Struct, frozen=True):
-    """Why a request waits: `holder` is the limit or order that holds it, `position` its place (0 = next)."""
+    """Why a request waits: `holder` is the limit or order that holds it, `position` its place (0 = next), `reason` what
+    is lacking and what must happen first. It is expected to board in `eta_s` seconds; `eta_error` is how far such
+    estimates have been off so far, the mean of |estimated wait - wait| / wait. None: too early to tell."""
 
     rid: int
     state: str
     position: int
     holder: str
     reason: str
+    eta_s: float | None = None
+    eta_error: float | None = None
+
+
+class Pinned(Struct, frozen=True):
+    """A prefix that stays cached: `tokens` in `blocks` whole KV blocks, of which `cached` are there now."""
+
+    name: str
+    tokens: int
+    blocks: int
+    cached: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from ropeway.contract.event import EngineStats, ErrorInfo, TokenEvent, Why
+from ropeway.contract.event import EngineStats, ErrorInfo, Pinned, TokenEvent, Why
 from ropeway.contract.request import GenerateRequest
 from ropeway.contract.result import ExecutorInfo
 
@@ -27,6 +27,23 @@ class Explain(Struct, frozen=True, tag="explain"):
     rids: list[int] = []
 
 
+class Pin(Struct, frozen=True, tag="pin"):
+    """Keep the KV blocks of a prefix cached as `name`, once they are computed. Without `tokens`: give `name` up.
+    Without a name: just list what is pinned."""
+
+    token: int
+    name: str = ""
+    tokens: list[int] = []
+    salt: str = ""
+
+
+class Reorder(Struct, frozen=True, tag="reorder"):
+    """Let requests board by the scheduling policy of this name from now on; just ask which one it is if empty."""
+
+    token: int
+    policy: str = ""
+
+
 class Drain(Struct, frozen=True, tag="drain"):
     """Refuse newcomers; finish what is there; then stop."""
 
@@ -47,11 +64,28 @@ class Explained(Struct, frozen=True, tag="explained"):
     reasons: list[Why]
 
 
+class Pins(Struct, frozen=True, tag="pins"):
+    """All pins after a `Pin`; `error` if that was refused."""
+
+    token: int
+    pins: list[Pinned]
+    error: ErrorInfo | None = None
+
+
+class Ordered(Struct, frozen=True, tag="ordered"):
+    """The scheduling policy after a `Reorder`, and how many requests wait; `error` if that was refused."""
+
+    token: int
+    policy: str
+    waiting: int
+    error: ErrorInfo | None = None
+
+
 class Stopped(Struct, frozen=True, tag="stopped"):
     """The engine's last words; `error` is None after a drain."""
 
     error: ErrorInfo | None = None
 
 
-Command = Submit | Cancel | Explain | Drain
-Report = Ready | Step | Explained | Stopped
+Command = Submit | Cancel | Explain | Pin | Reorder | Drain
+Report = Ready | Step | Explained | Pins | Ordered | Stopped

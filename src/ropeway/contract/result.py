@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 
-class RowFault(Struct, frozen=True):
+class RowFault(Struct, frozen=True, array_like=True):
     """Row number `row` of the plan failed alone; `code` is an error code of `ropeway.errors`."""
 
     row: int
@@ -13,21 +14,35 @@ class RowFault(Struct, frozen=True):
     message: str
 
 
-class StepResult(Struct, frozen=True):
+class StepResult(Struct, frozen=True, array_like=True):
     """`tokens[i]` are the tokens that row i of the plan emitted: empty, one, or several with a drafter.
-    `seconds` is the executor's own time for the step."""
+    `seconds` is the executor's own time for the step, `copy_seconds[i]` what of it the plan's copy i took. `lost` are
+    the keys of copies whose source turned out to be damaged: what was computed from them is void."""
 
     step: int
     tokens: list[list[int]]
     faults: list[RowFault] = []
     seconds: float = 0.0
+    copy_seconds: list[float] = []
+    lost: list[bytes] = []
+
+
+class Tier(Struct, frozen=True):
+    """Memory for `blocks` KV blocks beneath the device's. A `lasting` tier outlives the process; `kept` are the numbers
+    and keys of the blocks that it has brought over, least recently used first."""
+
+    name: str
+    blocks: int
+    lasting: bool = False
+    kept: list[tuple[int, bytes]] = []
 
 
 class ExecutorInfo(Struct, frozen=True, kw_only=True):
     """The resources that an executor offers, fixed for its life.
 
     `depth` is how many plans may be in flight. `notes` are sentences for the start-up banner, in order: why this
-    device, dtype, attention back end, number of blocks.
+    device, dtype, attention back end, number of blocks. `tiers` are the memory beneath the device's, nearest first;
+    `secret` keys the names of what they have kept, and is empty if there is none. Both stay inside the engine.
     """
 
     model: str
@@ -44,3 +59,9 @@ class ExecutorInfo(Struct, frozen=True, kw_only=True):
     weight_bytes: int = 0
     kv_bytes: int = 0
     notes: list[str] = []
+    tiers: list[Tier] = []
+    secret: bytes = b""
+
+    def public(self) -> ExecutorInfo:
+        """Without what only the engine needs to know."""
+        return replace(self, tiers=[replace(tier, kept=[]) for tier in self.tiers], secret=b"")

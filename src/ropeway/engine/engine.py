@@ -13,10 +13,13 @@ from ropeway.contract import (
     Command,
     Drain,
     EngineStats,
+    ErrorInfo,
     Explain,
     Explained,
     FinishReason,
+    Ordered,
     Ready,
+    Reorder,
     Report,
     Step,
     StepPlan,
@@ -28,12 +31,11 @@ from ropeway.engine.channel import Channel
 from ropeway.engine.clock import Clock, SystemClock
 from ropeway.engine.executor import Executor
 from ropeway.engine.intake import Intake
-from ropeway.errors import EngineError
+from ropeway.errors import ConfigError, EngineError
 from ropeway.scheduler import (
     Budget,
     FixedTokens,
-    LowestPriority,
-    Newest,
+    MostToGo,
     Order,
     Resources,
     Rules,
@@ -57,8 +59,7 @@ def make_scheduler(config: EngineConfig, executor: Executor, secret: bytes) -> S
         static_batching=config.batching == "static",
         secret=secret,
     )
-    victim = LowestPriority() if config.scheduling_policy.startswith("priority") else Newest()
-    return Scheduler(resources, policy_order(config), victim, make_budget(config))
+    return Scheduler(resources, policy_order(config), MostToGo(), make_budget(config))
 
 
 def policy_order(config: EngineConfig, policy: str | None = None) -> Order:
@@ -97,6 +98,7 @@ class Engine:
     ) -> None:
         """`secret` keys the prefix cache (random if None). `max_queue` overrides the configured bound of the queue."""
         self.executor = executor
+        self._config = config
         self.scheduler = make_scheduler(config, executor, os.urandom(32) if secret is None else secret)
         self.intake = Intake(self.scheduler, config.max_queue if max_queue is None else max_queue)
         self._clock = clock or SystemClock()
@@ -123,6 +125,8 @@ class Engine:
                     self._news += [event] if event is not None else []
                 case Explain(token, rids):
                     reports.append(Explained(token, self.scheduler.why(now, rids)))
+                case Reorder(token, policy):
+                    reports.append(self._reorder(token, policy, now))
                 case Drain():
                     self.intake.draining = True
         if self._news:
@@ -170,6 +174,15 @@ class Engine:
     def close(self) -> None:
         """Free the executor. No step is under way."""
         self.executor.close()
+
+    def _reorder(self, token: int, policy: str, now: float) -> Ordered:
+        error = None
+        try:
+            if policy:
+                self.scheduler.reorder(policy_order(self._config, policy), now)
+        except ConfigError as refusal:
+            error = ErrorInfo.of(refusal)
+        return Ordered(token, self.scheduler.waiting.order.name, len(self.scheduler.waiting), error)
 
     def _take_news(self) -> list[TokenEvent]:
         news, self._news = self._news, []

@@ -113,7 +113,7 @@ class PrefixFirst(Order):
 
     def explain(self, seq: Sequence, now: float) -> str:
         cap = self.rules.age_cap
-        return f"of the first {self.window} the longest cached beginning boards first, and after {cap:g} s who came first"
+        return f"of {self.window} requests the longest cached beginning boards first, after {cap:g} s who came first"
 
 
 class ResponseRatio(Order):
@@ -198,8 +198,9 @@ class Deadline(Order):
         if wanted is None:
             return f"it names no deadline and stands as if it had {self.rules.promote_after:g} s"
         left = seq.arrival + wanted - now
-        due = f"is due in {left:.2f} s; less slack boards first" if left > 0 else f"is {-left:.2f} s late; others are not"
-        return f"its first token {due}"
+        if left > 0:
+            return f"its first token is due in {left:.2f} s; less slack boards first"
+        return f"its first token is {-left:.2f} s late; who can still be in time boards first"
 
 
 class FairShare(Order):

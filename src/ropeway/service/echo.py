@@ -7,9 +7,9 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 
-from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, SamplingParams, Usage, Why
+from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ordered, SamplingParams, Usage, Why
 from ropeway.engine.channel import LinkState
-from ropeway.errors import DeadlineError, DrainingError, EngineError, RopewayError, TemplateError
+from ropeway.errors import ConfigError, DeadlineError, DrainingError, EngineError, RopewayError, TemplateError
 from ropeway.service.context import check_context
 from ropeway.service.params import check_tokens, validate, with_max_tokens
 from ropeway.service.request import TextRequest, TextStream
@@ -137,6 +137,11 @@ class EchoService:
     async def why(self, rid: int | None = None) -> list[Why]:
         """Nothing ever waits here."""
         return []
+
+    async def reorder(self, policy: str = "") -> Ordered:
+        if policy:
+            raise ConfigError("Nothing ever waits in this service, so no order can be chosen.", param="policy")
+        return Ordered(0, "fcfs", 0)
 
     def drain(self) -> None:
         self.state = LinkState.DRAINING

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, SamplingParams, Usage, Why
+from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ordered, SamplingParams, Usage, Why
 from ropeway.engine.channel import LinkState
 
 ChatMessage = dict[str, Any]
@@ -34,6 +34,7 @@ class TextRequest:
     tenant: str = ""
     salt: str = ""
     deadline_s: float | None = None
+    ttft_deadline_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,10 @@ class TextService(Protocol):
     def token_strings(self, tokens: Sequence[int]) -> list[str]: ...
 
     async def why(self, rid: int | None = None) -> list[Why]: ...
+
+    async def reorder(self, policy: str = "") -> Ordered:
+        """Let requests board by another scheduling policy from now on, or just say which it is. Raises ConfigError if
+        there is no such policy."""
 
     def drain(self) -> None:
         """Refuse newcomers from now on; running requests finish."""

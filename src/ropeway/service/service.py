@@ -9,6 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -21,7 +22,9 @@ from ropeway.contract import (
     Explain,
     Explained,
     GenerateRequest,
+    Ordered,
     Ready,
+    Reorder,
     Report,
     SamplingParams,
     Step,
@@ -81,7 +84,7 @@ class EngineTextService:
         self._seeds = random.Random(seed)
         self._numbers = itertools.count(1)
         self._live: dict[int, _Live] = {}
-        self._questions: dict[int, asyncio.Future[list[Why]]] = {}
+        self._questions: dict[int, asyncio.Future[Any]] = {}  # by token
         self._stats: EngineStats | None = None
         self._draining = False
         link.subscribe(self._on_report)
@@ -144,6 +147,7 @@ class EngineTextService:
             tenant=request.tenant,
             salt=cache_salt(request.tenant, request.salt),
             deadline_s=request.deadline_s,
+            ttft_deadline_s=request.ttft_deadline_s,
         )
         self._live[rid] = _Live(stream, decoder)
         try:
@@ -165,14 +169,15 @@ class EngineTextService:
 
     async def why(self, rid: int | None = None) -> list[Why]:
         """Why request `rid` waits, or all that wait. Raises NotReadyError or EngineError if the engine cannot say."""
-        number = next(self._numbers)
-        answer: asyncio.Future[list[Why]] = asyncio.get_running_loop().create_future()
-        self._link.send(Explain(number, [] if rid is None else [rid]))
-        self._questions[number] = answer
-        try:
-            return await answer
-        finally:
-            self._questions.pop(number, None)
+        answer: Explained = await self._ask(Explain(next(self._numbers), [] if rid is None else [rid]))
+        return answer.reasons
+
+    async def reorder(self, policy: str = "") -> Ordered:
+        """See `TextService`. An engine that is started again begins with the configured policy."""
+        answer: Ordered = await self._ask(Reorder(next(self._numbers), policy))
+        if answer.error is not None:
+            raise answer.error.error()
+        return answer
 
     def drain(self) -> None:
         if not self._draining:
@@ -200,6 +205,16 @@ class EngineTextService:
             raise NotReadyError("The engine is starting. Retry shortly.", retry_after=_RETRY_AFTER)
         return info
 
+    async def _ask(self, command: Explain | Reorder) -> Any:
+        """Send a question and wait for the report with its token."""
+        answer = asyncio.get_running_loop().create_future()
+        self._link.send(command)
+        self._questions[command.token] = answer
+        try:
+            return await answer
+        finally:
+            self._questions.pop(command.token, None)
+
     # The engine's news
 
     def _on_report(self, report: Report) -> None:
@@ -211,10 +226,10 @@ class EngineTextService:
                     live = self._live.get(event.rid)
                     if live is not None:  # otherwise it was cancelled or stopped here, and this is late
                         self._on_event(live, event, now)
-            case Explained(token, reasons):
+            case Explained(token=token) | Ordered(token=token):
                 question = self._questions.get(token)
                 if question is not None and not question.done():
-                    question.set_result(reasons)
+                    question.set_result(report)
             case Ready():
                 self._fail_all(_LOST)  # a new engine knows nothing of the old one's requests
             case Stopped(error):
