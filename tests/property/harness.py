@@ -7,8 +7,26 @@ from dataclasses import dataclass, field
 from random import Random
 
 from ropeway.contract import ExecutorInfo, FinishReason, GenerateRequest, SamplingParams, StepPlan, TokenEvent
-from ropeway.scheduler import FixedTokens, LowestPriority, Newest, Resources, Rules, Scheduler, TargetLatency, make_order
+from ropeway.scheduler import (
+    FixedTokens,
+    Forecast,
+    MostToGo,
+    Newest,
+    Resources,
+    Rules,
+    Scheduler,
+    TargetLatency,
+    make_order,
+)
+from ropeway.scheduler.sequence import Sequence
 from ropeway.sim import FakeExecutor, VirtualClock, expected_tokens
+
+
+class Blind(Forecast):
+    """Expects everybody to end at once, so that pools fill to the brim and starve."""
+
+    def to_go(self, seq: Sequence) -> int:
+        return 0
 
 
 @dataclass
@@ -28,6 +46,7 @@ class World:
     static_batching: bool = False
     vocab_size: int = 50
     target_latency: bool = False
+    foresight: bool = False
     requests: dict[int, GenerateRequest] = field(default_factory=dict)
     output: dict[int, list[int]] = field(default_factory=dict)
     final: dict[int, TokenEvent] = field(default_factory=dict)
@@ -48,10 +67,11 @@ class World:
                 static_batching=self.static_batching,
             ),
             make_order(self.policy, self.rules),
-            LowestPriority() if self.policy.startswith("priority") else Newest(),
+            MostToGo() if self.policy.startswith("priority") else Newest(),
             TargetLatency(self.max_step_tokens, self.block_size)
             if self.target_latency
             else FixedTokens(self.max_step_tokens),
+            Forecast() if self.foresight else Blind(),
         )  # fmt: skip
         self._under_way: deque[tuple[StepPlan, int]] = deque()
 

@@ -5,10 +5,12 @@ A limit that a sequence runs into also says so in words, which is what `why` tel
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Callable, Collection
 from typing import Protocol
 
 from ropeway.kv import BlockPool
+from ropeway.scheduler.forecast import Forecast
 from ropeway.scheduler.sequence import Sequence, State
 
 ANYBODY = 1 << 62
@@ -16,7 +18,7 @@ ANYBODY = 1 << 62
 
 class Limit(Protocol):
     """`aboard`: it holds back those on board too, not only those who would board. `passes`: how many may board before
-    the first in line while this limit holds it back."""
+    a sequence that stood before them, while this limit holds it back. Then the others wait for it."""
 
     name: str
     aboard: bool
@@ -77,6 +79,7 @@ class WholePrompt(_Limit):
 
     name = "whole-prompt"
     aboard = True
+    passes = 16
 
     def __init__(self, tokens: TokenLimit) -> None:
         self._tokens = tokens
@@ -126,22 +129,36 @@ class SlotLimit(_Limit):
 
 
 class BlockLimit(_Limit):
-    """A sequence needs KV blocks. To board, all that is known of it must fit beside what the running ones still need
-    for all that is known of them, and one block more for each of them (at most a sixteenth of the pool), because
-    each may cross a block boundary soon. Who boards into less would soon be put back."""
+    """A sequence needs KV blocks. To board, it must have room beside what those on board are expected to become.
+
+    They leave one by one, those with the least to go first. While the i with the most to go are left, they hold what
+    they hold now and i times what the last of them has to go; the largest such sum is the peak, and must fit the pool.
+    Source: Past-Future scheduler (Gong et al., arXiv:2507.10150).
+    """
 
     name = "kv-blocks"
     aboard = True
+    passes = 16
+    RENEW = 16  # steps in which somebody may board, after which expectations are asked for again
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, forecast: Forecast) -> None:
         self._pool = pool
         self._block_size = block_size
+        self._forecast = forecast
         self._running: Collection[Sequence] = ()
-        self._owed: int | None = None
+        self._aboard: list[tuple[int, int]] = []  # of each on board: minus the tokens to go, and the blocks held now
+        self._orphans = 0  # blocks held by some that somebody brought who has left
+        self._left = 0  # steps for which these hold
+        self._found: dict[int, int] = {}  # by number: the blocks that it lacks
 
     def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
         self._running = running
-        self._owed = None
+        self._left -= 1
+        if self._left <= 0:
+            self._left = self.RENEW
+            self._aboard = sorted([self._outlook(seq, seq.shared) for seq in running])
+            self._orphans = self._pool.used - sum([len(seq.blocks) - seq.shared for seq in running])
+            self._found.clear()
 
     def cap(self, seq: Sequence, want: int) -> int:
         if seq.state is State.RUNNING:
@@ -149,23 +166,40 @@ class BlockLimit(_Limit):
         return want if self._missing(seq) <= 0 else 0
 
     def boards(self, seq: Sequence) -> None:
-        self._owed = None
+        insort(self._aboard, self._outlook(seq, seq.shared))
+        self._found.clear()
+
+    def leaves(self, seq: Sequence) -> None:
+        self._left = 0
 
     def why(self, seq: Sequence) -> str:
-        return f"it needs {max(1, self._missing(seq))} KV blocks more than are free; running requests must finish first"
+        return (
+            f"it needs {max(1, self._missing(seq))} KV blocks more than will be free when all on board have become as "
+            "long as expected; running requests must finish first"
+        )
 
-    def _still_needed(self, seq: Sequence) -> int:
-        return max(0, -(-(len(seq.tokens) + 1) // self._block_size) - len(seq.blocks))
+    def _outlook(self, seq: Sequence, shared: int) -> tuple[int, int]:
+        return -self._forecast.to_go(seq), -(-(len(seq.tokens) + 1) // self._block_size) - shared
 
     def _missing(self, seq: Sequence) -> int:
         """Blocks that `seq`, whose `blocks` are matched but not yet held, lacks to board."""
         if not self._running:
             return 0  # the door refused what an empty pool cannot hold
-        if self._owed is None:
-            self._owed = sum(self._still_needed(other) for other in self._running)
-        reserve = min(len(self._running), self._pool.num_blocks // 16)
-        taken = self._pool.idle(seq.blocks) + self._still_needed(seq)
-        return taken + self._owed + reserve - self._pool.available
+        to_go, own = self._outlook(seq, len(seq.blocks) - self._pool.idle(seq.blocks))
+        if own > self._pool.available:
+            return own - self._pool.available
+        if seq.number not in self._found:
+            self._found[seq.number] = self._peak((to_go, own)) - self._pool.num_blocks
+        return self._found[seq.number]
+
+    def _peak(self, newcomer: tuple[int, int]) -> int:
+        """The most blocks held at once from now on, if `newcomer` boards."""
+        at = bisect_left(self._aboard, newcomer)
+        held, peak, size = 0, 0, self._block_size
+        for number, (to_go, blocks) in enumerate([*self._aboard[:at], newcomer, *self._aboard[at:]], 1):
+            held += blocks
+            peak = max(peak, held * size - number * to_go)
+        return self._orphans + -(-peak // size)
 
 
 class SharedPrefix(_Limit):
@@ -201,7 +235,7 @@ class SharedPrefix(_Limit):
 
     def _leader(self, seq: Sequence) -> int | None:
         """Who computes the first block that `seq` could match but cannot yet. Its last token is always its own."""
-        first = len(seq.blocks)
+        first = seq.computed // self._block_size
         shareable = (len(seq.tokens) - 1) // self._block_size
         return self._coming.get(seq.keys[first]) if first < min(shareable, len(seq.keys)) else None
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ropeway.contract import GenerateRequest
+from ropeway.contract import GenerateRequest, Tier
 from ropeway.errors import ContextLengthError, NeverFitsError, RequestError
+from ropeway.kv import PreemptionMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +22,25 @@ class Resources:
     chunked_prefill: bool = True
     static_batching: bool = False
     secret: bytes = b"ropeway"
+    tiers: tuple[Tier, ...] = ()
+    tenant_quota: float = 1.0
+    preemption_mode: PreemptionMode = "auto"
 
 
-def check_fits(request: GenerateRequest, res: Resources) -> None:
-    """Raises RequestError, ContextLengthError or NeverFitsError, with the numbers, if `request` could never run."""
+@dataclass
+class Counters:
+    """Totals since the start. Cache figures count tokens of first admissions."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    cache_queries: int = 0
+    cache_hits: int = 0
+    preemptions: int = 0
+
+
+def check_fits(request: GenerateRequest, res: Resources, pinned: int = 0) -> None:
+    """Raises RequestError, ContextLengthError or NeverFitsError, with the numbers, if `request` could never run beside
+    `pinned` blocks."""
     prompt, wanted = len(request.tokens), request.sampling.max_tokens
     if prompt < 1 or wanted < 1:
         raise RequestError(
@@ -37,11 +53,13 @@ def check_fits(request: GenerateRequest, res: Resources) -> None:
         )
     total = min(prompt + wanted, res.max_model_len)
     needed = -(-total // res.block_size)
-    if needed > res.num_blocks:
+    room = res.num_blocks - pinned
+    if needed > room:
         raise NeverFitsError(
             f"The request may grow to {total} tokens ({prompt} of prompt, {wanted} to generate), which needs "
-            f"{needed} KV blocks of {res.block_size} tokens; this server has {res.num_blocks}. Ask for at most "
-            f"{max(0, res.num_blocks * res.block_size - prompt)} tokens, or raise --kv-cache-gib."
+            f"{needed} KV blocks of {res.block_size} tokens; this server has {res.num_blocks}"
+            f"{f', {pinned} of them pinned' if pinned else ''}. Ask for at most "
+            f"{max(0, room * res.block_size - prompt)} tokens, or raise --kv-cache-gib."
         )
     if not res.chunked_prefill and total > res.max_step_tokens:
         raise NeverFitsError(

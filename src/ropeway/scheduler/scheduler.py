@@ -23,13 +23,14 @@ from ropeway.contract import (
     StepPlan,
     StepResult,
     TokenEvent,
-    Usage,
     Why,
 )
 from ropeway.errors import RequestError
-from ropeway.kv import BlockPool, KeyChain
+from ropeway.kv import KeyChain, Memory
 from ropeway.scheduler.budget import Budget
+from ropeway.scheduler.forecast import Forecast
 from ropeway.scheduler.limits import (
+    ANYBODY,
     BlockLimit,
     LengthLimit,
     Limit,
@@ -40,25 +41,18 @@ from ropeway.scheduler.limits import (
     WholePrompt,
 )
 from ropeway.scheduler.order import Order
-from ropeway.scheduler.resources import Resources, check_fits
+from ropeway.scheduler.outlook import Outlook
+from ropeway.scheduler.resources import Counters, Resources, check_fits
 from ropeway.scheduler.sequence import Sequence, State
-from ropeway.scheduler.stops import finish_after, stop_token
+from ropeway.scheduler.stops import final_event, finish_after
 from ropeway.scheduler.victim import Victim
 from ropeway.scheduler.waiting import WaitingRoom
 
 _LOOK = 1024
 """Waiting sequences that a step looks at, at most: those held back by what others compute are passed over."""
 
-
-@dataclass
-class Counters:
-    """Totals since the start. Cache figures count tokens of first admissions."""
-
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    cache_queries: int = 0
-    cache_hits: int = 0
-    preemptions: int = 0
+_HELD = 16
+"""Waiting sequences held back by what they need themselves that a step looks past, at most."""
 
 
 _NONE: list[int] = []
@@ -77,9 +71,15 @@ class _Draft:
 class Scheduler:
     """Owns every KV block and every slot of one executor. See the module for the rule, `plan` for a step."""
 
-    def __init__(self, resources: Resources, order: Order, victim: Victim, budget: Budget) -> None:
+    def __init__(
+        self, resources: Resources, order: Order, victim: Victim, budget: Budget, forecast: Forecast | None = None
+    ) -> None:
         self.resources = resources
-        self.pool = BlockPool(resources.num_blocks, remember=resources.prefix_caching)
+        self.memory = Memory(
+            resources.num_blocks, resources.block_size, resources.tiers, remember=resources.prefix_caching,
+            quota=resources.tenant_quota, mode=resources.preemption_mode,
+        )  # fmt: skip
+        self.pool = self.memory.pool
         self.counters = Counters()
         self.running: list[Sequence] = []  # in order of admission
         self.waiting = WaitingRoom(order, self._cached)
@@ -87,10 +87,12 @@ class Scheduler:
         self._keys = KeyChain(resources.block_size, resources.secret)
         self._victim = victim
         self._budget = budget
+        self._forecast = forecast or Forecast()
+        self._outlook = Outlook(resources, self._forecast)
         self._tokens = TokenLimit()
         self._slots = SlotLimit(resources.slots)
         self._shared = SharedPrefix(resources.block_size)
-        self._blocks = BlockLimit(self.pool, resources.block_size)
+        self._blocks = BlockLimit(self.pool, resources.block_size, self._forecast)
         self._limits: list[Limit] = [
             *([StaticBatch(resources.slots)] if resources.static_batching else []),
             LengthLimit(),
@@ -102,6 +104,7 @@ class Scheduler:
         ]
         self._limits_aboard = [limit for limit in self._limits if limit.aboard]
         self._release: list[int] = []
+        self._calm = True  # the last step put nobody back
         self._step = 0
         self._arrivals = 0
 
@@ -109,7 +112,7 @@ class Scheduler:
 
     def add(self, request: GenerateRequest, now: float) -> None:
         """Let a request wait. Raises RequestError, with the numbers, if it could never run."""
-        check_fits(request, self.resources)
+        check_fits(request, self.resources, self.memory.pins.reserved)
         if request.rid in self._sequences:
             raise RequestError(f"Request id {request.rid} is in use.")
         self._arrivals += 1
@@ -138,11 +141,26 @@ class Scheduler:
             limit.begin(self.running, lambda: line)
         place = {seq.rid: position for position, seq in enumerate(line)}
         wanted = [self._sequences[rid] for rid in rids if rid in self._sequences] if rids else line
-        return [self._explain(seq, place.get(seq.rid, -1), now) for seq in wanted]
+        moments = self._foretell(line[: 1 + max([place.get(seq.rid, -1) for seq in wanted], default=-1)], now)
+        return [self._explain(seq, place.get(seq.rid, -1), moments, now) for seq in wanted]
+
+    def pin(self, name: str, tokens: list[int], salt: str) -> list[Pinned]:
+        """Keep the full blocks of a prefix cached as `name`; give it up if there are no `tokens`. Returns what is
+        pinned. Raises RequestError, with the numbers, if it would take too much."""
+        size, pins = self.resources.block_size, self.memory.pins
+        if tokens:
+            keys: list[bytes] = []
+            self._keys.extend(keys, tokens, salt, len(tokens))
+            largest = max((-(-seq.end // size) for seq in self._sequences.values()), default=0)
+            pins.add(name, keys, self.resources.num_blocks - largest)
+        elif name and not pins.remove(name):
+            raise RequestError(f"No prefix is pinned as {name[:64]!r}.", param="name")
+        return pins.listing(size)
 
     @property
     def busy(self) -> bool:
-        return bool(self._sequences)
+        """Whether there is something to do; copies to a tier that lasts do not wait for somebody to come."""
+        return bool(self._sequences) or bool(self.memory.copies)
 
     # A step
 
@@ -151,27 +169,35 @@ class Scheduler:
         draft = _Draft()
         self._tokens.fill(self._budget.tokens(self.running))
         self._continue_running(draft, now)
-        # Who was just put back must not board again at once: the blocks it gave are meant for others.
-        if not draft.preempted:
+        # Who was just put back must not board again at once: the blocks it gave are meant for others, and who is on
+        # board may want more of them in the next step.
+        if not draft.preempted and (self._calm or not self.running):
             self._board(draft, now)
+        self._calm = not draft.preempted
         if not draft.rows:
+            self._outlook.idle()
+        if not draft.rows and not self.memory.copies:
             return None
         self._step += 1
+        if self.waiting and self._step % Outlook.EVERY == 0:
+            self._foretell(list(islice(self.waiting.line(now), Outlook.SAMPLE)), now)  # to see how good it is
         release, self._release = self._release, []
-        return StepPlan(self._step, release, draft.admit, draft.rows, [])
+        return StepPlan(self._step, release, draft.admit, draft.rows, self.memory.take_copies())
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
         """Take in what a step has computed. Returns news in the plan's order of rows."""
         faults = {plan.rows[fault.row].rid: fault for fault in result.faults}
         sequences = self._sequences
         events = []
+        for key in result.lost:
+            self._lose(key, now)
         for row, tokens in zip(plan.rows, result.tokens, strict=True):
             seq = sequences.get(row.rid)
             if seq is None or seq.epoch != row.epoch:
                 continue  # cancelled or preempted while the step was under way
             if faults and row.rid in faults:
                 # What made it fail may already be in its earlier blocks: nobody may build on them.
-                self.pool.forget(seq.blocks)
+                self.memory.forget(seq.keys[: seq.published])
                 error = ErrorInfo(faults[row.rid].code, faults[row.rid].message)
                 events.append(self._finish(seq, FinishReason.FAILED, now, error))
                 continue
@@ -180,12 +206,15 @@ class Scheduler:
                 self._publish(seq)
             if row.emit:
                 events.append(self._append(seq, tokens, now))
-        self._budget.learn(plan, result.seconds)
+        if plan.rows:
+            self._budget.learn(plan, result.seconds - sum(result.copy_seconds))
+        self.memory.learn(plan, result)
+        self._outlook.stepped(now)
         return events
 
     def check(self) -> None:
         """Raise AssertionError unless all invariants hold. For tests; linear in everything."""
-        self.pool.check([seq.blocks for seq in self.running])
+        self.memory.check([seq.blocks for seq in self.running])
         slots = [seq.slot for seq in self.running]
         if sorted(slots + self._slots.free) != list(range(self.resources.slots)):
             raise AssertionError(f"slots are lost or doubled: running {slots}, free {self._slots.free}")
@@ -227,7 +256,7 @@ class Scheduler:
         candidates = self.running[1:]
         if not candidates:
             return None
-        victim = self._victim.pick(candidates)
+        victim = self._victim.pick(candidates, self._forecast)
         for row in draft.rows:
             if row.rid == victim.rid:
                 draft.rows.remove(row)
@@ -240,6 +269,7 @@ class Scheduler:
         victim.known = len(victim.tokens)
         victim.computed = victim.committed = victim.published = 0
         self.counters.preemptions += 1
+        self._forecast.preempted()
         self.waiting.add(victim, now)
         draft.preempted = True
         return victim
@@ -249,16 +279,21 @@ class Scheduler:
             return
         for limit in self._limits:
             limit.begin(self.running, lambda: list(self.waiting.line(now)))
+        held: list[Sequence] = []
         for seq in islice(self.waiting.line(now), _LOOK):
             self._match(seq)
             count, holder = self._cap(seq, self._limits)
             if count > 0:
                 self._admit(seq, draft, now)
                 self._run(seq, count, draft)
-            else:
-                self._unmatch(seq)
-                if holder is None or not holder.passes:
-                    break
+                for other in held:
+                    other.passed += 1
+                continue
+            self._unmatch(seq)
+            if holder is None or seq.passed >= holder.passes or len(held) >= _HELD:
+                break
+            if holder.passes < ANYBODY:
+                held.append(seq)
 
     def _cap(self, seq: Sequence, limits: list[Limit]) -> tuple[int, Limit | None]:
         """How many tokens `seq` may run, and which of `limits` held it to that."""
@@ -275,8 +310,10 @@ class Scheduler:
         """Look up the cached beginning of a waiting sequence. At least one token stays to be computed."""
         if self.resources.prefix_caching:
             self._keys.extend(seq.keys, seq.tokens, seq.request.salt, len(seq.tokens))
-            seq.blocks = self.pool.match(seq.keys[: (len(seq.tokens) - 1) // self.resources.block_size])
-            seq.computed = len(seq.blocks) * self.resources.block_size
+            keys = seq.keys[: (len(seq.tokens) - 1) // self.resources.block_size]
+            seq.blocks = self.pool.match(keys)
+            cached = len(seq.blocks) + self.memory.beneath(keys[len(seq.blocks) :], again=seq.preemptions > 0)
+            seq.computed = cached * self.resources.block_size
 
     def _cached(self, seq: Sequence) -> int:
         """How many tokens of a waiting sequence are cached."""
@@ -291,9 +328,13 @@ class Scheduler:
     def _admit(self, seq: Sequence, draft: _Draft, now: float) -> None:
         seq.shared = len(seq.blocks) - self.pool.idle(seq.blocks)
         self.pool.share(seq.blocks)
+        beneath = seq.keys[len(seq.blocks) : seq.computed // self.resources.block_size]
+        seq.blocks += self.memory.bring(beneath, seq.request.tenant)
         seq.move(State.RUNNING)
         self.waiting.remove(seq)
         self.waiting.order.boards(seq, now)
+        self._outlook.boards(seq, now)
+        seq.passed = 0
         seq.published = len(seq.blocks)
         seq.committed = seq.computed
         seq.due = (seq.published + 1) * self.resources.block_size if self.resources.prefix_caching else seq.end
@@ -354,7 +395,7 @@ class Scheduler:
             return
         self._keys.extend(seq.keys, seq.tokens, seq.request.salt, seq.committed)
         for index in range(seq.published, full):
-            self.pool.publish(seq.blocks[index], seq.keys[index])
+            self.memory.publish(seq.blocks[index], seq.keys[index], seq.request.tenant)
         self._shared.settle(seq, seq.keys[seq.published : full])
         seq.published = full
         seq.due = (full + 1) * self.resources.block_size
@@ -371,22 +412,13 @@ class Scheduler:
             self._vacate(seq)
         else:
             self.waiting.remove(seq)
+            self._outlook.leaves(seq)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._forecast.ended(seq)
         seq.finish = reason
         seq.move(State.FINISHED)
         del self._sequences[seq.rid]
-
-        def since(moment: float | None) -> float | None:
-            return None if moment is None else moment - seq.arrival
-
-        usage = Usage(
-            prompt_tokens=seq.prompt_len, completion_tokens=seq.output_len, cached_tokens=seq.cached,
-            preemptions=seq.preemptions, first_scheduled_s=since(seq.first_scheduled),
-            first_token_s=since(seq.first_token), total_s=now - seq.arrival,
-        )  # fmt: skip
-        return TokenEvent(
-            seq.rid, tokens or [], cached_tokens=seq.cached, finish=reason, stop_token=stop_token(seq), error=error,
-            usage=usage,
-        )  # fmt: skip
+        return final_event(seq, now, error, tokens or [])
 
     def _vacate(self, seq: Sequence) -> None:
         """Give back seat and blocks. Plans run in order, so the next plan may hand both out again even while a step
@@ -401,15 +433,21 @@ class Scheduler:
 
     # What people may ask
 
-    def _explain(self, seq: Sequence, position: int, now: float) -> Why:
+    def _foretell(self, line: list[Sequence], now: float) -> list[float]:
+        tokens = max(1, self._budget.tokens(self.running) - len(self.running))
+        return self._outlook.foretell(self.running, line, self._cached, tokens, now)
+
+    def _explain(self, seq: Sequence, position: int, moments: list[float], now: float) -> Why:
         if seq.state is State.RUNNING:
             reason = f"it runs: {seq.computed} of {len(seq.tokens)} known tokens are computed"
             return Why(seq.rid, seq.state.value, position, "", reason)
         self._match(seq)
         _, holder = self._cap(seq, self._limits)
+        name = holder.name if holder is not None else ""
         why = holder.why(seq) if holder is not None else "it boards with the next step"
         self._unmatch(seq)
-        if position > 0 and not (holder is not None and holder.passes):
-            reason = f"{position} requests stand before it; {self.waiting.explain(seq, now)}"
-            return Why(seq.rid, seq.state.value, position, self.waiting.order.name, reason)
-        return Why(seq.rid, seq.state.value, position, holder.name if holder else "", why)
+        if position > 0 and (holder is None or holder.passes < ANYBODY):
+            name = self.waiting.order.name
+            why = f"{position} requests stand before it; {self.waiting.explain(seq, now)}"
+        eta = moments[position] - now if moments else None
+        return Why(seq.rid, seq.state.value, position, name, why, eta, self._outlook.error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ropeway.contract import FinishReason
+from ropeway.contract import ErrorInfo, FinishReason, TokenEvent, Usage
 from ropeway.scheduler.sequence import Sequence
 
 
@@ -13,8 +13,21 @@ def finish_after(seq: Sequence) -> FinishReason | None:
     return FinishReason.LENGTH if len(seq.tokens) >= seq.end else None
 
 
-def stop_token(seq: Sequence) -> int | None:
-    """The client's own stop token that ended `seq`, if one did (the model's end token does not count)."""
-    last = seq.tokens[-1]
-    ended = seq.finish is FinishReason.STOP and last in seq.request.sampling.stop_token_ids
-    return last if ended and last not in seq.request.eos_ids else None
+def final_event(seq: Sequence, now: float, error: ErrorInfo | None, tokens: list[int]) -> TokenEvent:
+    """The last news of `seq`, which has ended: its last `tokens`, and what it has cost."""
+
+    def since(moment: float | None) -> float | None:
+        return None if moment is None else moment - seq.arrival
+
+    usage = Usage(
+        prompt_tokens=seq.prompt_len, completion_tokens=seq.output_len, cached_tokens=seq.cached,
+        preemptions=seq.preemptions, first_scheduled_s=since(seq.first_scheduled),
+        first_token_s=since(seq.first_token), total_s=now - seq.arrival,
+    )  # fmt: skip
+    # The client's own stop token that ended it, if one did: the model's end token does not count.
+    last, request = seq.tokens[-1], seq.request
+    own = last in request.sampling.stop_token_ids and last not in request.eos_ids
+    return TokenEvent(
+        seq.rid, tokens, cached_tokens=seq.cached, finish=seq.finish, error=error, usage=usage,
+        stop_token=last if own and seq.finish is FinishReason.STOP else None,
+    )  # fmt: skip
