@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ropeway.kv import BlockPool, KeyChain
+from ropeway.kv.pool import CREDIT
 
 SIZE = 4
 
@@ -15,15 +16,16 @@ SIZE = 4
 class PoolMachine(RuleBasedStateMachine):
     """Tables of blocks as sequences would hold them; contents are written when a block is allocated."""
 
-    @initialize(blocks=st.integers(1, 24))
-    def start(self, blocks: int) -> None:
-        self.pool = BlockPool(blocks)
+    @initialize(blocks=st.integers(1, 24), quota=st.sampled_from([1.0, 0.5, 0.2]))
+    def start(self, blocks: int, quota: float) -> None:
+        self.lost: list[tuple[int, bytes, str]] = []
+        self.pool = BlockPool(blocks, quota=quota, evicting=lambda *lost: self.lost.append(lost))
         self.chain = KeyChain(SIZE, b"secret")
         self.tables: list[tuple[list[int], list[int]]] = []  # (tokens, blocks)
         self.content: dict[int, tuple[int, ...]] = {}
 
-    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=40))
-    def board(self, tokens: list[int]) -> None:
+    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=40), owner=st.sampled_from(["", "a", "b", "c"]))
+    def board(self, tokens: list[int], owner: str) -> None:
         keys: list[bytes] = []
         self.chain.extend(keys, tokens, "", len(tokens))
         matched = self.pool.match(keys)
@@ -33,14 +35,17 @@ class PoolMachine(RuleBasedStateMachine):
         if self.pool.available - self.pool.idle(matched) < needed:
             return
         self.pool.share(matched)
+        self.lost.clear()
         fresh = self.pool.alloc(needed)
         assert fresh is not None
+        assert {block for block, _, _ in self.lost} <= set(fresh), "only what is handed out is lost"
+        assert all(self.pool.find(key) is None for _, key, _ in self.lost)
         assert len(set(fresh) | set(matched)) == len(fresh) + len(matched)
         table = matched + fresh
         for index, block in enumerate(table[len(matched) :], len(matched)):
             self.content[block] = tuple(tokens[: (index + 1) * SIZE])
         for index, key in enumerate(keys):
-            self.pool.publish(table[index], key)
+            self.pool.publish(table[index], key, owner)
         self.tables.append((tokens, table))
 
     @precondition(lambda self: self.tables)
@@ -48,6 +53,23 @@ class PoolMachine(RuleBasedStateMachine):
     def leave(self, pick: int) -> None:
         _, table = self.tables.pop(pick % len(self.tables))
         self.pool.release(table)
+
+    @rule(tokens=st.lists(st.integers(0, 2), min_size=SIZE, max_size=40))
+    def spoil(self, tokens: list[int]) -> None:
+        keys: list[bytes] = []
+        self.chain.extend(keys, tokens, "", len(tokens))
+        self.pool.forget(self.pool.match(keys))
+        assert self.pool.match(keys) == []
+
+    @rule(name=st.binary(min_size=16, max_size=16))
+    def keep(self, name: bytes) -> None:
+        room = self.pool.available
+        block = self.pool.keep(name, "z") if self.pool.find(name) is None else self.pool.find(name)
+        assert (block is None) == (room == 0)
+        if block is not None:
+            assert self.pool.find(name) == block
+            self.content[block] = ()
+        assert self.pool.available == room
 
     @rule()
     def too_many(self) -> None:
@@ -113,6 +135,65 @@ def test_a_shared_block_comes_home_with_its_last_holder() -> None:
     assert pool.available == 2
     with pytest.raises(ValueError, match="nobody holds it"):
         pool.release(blocks)
+
+
+def test_what_was_asked_for_often_outlives_what_came_later() -> None:
+    pool = BlockPool(4)
+    often = _publish(pool, "o")
+    pool.release(often)
+    pool.share(often)
+    pool.release(often)
+    for name in "abcdefgh":
+        pool.release(_publish(pool, name))
+    assert pool.match([b"o"]) == often
+
+
+def test_credit_runs_out() -> None:
+    pool = BlockPool(4)
+    often = _publish(pool, "o")
+    pool.release(often)
+    pool.share(often)
+    pool.release(often)
+    for number in range(CREDIT + 10):
+        pool.release(_publish(pool, chr(1000 + number)))
+    assert pool.match([b"o"]) == []
+
+
+def test_content_that_was_lost_and_comes_again_has_its_credit() -> None:
+    pool = BlockPool(4)
+    for number in range(8):
+        pool.release(_publish(pool, chr(1000 + number)))
+    first = chr(1000)
+    assert pool.match([first.encode()]) == []
+    again = _publish(pool, first)
+    pool.release(again)
+    for number in range(8):
+        pool.release(_publish(pool, chr(2000 + number)))
+    assert pool.match([first.encode()]) == again
+
+
+def test_an_owner_above_his_quota_loses_his_own_content_first() -> None:
+    pool = BlockPool(8, quota=0.5)
+    modest = pool.alloc(3)
+    assert modest is not None
+    for block, name in zip(modest, "xyz", strict=True):
+        pool.publish(block, name.encode(), "modest")
+    pool.release(modest)
+    for number in range(40):
+        blocks = pool.alloc(1)
+        assert blocks is not None
+        pool.publish(blocks[0], b"%d" % number, "greedy")
+        pool.release(blocks)
+    assert pool.match([b"x", b"y", b"z"]) == modest
+    assert pool.remembered == 8, "room that nobody else wants may be used"
+
+
+def test_kept_content_is_there_from_the_start() -> None:
+    pool = BlockPool(4, kept=[(2, b"c"), (0, b"a")])
+    assert pool.match([b"a", b"c"]) == [0, 2]
+    assert set(pool.alloc(2) or ()) == {1, 3}
+    assert pool.alloc(1) == [2], "the least recently used of what was kept goes first"
+    pool.check([[1, 3, 2]])
 
 
 def test_nothing_is_remembered_when_the_cache_is_off() -> None:

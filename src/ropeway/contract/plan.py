@@ -9,7 +9,7 @@ from msgspec import Struct
 from ropeway.contract.request import SamplingParams
 
 
-class Admit(Struct, frozen=True):
+class Admit(Struct, frozen=True, array_like=True):
     """A sequence takes a slot. `tokens` is all that is known of it (prompt, and output kept over a preemption);
     `blocks` are the pool's ids that already hold its first `computed` tokens (prefix-cache hits)."""
 
@@ -24,7 +24,7 @@ class Admit(Struct, frozen=True):
     eos_ids: tuple[int, ...]
 
 
-class Row(Struct, frozen=True, gc=False):
+class Row(Struct, frozen=True, array_like=True, gc=False):
     """Compute tokens [start, start + count) of a sequence. `new_blocks` are appended to the slot's block table first.
     `emit` is true when the row reaches the end of what is known, so that its last position yields a token."""
 
@@ -37,7 +37,7 @@ class Row(Struct, frozen=True, gc=False):
     new_blocks: list[int]
 
 
-class BlockCopy(Struct, frozen=True, gc=False):
+class BlockCopy(Struct, frozen=True, array_like=True, gc=False):
     """Copy block `source` of tier `source_tier` over block `target` of tier `target_tier` before the step's rows.
 
     `key` names the content, so that a tier which outlives the process finds it again; content without a name is not
@@ -50,7 +50,7 @@ class BlockCopy(Struct, frozen=True, gc=False):
     key: bytes = b""
 
 
-class StepPlan(Struct, frozen=True, dict=True):
+class StepPlan(Struct, frozen=True, array_like=True, dict=True):
     """One step. Executed in this order: `release` slots, `admit`, `copies`, `rows`.
     Slots and blocks freed by a plan may be reused by the same plan."""
 

@@ -2,5 +2,6 @@
 
 from ropeway.kv.keys import KeyChain
 from ropeway.kv.pool import BlockPool
+from ropeway.kv.tiers import Memory, PreemptionMode
 
-__all__ = ["BlockPool", "KeyChain"]
+__all__ = ["BlockPool", "KeyChain", "Memory", "PreemptionMode"]

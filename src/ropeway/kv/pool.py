@@ -1,32 +1,75 @@
 """The pool of KV blocks: match, share, alloc, release, publish, forget, and a check.
 
 A block is free (nobody holds it), private (one holder) or shared (several). A free block may still carry a key: its
-content is remembered and can be matched until the block is handed out again. Free blocks form one doubly linked list
-threaded through two integer lists. Blocks without a key are taken from the front first, then remembered ones in
-least-recently-released order. Every verb is O(1) for each block.
+content is remembered and can be matched until the block is handed out again. Free blocks without a key are handed out
+first, then remembered ones, least valuable first. Every verb is O(1) for each block.
+
+What a remembered block is worth: when it was last released, and a credit for each time that its content was asked for
+again. Blocks of equal credit form a line in order of release, so the least valuable one is at the head of one of a few
+lines. The names of content that was lost last are kept with its credit, in case that it comes again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+LEVELS = 4
+CREDIT = 500
+"""Releases, most of them of whole requests, that having been asked for once more outweighs."""
+PAST = 1 << 14
+"""Names of lost content that are kept."""
+
+
+class Age:
+    """What pools tell time by: releases, counted by all pools that share it."""
+
+    def __init__(self) -> None:
+        self.now = 0
 
 
 class BlockPool:
-    """`num_blocks` blocks, named 0 to num_blocks - 1. `remember` False turns the prefix cache off."""
+    """`num_blocks` blocks, named 0 to num_blocks - 1. `remember` False turns the prefix cache off.
 
-    def __init__(self, num_blocks: int, *, remember: bool = True) -> None:
+    An owner (but "") whose remembered blocks are more than the share `quota` of the pool loses his own first.
+    `evicting` hears of the block, key and owner of a remembered block that is about to be handed out again. `kept` are
+    blocks that are remembered from the start, with their keys, least recently used first.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        remember: bool = True,
+        quota: float = 1.0,
+        evicting: Callable[[int, bytes, str], None] | None = None,
+        kept: Iterable[tuple[int, bytes]] = (),
+        age: Age | None = None,
+    ) -> None:
         if num_blocks < 1:
             raise ValueError(f"a pool needs at least one block, not {num_blocks}")
         self.num_blocks = num_blocks
         self.remember = remember
+        self.available = num_blocks
+        self._quota = int(quota * num_blocks)
+        self._rationed = quota < 1
+        self._evicting = evicting
         self._holders = [0] * num_blocks
         self._key: list[bytes | None] = [None] * num_blocks
         self._by_key: dict[bytes, int] = {}
-        # The free list: `end` is a sentinel that is both before the first and after the last block.
-        self._end = num_blocks
-        self._next = [*range(1, num_blocks + 1), 0]
-        self._prev = [num_blocks, *range(num_blocks)]
-        self.available = num_blocks
+        self._past = OrderedDict[bytes, int]()  # names of lost content, and its level
+        self._blank = list(range(num_blocks - 1, -1, -1))  # free and without a key, the next last
+        self._level = [0] * num_blocks
+        self._lines = [OrderedDict[int, int]() for _ in range(LEVELS)]  # free and remembered: block to time of release
+        self._age = age or Age()
+        self._owner = [""] * num_blocks
+        self._owned: dict[str, int] = {}
+        self._free_of: dict[str, OrderedDict[int, None]] = {}
+        self._greedy = OrderedDict[str, None]()  # owners above their quota
+        for block, key in kept:
+            self._name(block, key, "")
+            self._put(block)
+        self._blank = [block for block in self._blank if self._key[block] is None]
 
     @property
     def used(self) -> int:
@@ -37,6 +80,10 @@ class BlockPool:
     def remembered(self) -> int:
         """Blocks, held or free, that can be matched."""
         return len(self._by_key)
+
+    def find(self, key: bytes) -> int | None:
+        """The block with the content named `key`, if it is remembered."""
+        return self._by_key.get(key)
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of the longest run of `keys`, from the first on, that are remembered. Changes nothing."""
@@ -56,9 +103,10 @@ class BlockPool:
         """Become one more holder of each of these (matched) blocks."""
         for block in blocks:
             if self._holders[block] == 0:
-                self._unlink(block)
+                self._take(block)
                 self.available -= 1
             self._holders[block] += 1
+            self.refresh(block)
 
     def alloc(self, count: int) -> list[int] | None:
         """`count` blocks for one holder, forgetting remembered content where needed; None if there are too few."""
@@ -66,9 +114,7 @@ class BlockPool:
             return None
         taken = []
         for _ in range(count):
-            block = self._next[self._end]
-            self._unlink(block)
-            self._forget(block)
+            block = self._blank.pop() if self._blank else self._evict()
             self._holders[block] = 1
             taken.append(block)
         self.available -= count
@@ -79,46 +125,82 @@ class BlockPool:
 
         The last is freed first, so that a chain of remembered blocks loses its leaves before its root.
         """
+        self._age.now += 1
         for block in reversed(blocks):
             if self._holders[block] <= 0:
                 raise ValueError(f"block {block} is released but nobody holds it")
             self._holders[block] -= 1
             if self._holders[block] == 0:
-                self._link(block, first=self._key[block] is None)
+                self._put(block)
                 self.available += 1
 
-    def publish(self, block: int, key: bytes) -> None:
-        """Remember that held `block` has the content named `key`. The first block published under a key keeps it."""
+    def publish(self, block: int, key: bytes, owner: str = "") -> bool:
+        """Remember that held `block` has the content named `key`, if no other block has. False if it is not news."""
         if self._holders[block] <= 0:
             raise ValueError(f"block {block} is published but nobody holds it")
-        if not self.remember or self._key[block] is not None or key in self._by_key:
-            return
-        self._key[block] = key
-        self._by_key[key] = block
+        if not self.remember or self._key[block] is not None:
+            return False
+        known = self._by_key.get(key)
+        if known is not None:
+            self.refresh(known)
+            return False
+        self._name(block, key, owner)
+        self._level[block] = min(self._past.pop(key, -1) + 1, LEVELS - 1)
+        return True
+
+    def keep(self, key: bytes, owner: str) -> int | None:
+        """A block that remembers content named `key`, which is not here yet, and that nobody holds; None if all are
+        held."""
+        taken = self.alloc(1)
+        if taken is None:
+            return None
+        self.publish(taken[0], key, owner)
+        self._holders[taken[0]] = 0
+        self._put(taken[0])
+        self.available += 1
+        return taken[0]
+
+    def refresh(self, block: int) -> None:
+        """The content of a remembered block was asked for."""
+        free = self._holders[block] == 0
+        if free:
+            self._take(block)
+        self._level[block] = min(self._level[block] + 1, LEVELS - 1)
+        if free:
+            self._put(block)
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Let the content of these blocks, held or free, be matched no more."""
         for block in blocks:
+            free = self._holders[block] == 0 and self._key[block] is not None
+            if free:
+                self._take(block)
             self._forget(block)
+            if free:
+                self._put(block)
 
     def check(self, tables: Iterable[Sequence[int]] | None = None) -> None:
         """Raise AssertionError unless all invariants hold; `tables` are the block tables of all holders, if known."""
-        free = []
-        block = self._next[self._end]
-        while block != self._end:
-            if self._prev[self._next[block]] != block:
-                raise AssertionError(f"the free list is broken at block {block}")
-            free.append(block)
-            if len(free) > self.num_blocks:
-                raise AssertionError("the free list has a loop")
-            block = self._next[block]
-        if len(free) != self.available or len(set(free)) != len(free):
-            raise AssertionError(f"{len(free)} blocks are in the free list but {self.available} are counted")
-        held = {b for b in range(self.num_blocks) if self._holders[b] > 0}
-        if held & set(free) or len(held) + len(free) != self.num_blocks:
+        kept = [block for line in self._lines for block in line]
+        free = {*kept, *self._blank}
+        if len(free) != len(kept) + len(self._blank) or len(free) != self.available:
+            raise AssertionError(f"{len(free)} different blocks are free but {self.available} are counted")
+        if free != {b for b in range(self.num_blocks) if self._holders[b] == 0}:
             raise AssertionError("a block is both held and free, or neither")
+        if any(self._key[b] is None for b in kept) or any(self._key[b] is not None for b in self._blank):
+            raise AssertionError("a block without a key is in a line, or one with a key is not")
         if {key: b for b, key in enumerate(self._key) if key is not None} != self._by_key:
             raise AssertionError("the index of keys disagrees with the blocks")
+        for level, line in enumerate(self._lines):
+            if list(line.values()) != sorted(line.values()) or any(self._level[b] != level for b in line):
+                raise AssertionError(f"line {level} is not in order of release, or holds a block of another level")
+        owned: dict[str, int] = {}
+        for b in self._by_key.values():
+            owned[self._owner[b]] = owned.get(self._owner[b], 0) + 1
+        if owned != self._owned or {o for o, n in owned.items() if o and n > self._quota} != set(self._greedy):
+            raise AssertionError("the numbers of blocks that owners have are wrong")
+        if self._rationed and sorted(b for line in self._free_of.values() for b in line) != sorted(kept):
+            raise AssertionError("the lines of owners disagree with those of levels")
         if tables is not None:
             counted = [0] * self.num_blocks
             for table in tables:
@@ -129,19 +211,60 @@ class BlockPool:
             if counted != self._holders:
                 raise AssertionError("the numbers of holders disagree with the block tables")
 
-    def _forget(self, block: int) -> None:
+    def _evict(self) -> int:
+        """The least valuable remembered block, nameless and in nobody's line."""
+        block = self._least()
         key = self._key[block]
         if key is not None:
-            del self._by_key[key]
-            self._key[block] = None
+            if self._evicting is not None:
+                self._evicting(block, key, self._owner[block])
+            self._past[key] = self._level[block]
+            if len(self._past) > PAST:
+                self._past.popitem(last=False)
+        self._take(block)
+        self._forget(block)
+        return block
 
-    def _unlink(self, block: int) -> None:
-        before, after = self._prev[block], self._next[block]
-        self._next[before] = after
-        self._prev[after] = before
+    def _least(self) -> int:
+        for owner in self._greedy:  # never more than 1 / quota
+            if owner in self._free_of:
+                return next(iter(self._free_of[owner]))
+        heads = ((*next(iter(line.items())), level) for level, line in enumerate(self._lines) if line)
+        return min(heads, key=lambda head: head[1] + head[2] * CREDIT)[0]
 
-    def _link(self, block: int, *, first: bool) -> None:
-        before = self._end if first else self._prev[self._end]
-        after = self._next[before]
-        self._next[before] = self._prev[after] = block
-        self._prev[block], self._next[block] = before, after
+    def _name(self, block: int, key: bytes, owner: str) -> None:
+        self._key[block], self._owner[block], self._level[block] = key, owner, 0
+        self._by_key[key] = block
+        self._owned[owner] = self._owned.get(owner, 0) + 1
+        if owner and self._owned[owner] > self._quota:
+            self._greedy[owner] = None
+
+    def _forget(self, block: int) -> None:
+        key, owner = self._key[block], self._owner[block]
+        if key is None:
+            return
+        del self._by_key[key]
+        self._key[block] = None
+        self._owned[owner] -= 1
+        if self._owned[owner] <= self._quota:
+            self._greedy.pop(owner, None)
+        if not self._owned[owner]:
+            del self._owned[owner]
+
+    def _take(self, block: int) -> None:
+        """Out of the free and remembered ones."""
+        del self._lines[self._level[block]][block]
+        if self._rationed:
+            mine = self._free_of[self._owner[block]]
+            del mine[block]
+            if not mine:
+                del self._free_of[self._owner[block]]
+
+    def _put(self, block: int) -> None:
+        """Into the free ones, as the last of its line."""
+        if self._key[block] is None:
+            self._blank.append(block)
+            return
+        self._lines[self._level[block]][block] = self._age.now
+        if self._rationed:
+            self._free_of.setdefault(self._owner[block], OrderedDict())[block] = None

@@ -19,6 +19,7 @@ from ropeway.contract import (
     ErrorInfo,
     FinishReason,
     GenerateRequest,
+    Pinned,
     Row,
     StepPlan,
     StepResult,
@@ -262,17 +263,27 @@ class Scheduler:
                 draft.rows.remove(row)
                 self._tokens.left += row.count
                 break
-        self._vacate(victim)
-        victim.move(State.QUEUED)
-        victim.epoch += 1
-        victim.preemptions += 1
-        victim.known = len(victim.tokens)
-        victim.computed = victim.committed = victim.published = 0
-        self.counters.preemptions += 1
+        self._requeue(victim, now)
         self._forecast.preempted()
-        self.waiting.add(victim, now)
         draft.preempted = True
         return victim
+
+    def _requeue(self, seq: Sequence, now: float) -> None:
+        self._vacate(seq)
+        seq.move(State.QUEUED)
+        seq.epoch += 1
+        seq.preemptions += 1
+        seq.known = len(seq.tokens)
+        seq.computed = seq.committed = seq.published = 0
+        self.counters.preemptions += 1
+        self.waiting.add(seq, now)
+
+    def _lose(self, key: bytes, now: float) -> None:
+        """Content that was brought back is damaged: whoever holds it starts again without."""
+        block = self.pool.find(key)
+        for seq in [seq for seq in self.running if block in seq.blocks]:
+            self._requeue(seq, now)
+        self.memory.forget([key])
 
     def _board(self, draft: _Draft, now: float) -> None:
         if not self.waiting or not self._slots.free or self._tokens.left <= 0:
