@@ -67,6 +67,29 @@ class EngineConfig:
     kv_cache_dtype: Literal["auto", "int8"] = _option(
         "auto", "Memory", "Type of K and V in the cache; 'auto' is the model's, 'int8' holds nearly twice the tokens."
     )
+    kv_host_gib: float | None = _option(
+        None,
+        "Memory",
+        "GiB of RAM for KV blocks that the cache gives up; on a CPU a quota of the same RAM.",
+        low=0.0001,
+    )
+    kv_disk_gib: float | None = _option(
+        None, "Memory", "GiB on disk for KV blocks, which are there again after a restart.", low=0.0001
+    )
+    kv_disk_path: str | None = _option(None, "Memory", "Directory for kv-disk-gib; one for each engine.")
+    kv_tenant_quota: float = _option(
+        1.0,
+        "Memory",
+        "Share of each tier's blocks above which a tenant loses its own cached ones first.",
+        low=0.001,
+        high=1.0,
+    )
+    preemption_mode: Literal["auto", "swap", "recompute"] = _option(
+        "auto",
+        "Memory",
+        "What becomes of the blocks of a request that is put back: 'swap' moves them through the tiers, 'recompute' "
+        "does without; 'auto' moves blocks wherever that was measured to be faster than computing them.",
+    )
     num_kv_blocks: int | None = _option(None, "Memory", "Exact number of KV blocks; overrides kv-cache-gib.", low=1)
     gpu_memory_utilization: float | None = _option(
         None,
@@ -379,6 +402,17 @@ def check(engine: EngineConfig) -> EngineConfig:
     if engine.block_size & (engine.block_size - 1):
         raise ConfigError(f"block_size is {engine.block_size}; it must be 8, 16, 32 or 64.", param="block_size")
     weights_of(engine.tenant_weights)
+    if (engine.kv_disk_gib is None) != (engine.kv_disk_path is None):
+        given, missing = ("gib", "path") if engine.kv_disk_path is None else ("path", "gib")
+        raise ConfigError(
+            f"kv_disk_{given} is given without kv_disk_{missing}. Give both, or neither.", param=f"kv_disk_{missing}"
+        )
+    if not engine.enable_prefix_caching and (engine.kv_host_gib or engine.kv_disk_gib):
+        raise ConfigError(
+            "kv_host_gib and kv_disk_gib keep cached blocks, but prefix caching is off. Leave them out, or do not "
+            "switch it off.",
+            param="enable_prefix_caching",
+        )
     if engine.tensor_parallel_size != 1:
         raise ConfigError(
             f"tensor_parallel_size is {engine.tensor_parallel_size}, but this version runs on one device. Use 1.",

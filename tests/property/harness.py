@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from ropeway.contract import ExecutorInfo, FinishReason, GenerateRequest, SamplingParams, StepPlan, TokenEvent
+from ropeway.contract import (
+    BlockCopy,
+    ExecutorInfo,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    StepPlan,
+    Tier,
+    TokenEvent,
+)
+from ropeway.kv import PreemptionMode
 from ropeway.scheduler import (
     FixedTokens,
     Forecast,
@@ -20,6 +31,7 @@ from ropeway.scheduler import (
 )
 from ropeway.scheduler.sequence import Sequence
 from ropeway.sim import FakeExecutor, VirtualClock, expected_tokens
+from ropeway.sim.executor import Content
 
 
 class Blind(Forecast):
@@ -47,6 +59,11 @@ class World:
     vocab_size: int = 50
     target_latency: bool = False
     foresight: bool = False
+    tiers: tuple[Tier, ...] = ()
+    mode: PreemptionMode = "swap"
+    quota: float = 1.0
+    spoilt: Callable[[BlockCopy], bool] = lambda copy: False
+    kept: dict[str, dict[int, Content]] | None = None
     requests: dict[int, GenerateRequest] = field(default_factory=dict)
     output: dict[int, list[int]] = field(default_factory=dict)
     final: dict[int, TokenEvent] = field(default_factory=dict)
@@ -56,15 +73,17 @@ class World:
         self.info = ExecutorInfo(
             model="fake", device="sim", dtype="none", num_blocks=self.num_blocks, block_size=self.block_size,
             max_slots=self.slots, max_model_len=self.max_model_len, vocab_size=self.vocab_size, depth=self.depth,
+            tiers=list(self.tiers),
         )  # fmt: skip
         self.clock = VirtualClock()
-        self.executor = FakeExecutor(self.info, clock=self.clock)
+        self.executor = FakeExecutor(self.info, clock=self.clock, spoilt=self.spoilt, kept=self.kept)
         self.scheduler = Scheduler(
             Resources(
                 num_blocks=self.num_blocks, block_size=self.block_size, slots=self.slots,
                 max_model_len=self.max_model_len, max_step_tokens=self.max_step_tokens,
                 prefix_caching=self.prefix_caching, chunked_prefill=self.chunked_prefill,
-                static_batching=self.static_batching,
+                static_batching=self.static_batching, tiers=tuple(self.executor.info.tiers),
+                tenant_quota=self.quota, preemption_mode=self.mode,
             ),
             make_order(self.policy, self.rules),
             MostToGo() if self.policy.startswith("priority") else Newest(),
@@ -159,4 +178,5 @@ def random_request(random: Random, rid: int, world: World, *, longest: int = 80)
         eos_ids=(7,) if random.random() < 0.7 else (),
         priority=random.randint(-1, 3),
         salt=random.choice(["", "", "tenant"]),
+        tenant=random.choice(["", "a", "b"]),
     )

@@ -18,6 +18,8 @@ from ropeway.contract import (
     Explained,
     FinishReason,
     Ordered,
+    Pin,
+    Pins,
     Ready,
     Reorder,
     Report,
@@ -31,7 +33,7 @@ from ropeway.engine.channel import Channel
 from ropeway.engine.clock import Clock, SystemClock
 from ropeway.engine.executor import Executor
 from ropeway.engine.intake import Intake
-from ropeway.errors import ConfigError, EngineError
+from ropeway.errors import ConfigError, EngineError, RequestError
 from ropeway.scheduler import (
     Budget,
     FixedTokens,
@@ -58,6 +60,9 @@ def make_scheduler(config: EngineConfig, executor: Executor, secret: bytes) -> S
         chunked_prefill=config.enable_chunked_prefill,
         static_batching=config.batching == "static",
         secret=secret,
+        tiers=tuple(info.tiers),
+        tenant_quota=config.kv_tenant_quota,
+        preemption_mode=config.preemption_mode,
     )
     return Scheduler(resources, policy_order(config), MostToGo(), make_budget(config))
 
@@ -96,10 +101,11 @@ class Engine:
         secret: bytes | None = None,
         max_queue: int | None = None,
     ) -> None:
-        """`secret` keys the prefix cache (random if None). `max_queue` overrides the configured bound of the queue."""
+        """`secret` keys the prefix cache (random unless a tier has kept one). `max_queue` overrides the configured
+        bound of the queue."""
         self.executor = executor
         self._config = config
-        self.scheduler = make_scheduler(config, executor, os.urandom(32) if secret is None else secret)
+        self.scheduler = make_scheduler(config, executor, secret or executor.info.secret or os.urandom(32))
         self.intake = Intake(self.scheduler, config.max_queue if max_queue is None else max_queue)
         self._clock = clock or SystemClock()
         self._under_way: deque[tuple[StepPlan, Any]] = deque()
@@ -127,6 +133,8 @@ class Engine:
                     reports.append(Explained(token, self.scheduler.why(now, rids)))
                 case Reorder(token, policy):
                     reports.append(self._reorder(token, policy, now))
+                case Pin():
+                    reports.append(self._pin(command))
                 case Drain():
                     self.intake.draining = True
         if self._news:
@@ -160,7 +168,7 @@ class Engine:
 
     def run(self, channel: Channel) -> None:
         """Serve `channel` until the service goes away or a drain has finished. Blocks while there is nothing to do."""
-        channel.send(Ready(self.executor.info))
+        channel.send(Ready(self.executor.info.public()))
         while self.busy or not self.intake.draining:
             commands = channel.recv(wait=not self.busy)
             if commands is None:
@@ -184,6 +192,12 @@ class Engine:
             error = ErrorInfo.of(refusal)
         return Ordered(token, self.scheduler.waiting.order.name, len(self.scheduler.waiting), error)
 
+    def _pin(self, pin: Pin) -> Pins:
+        try:
+            return Pins(pin.token, self.scheduler.pin(pin.name, pin.tokens, pin.salt))
+        except RequestError as refusal:
+            return Pins(pin.token, self.scheduler.pin("", [], ""), ErrorInfo.of(refusal))
+
     def _take_news(self) -> list[TokenEvent]:
         news, self._news = self._news, []
         return news
@@ -198,4 +212,5 @@ class Engine:
             blocks_cached=pool.remembered, rows=rows, step_tokens=tokens, step_seconds=seconds,
             prompt_tokens=counters.prompt_tokens, generation_tokens=counters.generation_tokens,
             cache_queries=counters.cache_queries, cache_hits=counters.cache_hits, preemptions=counters.preemptions,
+            tiers=scheduler.memory.stats(),
         )  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ropeway.contract import BlockCopy, StepPlan, StepResult, Tier
+from ropeway.contract import BlockCopy, StepPlan, StepResult, Tier, TierStats
 from ropeway.kv.pins import Pins
 from ropeway.kv.pool import Age, BlockPool
 
@@ -152,6 +152,9 @@ class Memory:
         if plan.num_tokens >= len(plan.rows) + self._block_size:  # else it says little of what prefill costs
             computing = result.seconds - sum(result.copy_seconds)
             self._token_seconds = _mean(self._token_seconds, computing / plan.num_tokens)
+
+    def stats(self) -> list[TierStats]:
+        return [TierStats(s.name, s.pool.num_blocks, s.pool.remembered, s.hits) for s in self.lower]
 
     def check(self, tables: Sequence[Sequence[int]]) -> None:
         """Raise AssertionError unless all invariants hold; `tables` are those of all holders of the device's blocks."""

@@ -9,12 +9,17 @@ text is known beforehand: `expected_tokens`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ropeway.contract import Admit, ExecutorInfo, GenerateRequest, RowFault, StepPlan, StepResult
+from msgspec.structs import replace
+
+from ropeway.contract import Admit, BlockCopy, ExecutorInfo, GenerateRequest, RowFault, StepPlan, StepResult
 from ropeway.sim.clock import VirtualClock
 from ropeway.sim.cost import CostModel
+
+Content = tuple[bytes, list[int]]
+"""The key and the cells of a block in a tier."""
 
 _MASK = (1 << 64) - 1
 
@@ -57,7 +62,9 @@ class _Slot:
 
 class FakeExecutor:
     """Carries out plans on digests. `clock`, if given, advances by the cost of each step. `fault` may return a fault
-    message for a (rid, token index); `slots` and blocks are checked for double use as they go."""
+    message for a (rid, token index); `slots` and blocks are checked for double use as they go. `spoilt` may call
+    damaged what is copied to the device. `kept` are the contents of lasting tiers that an earlier executor has left, by
+    tier and slot."""
 
     def __init__(
         self,
@@ -66,8 +73,17 @@ class FakeExecutor:
         cost: CostModel | None = None,
         clock: VirtualClock | None = None,
         fault: Callable[[int, int], str | None] = lambda rid, index: None,
+        spoilt: Callable[[BlockCopy], bool] = lambda copy: False,
+        kept: Mapping[str, dict[int, Content]] | None = None,
     ) -> None:
-        self.info = info
+        kept = kept or {}
+        tiers = [
+            replace(tier, kept=[(slot, key) for slot, (key, _) in kept.get(tier.name, {}).items() if key])
+            for tier in info.tiers
+        ]
+        self.info = replace(info, tiers=tiers)
+        self.tiers = {tier.name: dict(kept.get(tier.name, {})) for tier in tiers}
+        self._spoilt = spoilt
         self._cost = cost or CostModel()
         self._clock = clock
         self._fault = fault
@@ -85,6 +101,7 @@ class FakeExecutor:
             if admit.slot in self._slots:
                 raise RuntimeError(f"slot {admit.slot} is taken twice")
             self._slots[admit.slot] = _Slot(admit, list(admit.tokens), list(admit.blocks))
+        lost = [copy.key for copy in plan.copies if not self._copy(copy)]
         tokens: list[list[int]] = []
         faults: list[RowFault] = []
         for number, row in enumerate(plan.rows):
@@ -104,7 +121,8 @@ class FakeExecutor:
                 slot.tokens.append(token)
                 tokens[-1].append(token)
         self.steps += 1
-        self._under_way.append(StepResult(plan.step, tokens, faults, self._cost.seconds(plan)))
+        seconds = [self._cost.per_copy] * len(plan.copies)
+        self._under_way.append(StepResult(plan.step, tokens, faults, self._cost.seconds(plan), seconds, lost))
         return plan.step
 
     def collect(self, ticket: int) -> StepResult:
@@ -117,6 +135,24 @@ class FakeExecutor:
 
     def close(self) -> None:
         """Holds nothing."""
+
+    def _copy(self, copy: BlockCopy) -> bool:
+        """False if the source is damaged."""
+        size = self.info.block_size
+        if copy.source_tier == "device":
+            content = copy.key, self._cells[copy.source * size : (copy.source + 1) * size]
+        else:
+            content = self.tiers[copy.source_tier][copy.source]
+        if content[0] != copy.key:
+            raise RuntimeError(f"{copy} finds the content {content[0].hex()}")
+        if copy.target_tier != "device":
+            if not 0 <= copy.target < next(t.blocks for t in self.info.tiers if t.name == copy.target_tier):
+                raise RuntimeError(f"{copy} goes beyond its tier")
+            self.tiers[copy.target_tier][copy.target] = content
+            return True
+        spoilt = self._spoilt(copy)
+        self._cells[copy.target * size : (copy.target + 1) * size] = [666] * size if spoilt else content[1]
+        return not spoilt
 
     def _compute(self, slot: _Slot, start: int, count: int) -> int:
         digest = self._cells[self._cell(slot.blocks, start - 1)] if start else 0
