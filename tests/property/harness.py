@@ -37,7 +37,7 @@ from ropeway.sim.executor import Content
 class Blind(Forecast):
     """Expects everybody to end at once, so that pools fill to the brim and starve."""
 
-    def to_go(self, seq: Sequence) -> int:
+    def to_go(self, seq: Sequence, quantile: float = 0.5) -> int:
         return 0
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from ropeway.kv import BlockPool
 from ropeway.scheduler.forecast import Forecast
+from ropeway.scheduler.resources import Resources
 from ropeway.scheduler.sequence import Sequence, State
 
 ANYBODY = 1 << 62
@@ -156,6 +157,7 @@ class BlockLimit(_Limit):
         self._left -= 1
         if self._left <= 0:
             self._left = self.RENEW
+            self._forecast.survey(running)
             self._aboard = sorted([self._outlook(seq, seq.shared) for seq in running])
             self._orphans = self._pool.used - sum([len(seq.blocks) - seq.shared for seq in running])
             self._found.clear()
@@ -179,7 +181,7 @@ class BlockLimit(_Limit):
         )
 
     def _outlook(self, seq: Sequence, shared: int) -> tuple[int, int]:
-        return -self._forecast.to_go(seq), -(-(len(seq.tokens) + 1) // self._block_size) - shared
+        return -self._forecast.draw(seq), -(-(len(seq.tokens) + 1) // self._block_size) - shared
 
     def _missing(self, seq: Sequence) -> int:
         """Blocks that `seq`, whose `blocks` are matched but not yet held, lacks to board."""
@@ -189,7 +191,8 @@ class BlockLimit(_Limit):
         if own > self._pool.available:
             return own - self._pool.available
         if seq.number not in self._found:
-            self._found[seq.number] = self._peak((to_go, own)) - self._pool.num_blocks
+            capacity = self._pool.num_blocks * (1 - self._forecast.reserve)
+            self._found[seq.number] = self._peak((to_go, own)) - int(capacity)
         return self._found[seq.number]
 
     def _peak(self, newcomer: tuple[int, int]) -> int:
@@ -260,3 +263,46 @@ class StaticBatch(_Limit):
 
     def why(self, seq: Sequence) -> str:
         return f"batching is static and {len(self._members)} requests of the running batch have not finished"
+
+
+class Limits:
+    """All limits that apply, in the order in which they are asked."""
+
+    def __init__(self, resources: Resources, pool: BlockPool, forecast: Forecast) -> None:
+        self.tokens = TokenLimit()
+        self.slots = SlotLimit(resources.slots)
+        self.shared = SharedPrefix(resources.block_size)
+        self.blocks = BlockLimit(pool, resources.block_size, forecast)
+        self._all: list[Limit] = [
+            *([StaticBatch(resources.slots)] if resources.static_batching else []),
+            LengthLimit(),
+            self.slots,
+            self.shared,
+            self.tokens,
+            *([] if resources.chunked_prefill else [WholePrompt(self.tokens)]),
+            self.blocks,
+        ]
+        self._aboard = [limit for limit in self._all if limit.aboard]
+
+    def cap(self, seq: Sequence) -> tuple[int, Limit | None]:
+        """How many tokens `seq` may run, and the limit that held it to that."""
+        count, holder = seq.want, None
+        for limit in self._aboard if seq.state is State.RUNNING else self._all:
+            if count <= 0:
+                break
+            allowed = limit.cap(seq, count)
+            if allowed < count:
+                count, holder = allowed, limit
+        return count, holder
+
+    def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
+        for limit in self._all:
+            limit.begin(running, line)
+
+    def boards(self, seq: Sequence) -> None:
+        for limit in self._all:
+            limit.boards(seq)
+
+    def leaves(self, seq: Sequence) -> None:
+        for limit in self._all:
+            limit.leaves(seq)

@@ -13,35 +13,36 @@ from ropeway.scheduler.sequence import Sequence
 
 class Outlook:
     """Plays the coming steps through in outline: those on board leave when their expected answers are complete, and
-    the line boards as seats, KV blocks and tokens for prefill allow. What was foretold is compared with what came."""
+    the line boards as seats, KV blocks and tokens for prefill allow. What was foretold is compared with what came, and
+    what comes is foretold by as much shorter or longer."""
 
     SAMPLE = 128  # how many of the first in line are foretold without being asked
     EVERY = 64  # steps from one such time to the next
-    KEEP = 0.97  # what a step's or an error's weight becomes with the next
+    KEEP = 0.98  # what the weight of a step or of a wait becomes with the next: some fifty count
 
     def __init__(self, resources: Resources, forecast: Forecast) -> None:
         self._resources = resources
         self._forecast = forecast
         self._last: float | None = None
-        self._weight = self._seconds = 0.0
-        self._foretold: dict[int, tuple[float, float]] = {}  # by number: when it was foretold, and the moment
-        self._errors = 0.0
-        self._judged = 0.0
+        self._steps = self._seconds = 0.0
+        self._foretold: dict[int, tuple[float, float, float]] = {}  # by number: when, the wait in outline, and as told
+        self._waits = self._errors = 0.0
+        self._outlined = self._waited = 1e-9
 
     @property
     def step_seconds(self) -> float | None:
         """From one step to the next, lately; None before there was a second step."""
-        return self._seconds / self._weight if self._weight else None
+        return self._seconds / self._steps if self._steps else None
 
     @property
     def error(self) -> float | None:
-        """Mean absolute relative error of the waits foretold to those who have boarded; None before the first."""
-        return self._errors / self._judged if self._judged else None
+        """Mean of |wait foretold - wait| / wait of those who have boarded lately; None before the first."""
+        return self._errors / self._waits if self._waits else None
 
     def stepped(self, now: float) -> None:
         """A step has come back at `now`."""
         if self._last is not None:
-            self._weight = self._weight * self.KEEP + 1
+            self._steps = self._steps * self.KEEP + 1
             self._seconds = self._seconds * self.KEEP + now - self._last
         self._last = now
 
@@ -50,10 +51,12 @@ class Outlook:
         self._last = None
 
     def boards(self, seq: Sequence, now: float) -> None:
-        told, moment = self._foretold.pop(seq.number, (now, now))
-        if now > told:
-            self._errors = self._errors * self.KEEP + min(abs(moment - now) / (now - told), 10.0)
-            self._judged = self._judged * self.KEEP + 1
+        when, outlined, told = self._foretold.pop(seq.number, (now, 0.0, 0.0))
+        if now > when:
+            self._waits = self._waits * self.KEEP + 1
+            self._errors = self._errors * self.KEEP + abs(told - (now - when)) / (now - when)
+            self._outlined = self._outlined * self.KEEP + outlined
+            self._waited = self._waited * self.KEEP + now - when
 
     def leaves(self, seq: Sequence) -> None:
         self._foretold.pop(seq.number, None)
@@ -66,15 +69,17 @@ class Outlook:
         tokens: int,
         now: float,
     ) -> list[float]:
-        """When each of `line` is expected to board, in seconds of the clock; empty while steps are not known.
-        `tokens` is what a step has for prefill. The first such moment of each is judged when it boards."""
-        if self.step_seconds is None:
+        """In how many seconds each of `line` is expected to board; empty while the length of steps is not known.
+        `tokens` is what a step has for prefill. What is first foretold to each is judged when it boards."""
+        seconds = self.step_seconds
+        if seconds is None:
             return []
+        truth = min(max(self._waited / self._outlined, 0.1), 10.0)
         res, size = self._resources, self._resources.block_size
         leaving = []
         seats, blocks, prefill, step = res.slots, res.num_blocks, 0.0, 0.0
         for seq in running:
-            left = self._forecast.to_go(seq)
+            left = self._forecast.draw(seq)
             hold = -(-(len(seq.tokens) + left // 2) // size) - seq.shared
             prefill += max(0, seq.want - 1)
             leaving.append((prefill / tokens + left, hold))
@@ -82,7 +87,7 @@ class Outlook:
         heapify(leaving)
         found = []
         for seq in line:
-            known, answer, had = len(seq.tokens), self._forecast.to_go(seq), cached(seq)
+            known, answer, had = len(seq.tokens), self._forecast.draw(seq), cached(seq)
             need = min(-(-(known + answer // 2) // size), res.num_blocks)
             whole_batch = res.static_batching and seats <= 0
             while leaving and (seats <= 0 or blocks < need or whole_batch):
@@ -90,8 +95,8 @@ class Outlook:
                 seats, blocks = seats + 1, blocks + freed
             step = max(step, prefill / tokens)
             prefill = max(prefill, step * tokens) + known - had
-            found.append(now + step * self.step_seconds)
-            self._foretold.setdefault(seq.number, (now, found[-1]))
+            found.append(step * seconds * truth)
+            self._foretold.setdefault(seq.number, (now, step * seconds, found[-1]))
             seats, blocks = seats - 1, blocks - need
             heappush(leaving, (prefill / tokens + answer, need))
         return found

@@ -30,20 +30,10 @@ from ropeway.errors import RequestError
 from ropeway.kv import KeyChain, Memory
 from ropeway.scheduler.budget import Budget
 from ropeway.scheduler.forecast import Forecast
-from ropeway.scheduler.limits import (
-    ANYBODY,
-    BlockLimit,
-    LengthLimit,
-    Limit,
-    SharedPrefix,
-    SlotLimit,
-    StaticBatch,
-    TokenLimit,
-    WholePrompt,
-)
+from ropeway.scheduler.limits import ANYBODY, Limits
 from ropeway.scheduler.order import Order
 from ropeway.scheduler.outlook import Outlook
-from ropeway.scheduler.resources import Counters, Resources, check_fits
+from ropeway.scheduler.resources import Counters, Resources, check_fits, check_places
 from ropeway.scheduler.sequence import Sequence, State
 from ropeway.scheduler.stops import final_event, finish_after
 from ropeway.scheduler.victim import Victim
@@ -54,7 +44,6 @@ _LOOK = 1024
 
 _HELD = 16
 """Waiting sequences held back by what they need themselves that a step looks past, at most."""
-
 
 _NONE: list[int] = []
 """The new blocks of a row that needs none: one list for all, which nobody may change."""
@@ -90,20 +79,7 @@ class Scheduler:
         self._budget = budget
         self._forecast = forecast or Forecast()
         self._outlook = Outlook(resources, self._forecast)
-        self._tokens = TokenLimit()
-        self._slots = SlotLimit(resources.slots)
-        self._shared = SharedPrefix(resources.block_size)
-        self._blocks = BlockLimit(self.pool, resources.block_size, self._forecast)
-        self._limits: list[Limit] = [
-            *([StaticBatch(resources.slots)] if resources.static_batching else []),
-            LengthLimit(),
-            self._slots,
-            self._shared,
-            self._tokens,
-            *([] if resources.chunked_prefill else [WholePrompt(self._tokens)]),
-            self._blocks,
-        ]
-        self._limits_aboard = [limit for limit in self._limits if limit.aboard]
+        self._limits = Limits(resources, self.pool, self._forecast)
         self._release: list[int] = []
         self._calm = True  # the last step put nobody back
         self._step = 0
@@ -138,12 +114,11 @@ class Scheduler:
     def why(self, now: float, rids: Collection[int] = ()) -> list[Why]:
         """What each of `rids` (all waiting requests if empty) waits for. Unknown ids are left out."""
         line = list(self.waiting.line(now, len(self.waiting)))
-        for limit in self._limits:
-            limit.begin(self.running, lambda: line)
+        self._limits.begin(self.running, lambda: line)
         place = {seq.rid: position for position, seq in enumerate(line)}
         wanted = [self._sequences[rid] for rid in rids if rid in self._sequences] if rids else line
-        moments = self._foretell(line[: 1 + max([place.get(seq.rid, -1) for seq in wanted], default=-1)], now)
-        return [self._explain(seq, place.get(seq.rid, -1), moments, now) for seq in wanted]
+        waits = self._foretell(line[: 1 + max([place.get(seq.rid, -1) for seq in wanted], default=-1)], now)
+        return [self._explain(seq, place.get(seq.rid, -1), waits, now) for seq in wanted]
 
     def pin(self, name: str, tokens: list[int], salt: str) -> list[Pinned]:
         """Keep the full blocks of a prefix cached as `name`; give it up if there are no `tokens`. Returns what is
@@ -168,7 +143,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None if there is nothing to compute."""
         draft = _Draft()
-        self._tokens.fill(self._budget.tokens(self.running))
+        self._limits.tokens.fill(self._budget.tokens(self.running))
         self._continue_running(draft, now)
         # Who was just put back must not board again at once: the blocks it gave are meant for others, and who is on
         # board may want more of them in the next step.
@@ -216,24 +191,12 @@ class Scheduler:
     def check(self) -> None:
         """Raise AssertionError unless all invariants hold. For tests; linear in everything."""
         self.memory.check([seq.blocks for seq in self.running])
-        slots = [seq.slot for seq in self.running]
-        if sorted(slots + self._slots.free) != list(range(self.resources.slots)):
-            raise AssertionError(f"slots are lost or doubled: running {slots}, free {self._slots.free}")
-        waiting = list(self.waiting)
-        if {s.rid for s in self.running} | {s.rid for s in waiting} != set(self._sequences):
-            raise AssertionError("a sequence is neither running nor waiting")
-        for seq in self.running:
-            if seq.state is not State.RUNNING or len(seq.blocks) * self.resources.block_size < seq.computed:
-                raise AssertionError(f"running request {seq.rid} is {seq.state} with {len(seq.blocks)} blocks")
-        for seq in waiting:
-            holds = seq.blocks or seq.computed or seq.known > len(seq.tokens) or seq.slot != -1
-            if holds or seq.state is not State.QUEUED:
-                raise AssertionError(f"waiting request {seq.rid} holds something")
+        check_places(self.running, list(self.waiting), self._sequences, self._limits.slots.free, self.resources)
 
     # How a step is planned
 
     def _continue_running(self, draft: _Draft, now: float) -> None:
-        left = self._tokens.left
+        tokens, left = self._limits.tokens, self._limits.tokens.left
         for seq in list(self.running):
             start, known = seq.computed, seq.known
             if known <= seq.room and known - start <= left:
@@ -242,14 +205,14 @@ class Scheduler:
                 seq.computed, seq.known = known, known + 1
                 left -= known - start
             elif seq.state is State.RUNNING:  # and not put back for the sake of an earlier one
-                self._tokens.left = left
-                count, holder = self._cap(seq, self._limits_aboard)
-                while count <= 0 and holder is self._blocks and self._put_back(draft, now) not in (None, seq):
-                    count, holder = self._cap(seq, self._limits_aboard)
+                tokens.left = left
+                count, holder = self._limits.cap(seq)
+                while count <= 0 and holder is self._limits.blocks and self._put_back(draft, now) not in (None, seq):
+                    count, holder = self._limits.cap(seq)
                 if count > 0:
                     self._run(seq, count, draft)
-                left = self._tokens.left
-        self._tokens.left = left
+                left = tokens.left
+        tokens.left = left
 
     def _put_back(self, draft: _Draft, now: float) -> Sequence | None:
         """Preempt somebody, perhaps the one that needs blocks, and tell whom. The oldest running sequence never has to
@@ -261,7 +224,7 @@ class Scheduler:
         for row in draft.rows:
             if row.rid == victim.rid:
                 draft.rows.remove(row)
-                self._tokens.left += row.count
+                self._limits.tokens.left += row.count
                 break
         self._requeue(victim, now)
         self._forecast.preempted()
@@ -286,14 +249,13 @@ class Scheduler:
         self.memory.forget([key])
 
     def _board(self, draft: _Draft, now: float) -> None:
-        if not self.waiting or not self._slots.free or self._tokens.left <= 0:
+        if not self.waiting or not self._limits.slots.free or self._limits.tokens.left <= 0:
             return
-        for limit in self._limits:
-            limit.begin(self.running, lambda: list(self.waiting.line(now)))
+        self._limits.begin(self.running, lambda: list(self.waiting.line(now)))
         held: list[Sequence] = []
         for seq in islice(self.waiting.line(now), _LOOK):
             self._match(seq)
-            count, holder = self._cap(seq, self._limits)
+            count, holder = self._limits.cap(seq)
             if count > 0:
                 self._admit(seq, draft, now)
                 self._run(seq, count, draft)
@@ -305,17 +267,6 @@ class Scheduler:
                 break
             if holder.passes < ANYBODY:
                 held.append(seq)
-
-    def _cap(self, seq: Sequence, limits: list[Limit]) -> tuple[int, Limit | None]:
-        """How many tokens `seq` may run, and which of `limits` held it to that."""
-        count, holder = seq.want, None
-        for limit in limits:
-            if count <= 0:
-                break
-            allowed = limit.cap(seq, count)
-            if allowed < count:
-                count, holder = allowed, limit
-        return count, holder
 
     def _match(self, seq: Sequence) -> None:
         """Look up the cached beginning of a waiting sequence. At least one token stays to be computed."""
@@ -350,8 +301,7 @@ class Scheduler:
         seq.committed = seq.computed
         seq.due = (seq.published + 1) * self.resources.block_size if self.resources.prefix_caching else seq.end
         self.running.append(seq)
-        for limit in self._limits:
-            limit.boards(seq)
+        self._limits.boards(seq)
         if seq.first_scheduled is None:
             seq.first_scheduled = now
             seq.cached = seq.computed
@@ -376,7 +326,7 @@ class Scheduler:
         draft.rows.append(Row(seq.rid, seq.epoch, seq.slot, seq.computed, count, emit, blocks))
         seq.computed += count
         seq.known += emit
-        self._tokens.left -= count
+        self._limits.tokens.left -= count
 
     # How a step ends
 
@@ -407,7 +357,7 @@ class Scheduler:
         self._keys.extend(seq.keys, seq.tokens, seq.request.salt, seq.committed)
         for index in range(seq.published, full):
             self.memory.publish(seq.blocks[index], seq.keys[index], seq.request.tenant)
-        self._shared.settle(seq, seq.keys[seq.published : full])
+        self._limits.shared.settle(seq, seq.keys[seq.published : full])
         seq.published = full
         seq.due = (full + 1) * self.resources.block_size
 
@@ -437,8 +387,7 @@ class Scheduler:
         self.running.remove(seq)
         self.waiting.order.leaves(seq)
         self._release.append(seq.slot)
-        for limit in self._limits:
-            limit.leaves(seq)
+        self._limits.leaves(seq)
         self.pool.release(seq.blocks)
         seq.blocks, seq.room = [], 0
 
@@ -448,17 +397,16 @@ class Scheduler:
         tokens = max(1, self._budget.tokens(self.running) - len(self.running))
         return self._outlook.foretell(self.running, line, self._cached, tokens, now)
 
-    def _explain(self, seq: Sequence, position: int, moments: list[float], now: float) -> Why:
+    def _explain(self, seq: Sequence, position: int, waits: list[float], now: float) -> Why:
         if seq.state is State.RUNNING:
-            reason = f"it runs: {seq.computed} of {len(seq.tokens)} known tokens are computed"
-            return Why(seq.rid, seq.state.value, position, "", reason)
+            return Why(seq.rid, "running", position, "", f"{seq.computed} of its {len(seq.tokens)} tokens are computed")
         self._match(seq)
-        _, holder = self._cap(seq, self._limits)
+        _, holder = self._limits.cap(seq)
         name = holder.name if holder is not None else ""
         why = holder.why(seq) if holder is not None else "it boards with the next step"
         self._unmatch(seq)
         if position > 0 and (holder is None or holder.passes < ANYBODY):
             name = self.waiting.order.name
             why = f"{position} requests stand before it; {self.waiting.explain(seq, now)}"
-        eta = moments[position] - now if moments else None
+        eta = waits[position] if waits else None
         return Why(seq.rid, seq.state.value, position, name, why, eta, self._outlook.error)
