@@ -47,7 +47,9 @@ def server(refuser: Refuser) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Server]:
-    with running(EchoService(), api_key="first, second", allowed_hosts="good.example, .inside.example") as up:
+    with running(
+        EchoService(), api_key="first, second", admin_key="owner", allowed_hosts="good.example, .inside.example"
+    ) as up:
         yield up
 
 

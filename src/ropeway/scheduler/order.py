@@ -45,6 +45,7 @@ class Order:
     name = "fcfs"
     uses_cache = False  # else `cached`, the tokens of a sequence that the prefix cache holds, is not looked up but 0
     window = 0  # how many of the first in line get a live score
+    reason = "requests board in order of arrival"
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
@@ -72,7 +73,7 @@ class Order:
 
     def explain(self, seq: Sequence, now: float) -> str:
         """Why `seq` stands where it stands, for people."""
-        return "requests board in order of arrival"
+        return self.reason.format(wait=now - seq.arrival, cap=self.rules.age_cap)
 
     def _capped(self, seq: Sequence, score: float, now: float) -> Place:
         """`score` until `age_cap`, then before all scores: nobody waits longer than that and the others of that age.
@@ -86,13 +87,10 @@ class ShortestFirst(Order):
 
     name = "sjf"
     uses_cache = True
+    reason = "fewer uncached prompt tokens board first, and after {cap:g} s whoever came first"
 
     def place(self, seq: Sequence, cached: int, now: float) -> Place:
         return self._capped(seq, self.work(seq, cached), now)
-
-    def explain(self, seq: Sequence, now: float) -> str:
-        cap = self.rules.age_cap
-        return f"fewer uncached prompt tokens board first, and after {cap:g} s whoever came first"
 
 
 class PrefixFirst(Order):
@@ -104,16 +102,13 @@ class PrefixFirst(Order):
     name = "prefix"
     uses_cache = True
     window = 128
+    reason = "of 128 requests the longest cached beginning boards first, and after {cap:g} s whoever came first"
 
     def place(self, seq: Sequence, cached: int, now: float) -> Place:
         return self._capped(seq, 0.0, now)
 
     def live(self, seq: Sequence, cached: int, ahead: int, now: float) -> tuple[float, ...]:
         return (-cached,)
-
-    def explain(self, seq: Sequence, now: float) -> str:
-        cap = self.rules.age_cap
-        return f"of {self.window} requests the longest cached beginning boards first, after {cap:g} s who came first"
 
 
 class ResponseRatio(Order):
@@ -123,6 +118,7 @@ class ResponseRatio(Order):
     name = "hrrn"
     uses_cache = True
     window = 1
+    reason = "it has waited {wait:.1f} s; the longest wait for each uncached prompt token boards first"
 
     def place(self, seq: Sequence, cached: int, now: float) -> Place:
         work = self.work(seq, cached)
@@ -131,9 +127,6 @@ class ResponseRatio(Order):
 
     def live(self, seq: Sequence, cached: int, ahead: int, now: float) -> tuple[float, ...]:
         return ((seq.arrival - now) / self.work(seq, cached),)
-
-    def explain(self, seq: Sequence, now: float) -> str:
-        return f"it has waited {now - seq.arrival:.1f} s; the longest wait for each uncached prompt token boards first"
 
 
 class Deadline(Order):
@@ -221,6 +214,7 @@ class FairShare(Order):
     def __init__(self, rules: Rules) -> None:
         super().__init__(rules)
         self._service: dict[str, float] = {}
+        self._last = 0.0  # the service of the tenant that boarded last, then
         self._riding: dict[int, tuple[Sequence, int]] = {}  # with the tokens of its answer that are accounted for
 
     def service(self, tenant: str) -> float:
@@ -244,15 +238,15 @@ class FairShare(Order):
         own = self.service(tenant)
         if not lanes and not self._riding:
             self._service.clear()  # where nobody is, nobody is owed anything
-        elif lanes and tenant not in lanes:
-            least = min(self._service.get(str(lane), 0.0) for lane in lanes)
+        elif tenant not in lanes:
+            least = min((self._service.get(str(lane), 0.0) for lane in lanes), default=self._last)
             if len(self._service) > 1000 + 2 * len(lanes):  # who would be lifted anyway can be forgotten
                 here = {*lanes, *(rider.request.tenant for rider, _ in self._riding.values())}
                 self._service = {t: s for t, s in self._service.items() if s > least or t in here}
             self._service[tenant] = max(own, least)
 
     def boards(self, seq: Sequence, now: float) -> None:
-        self.service(seq.request.tenant)
+        self._last = self.service(seq.request.tenant)
         if not seq.preemptions:  # else it was charged the first time
             self._charge(seq.request.tenant, self.INPUT * (len(seq.tokens) - seq.computed))
         self._riding[seq.number] = seq, seq.output_len
@@ -301,5 +295,5 @@ class _Mean:
 
 
 def _doubled(seq: Sequence, now: float) -> float:
-    """When the wait of `seq` will be twice as long."""
-    return now + max(now - seq.arrival, 0.1)
+    """When the wait of `seq` will be twice as long, but at least a second longer."""
+    return now + max(now - seq.arrival, 1.0)

@@ -28,8 +28,8 @@ class WaitingRoom:
         self.order = order
         self._cached = cached
         self._lanes: dict[Lane, list[_Entry]] = {}
-        self._at: dict[int, _Spot] = {}  # by number
-        self._moves: list[tuple[float, int, Sequence]] = []
+        self._at: dict[int, tuple[Sequence, _Spot]] = {}  # by number
+        self._moves: list[tuple[float, int]] = []  # when somebody has to be placed anew, and the number
         self._urgent = 0  # the most urgent class that anybody has asked for
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class WaitingRoom:
 
     def __iter__(self) -> Iterator[Sequence]:
         """In no order that matters."""
-        return (seq for lane in self._lanes.values() for _, seq in lane)
+        return (seq for seq, _ in self._at.values())
 
     def add(self, seq: Sequence, now: float) -> None:
         """Let `seq` wait. The order may refuse one that has never run by raising."""
@@ -49,7 +49,7 @@ class WaitingRoom:
         self._put(seq, spot)
 
     def remove(self, seq: Sequence) -> None:
-        lane, key, _ = self._at.pop(seq.number)
+        _, (lane, key, _) = self._at.pop(seq.number)
         entries = self._lanes[lane]
         del entries[bisect_left(entries, (key,))]
         if not entries:
@@ -103,18 +103,19 @@ class WaitingRoom:
         return lane, (rank, score, seq.number), until
 
     def _put(self, seq: Sequence, spot: _Spot) -> None:
-        lane, key, until = self._at[seq.number] = spot
+        lane, key, until = spot
+        self._at[seq.number] = seq, spot
         insort(self._lanes.setdefault(lane, []), (key, seq))
         if until < inf:
-            heappush(self._moves, (until, seq.number, seq))
+            heappush(self._moves, (until, seq.number))
 
     def _move(self, now: float) -> None:
         """Place anew whose time has come."""
         due = []
         while self._moves and self._moves[0][0] <= now:
-            until, number, seq = heappop(self._moves)
-            if number in self._at and self._at[number][2] == until:
-                due.append(seq)
+            until, number = heappop(self._moves)
+            if number in self._at and self._at[number][1][2] == until:
+                due.append(self._at[number][0])
         for seq in due:
             self.remove(seq)
             self._put(seq, self._place(seq, now))

@@ -1,0 +1,65 @@
+"""What it costs to let thousands wait: microseconds to add one, and to let the next few board, by policy.
+
+    python benchmarks/orders.py [WAITING]
+
+Requests share a beginning with others of their tenant, a quarter of which is cached, so that looking for cached
+prefixes costs what it costs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from random import Random
+
+from ropeway.contract import GenerateRequest, SamplingParams, StepResult
+from ropeway.scheduler import ORDERS, FixedTokens, Newest, Resources, Scheduler, make_order
+
+
+def measure(policy: str, waiting: int, steps: int = 200) -> tuple[float, float, float]:
+    """Median microseconds of adding a request, of a step in which somebody boards, and of one in which nobody can,
+    although a seat is free."""
+    random = Random(1)
+    resources = Resources(num_blocks=4096, block_size=16, slots=64, max_model_len=2048, max_step_tokens=1 << 20)
+    scheduler = Scheduler(resources, make_order(policy), Newest(), FixedTokens(1 << 20))
+    adding, now = [], 0.0
+    for rid in range(waiting):
+        tenant = random.randrange(50)
+        shared = [tenant] * (16 * random.randrange(1, 40))
+        tokens = shared + [random.randrange(1000) for _ in range(random.randrange(1, 200))]
+        request = GenerateRequest(
+            rid=rid, tokens=tokens, sampling=SamplingParams(max_tokens=8, temperature=0.0), tenant=f"t{tenant}",
+            priority=random.randrange(3), ttft_deadline_s=random.choice([None, 1e6]),
+        )  # fmt: skip
+        begun = time.perf_counter()
+        scheduler.add(request, now)
+        adding.append(time.perf_counter() - begun)
+        now += 0.001
+    boarding = []
+    for _ in range(steps):
+        now += 0.01
+        begun = time.perf_counter()
+        plan = scheduler.plan(now)
+        took = time.perf_counter() - begun
+        if plan is None:
+            break
+        if plan.admit:
+            boarding.append(took / len(plan.admit))
+        result = StepResult(plan.step, [[5] if row.emit else [] for row in plan.rows], seconds=0.01)
+        scheduler.commit(plan, result, now)
+    looking = []
+    for _ in range(50):
+        now += 0.01
+        begun = time.perf_counter()
+        next(scheduler.waiting.line(now))
+        looking.append(time.perf_counter() - begun)
+    return tuple(statistics.median(times) * 1e6 for times in (adding, boarding, looking))  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    waiting = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    print(f"{waiting} waiting, microseconds\n{'policy':<20}{'add':>8}{'board one':>12}{'look':>8}")
+    for policy in [*ORDERS, "priority", "priority:sjf", "priority:fair"]:
+        add, board, look = measure(policy, waiting)
+        print(f"{policy:<20}{add:>8.1f}{board:>12.1f}{look:>8.1f}")
