@@ -61,7 +61,7 @@ def bench_throughput(
 
 
 @bench.command("batching")
-@with_settings(EngineConfig, without=("model", "batching", "max_num_seqs"))
+@with_settings(EngineConfig, without=("model", "batching", "max_num_seqs", "journal", "journal_mb"))
 def bench_batching(
     model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name.")] = "bundled",
     seats: Annotated[int, typer.Option("--max-num-seqs", help="Seats.", min=1)] = 4,

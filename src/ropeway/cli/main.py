@@ -8,7 +8,20 @@ from collections.abc import Mapping, Sequence
 
 import typer
 
-from ropeway.cli import bench, calibrate, chat, complete, doctor, perplexity, plan, quantize, serve, sim, version
+from ropeway.cli import (
+    bench,
+    calibrate,
+    chat,
+    complete,
+    doctor,
+    perplexity,
+    plan,
+    quantize,
+    replay,
+    serve,
+    sim,
+    version,
+)
 from ropeway.cli.options import show_settings
 from ropeway.config import EngineConfig, ServerConfig
 from ropeway.errors import ConfigError, KernelError, MemoryBudgetError, ModelError, RopewayError
@@ -22,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (serve, chat, complete, bench, sim, calibrate, plan, quantize, perplexity, doctor, version):
+for verb in (serve, chat, complete, bench, sim, calibrate, replay, plan, quantize, perplexity, doctor, version):
     verb.register(app)
 
 

@@ -1,8 +1,8 @@
 """The flight recorder's files: what an engine was told and what it decided, in order.
 
-A file is `MAGIC` and then frames: length and CRC-32 of what follows (4 bytes each, big-endian), then msgpack in a
-DEFLATE stream that runs through all frames. The first frame is a `Header` with the whole state of the engine at that
-moment, so that each file can be replayed alone; every other frame is a list of `Item`.
+A file is `MAGIC` and then frames: length and CRC-32 of what follows (4 bytes each, big-endian), then msgpack. The
+first frame is a `Header` with the whole state of the engine at that moment, so that each file can be replayed alone;
+every other frame is a list of `Item`.
 """
 
 from __future__ import annotations
@@ -92,13 +92,12 @@ class Writer:
     def __init__(self, path: Path, header: Header) -> None:
         # Prompts and answers are in it: for the owner's eyes only.
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-        self._deflate = zlib.compressobj(1)
         self.size = 0
         self._put(MAGIC)
         self.write(header)
 
     def write(self, content: Header | list[Item]) -> None:
-        body = self._deflate.compress(_encoder.encode(content)) + self._deflate.flush(zlib.Z_SYNC_FLUSH)
+        body = _encoder.encode(content)
         self._put(_FRAME.pack(len(body), zlib.crc32(body)) + body)
 
     def close(self) -> None:
@@ -163,7 +162,7 @@ def _decode(frames: Iterator[bytes | Cut]) -> Iterator[Item | Cut]:
 
 
 def _frames(data: bytes) -> Iterator[bytes | Cut]:
-    inflate, at = zlib.decompressobj(), len(MAGIC)
+    at = len(MAGIC)
     while at < len(data):
         if len(data) - at < _FRAME.size:
             break
@@ -171,7 +170,7 @@ def _frames(data: bytes) -> Iterator[bytes | Cut]:
         body = data[at + _FRAME.size : at + _FRAME.size + length]
         if len(body) < length or zlib.crc32(body) != crc:
             break
-        yield inflate.decompress(body)
+        yield body
         at += _FRAME.size + length
     if at < len(data):
         yield Cut(len(data) - at)

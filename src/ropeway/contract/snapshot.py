@@ -11,11 +11,12 @@ import importlib
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Any
+from types import GenericAlias
+from typing import Any, get_origin
 
 from msgspec import Struct
 
-ROOMS = ("ropeway.scheduler.", "ropeway.kv.", "ropeway.contract.", "ropeway.engine.")
+ROOMS = ("ropeway.scheduler", "ropeway.kv", "ropeway.contract", "ropeway.engine", "ropeway.config")
 _PLAIN = {type(None), bool, int, float, str, bytes}
 _MADE_BY_CALL = (list, dict, set, frozenset, int, float, deque, OrderedDict, defaultdict)
 _BUILT_IN: dict[str, type] = {cls.__name__: cls for cls in _MADE_BY_CALL}
@@ -49,8 +50,8 @@ def freeze(root: Any, outside: Mapping[int, str]) -> list[list[Any]]:
             return ["tuple", every(value)]
         if isinstance(value, Struct):
             return [_path(type(value)), every(getattr(value, name) for name in value.__struct_fields__)]
-        if isinstance(value, type):
-            return ["class", [_path(value)]]
+        if isinstance(value, type | GenericAlias):  # what a defaultdict makes
+            return ["class", [_path(get_origin(value) or value)]]
         make, args, state, items, pairs = (*value.__reduce_ex__(4), None, None, None)[:5]
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             make, args = args[0], args[1:]

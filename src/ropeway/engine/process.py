@@ -14,8 +14,8 @@ import msgspec
 
 from ropeway.config import EngineConfig
 from ropeway.contract import ErrorInfo, Stopped
-from ropeway.engine.engine import Engine
 from ropeway.engine.executor import Executor
+from ropeway.engine.journal import make_engine
 from ropeway.engine.socket_channel import SocketChannel
 from ropeway.errors import EngineError, RopewayError
 
@@ -34,11 +34,11 @@ def serve_fd0(make_executor: Callable[[EngineConfig], Executor]) -> int:
     channel = SocketChannel(sock)
     try:
         config = msgspec.json.decode(_read_line(sock), type=EngineConfig)
-        executor = make_executor(config)
+        engine = make_engine(make_executor(config), config)
         try:
-            Engine(executor, config).run(channel)
+            engine.run(channel)
         finally:
-            executor.close()
+            engine.close()
     except RopewayError as error:
         channel.send(Stopped(ErrorInfo.of(error)))
         return 1

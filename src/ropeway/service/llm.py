@@ -13,10 +13,10 @@ from typing import Any, TypedDict
 
 import msgspec
 
-from ropeway.config import EngineConfig, check, settings
+from ropeway.config import EngineConfig, check, preset_values, settings
 from ropeway.contract import Cancel, Command, GenerateRequest, Report, SamplingParams, Step, Submit, TokenEvent
-from ropeway.engine.engine import Engine
 from ropeway.engine.executor import Executor
+from ropeway.engine.journal import make_engine
 from ropeway.errors import ConfigError, RequestError, RopewayError
 from ropeway.service.context import check_context
 from ropeway.service.decoding import AnswerDecoder
@@ -95,7 +95,7 @@ class LLM:
     def _set_up(self, executor: Executor, text: ModelText) -> None:
         self._executor = executor
         self._text = text
-        self._engine = Engine(executor, self.config, max_queue=_NO_QUEUE_LIMIT)
+        self._engine = make_engine(executor, self.config, max_queue=_NO_QUEUE_LIMIT)
         self._encoder = Encoder(text.tokenizer, text.template)
         self._rids = itertools.count(1)
         self._seeds = random.Random(self.config.seed)
@@ -169,7 +169,7 @@ class LLM:
     def close(self) -> None:
         """Give the model's memory back."""
         self._encoder.close()
-        self._executor.close()
+        self._engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -302,7 +302,7 @@ def _engine_config(model: str, given: Mapping[str, Any]) -> EngineConfig:
             )
             raise ConfigError(f"LLM has no setting {name!r}. {hint}", param=name)
         values[name] = known[name].parse(value, f"{name}=")
-    return EngineConfig(**values)
+    return EngineConfig(**values, **preset_values(values.get("preset"), values))
 
 
 def _list_of_prompts(prompts: Any) -> list[Any]:
