@@ -61,6 +61,7 @@ def test_deadlines_reach_the_service_in_seconds() -> None:
                 refused = server.http.post("/v1/completions", json={"prompt": "x", field: wrong})
                 assert refused.status_code == 400
                 assert refused.json()["error"]["param"] == field
+    service = Listening()
     with running(service) as server:
         assert _ask(server, service).ttft_deadline_s is None
 
@@ -72,6 +73,7 @@ def test_only_a_trusted_header_names_the_tenant() -> None:
         own = _ask(server, service, key).tenant
         assert len(own) == 16
         assert _ask(server, service, {**key, "x-tenant": "other"}).tenant == own
+    service = Listening()
     with running(service, api_key="k", tenant_header="X-Tenant") as server:
         assert _ask(server, service, {**key, "x-tenant": "acme.eu"}).tenant == "acme.eu"
         assert _ask(server, service, key).tenant == own

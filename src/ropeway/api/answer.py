@@ -253,8 +253,8 @@ class Answer(Response):
             return
         if finish is FinishReason.TIMEOUT:
             raise DeadlineError(
-                f"The answer was not complete after {choice.request.deadline_s:g} s. Ask for fewer tokens, or allow more "
-                "time (deadline_ms of the request, at most --request-timeout of the server)."
+                f"The answer was not complete after {choice.request.deadline_s:g} s. Ask for fewer tokens, or allow "
+                "more time (deadline_ms of the request, at most --request-timeout of the server)."
             )
         if finish is FinishReason.FAILED:
             raise EngineError("the engine ended the request without an error")

@@ -29,7 +29,7 @@ _TOKEN_ID: dict[str, Any] = {"type": "integer", "minimum": 0}
 Label = Annotated[str, Meta(max_length=MAX_LABEL)]
 TokenId = Annotated[int, Meta(ge=0, lt=_INT32)]
 Count = Annotated[int, Meta(ge=1, lt=_INT32)]
-Milliseconds = Annotated[float, Meta(gt=0, le=86_400_000)]
+Milliseconds = Annotated[float, Meta(ge=1, le=86_400_000)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Messages = Annotated[
@@ -172,6 +172,30 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: Annotated[dict[Label, Raw], Meta(max_length=MAX_TEMPLATE_KWARGS)] | None = None
     return_token_strs: bool | None = None
+
+
+class PinRequest(TokenizeRequest, frozen=True, kw_only=True):
+    """Body of PUT /admin/pins/{name}: either `prompt` or `messages`, and whose requests begin so."""
+
+    tenant: Annotated[
+        Label | None, Meta(description="Whose requests: a tenant header's value, or 16 hex digits of a key's SHA-256.")
+    ] = None
+    cache_salt: Annotated[Label | None, Meta(description="The salt that those requests send.")] = None
+
+
+class PinState(Struct, frozen=True):
+    """A prefix that stays cached: its tokens in whole KV blocks, and how many of these are there now."""
+
+    name: str
+    tokens: int
+    blocks: int
+    cached: int
+
+
+class PinList(Struct, frozen=True):
+    """All prefixes that stay cached."""
+
+    pins: list[PinState]
 
 
 class DetokenizeRequest(Struct, frozen=True, kw_only=True):

@@ -77,9 +77,9 @@ class Order:
 
     def _capped(self, seq: Sequence, score: float, now: float) -> Place:
         """`score` until `age_cap`, then before all scores: nobody waits longer than that and the others of that age.
-        What is cached of a request is looked up again whenever its wait has doubled."""
+        What is cached of a request is looked up again whenever its wait has tripled."""
         aged = seq.arrival + self.rules.age_cap
-        return Place(FIRST) if now >= aged else Place(score, min(aged, _doubled(seq, now)))
+        return Place(FIRST) if now >= aged else Place(score, min(aged, _tripled(seq, now)))
 
 
 class ShortestFirst(Order):
@@ -123,7 +123,7 @@ class ResponseRatio(Order):
     def place(self, seq: Sequence, cached: int, now: float) -> Place:
         work = self.work(seq, cached)
         digits = max(0, work.bit_length() - 3)
-        return Place(until=_doubled(seq, now), lane=work >> digits << digits)
+        return Place(until=_tripled(seq, now), lane=work >> digits << digits)
 
     def live(self, seq: Sequence, cached: int, ahead: int, now: float) -> tuple[float, ...]:
         return ((seq.arrival - now) / self.work(seq, cached),)
@@ -154,7 +154,7 @@ class Deadline(Order):
         if wanted is not None and now >= due:
             steps = int((now - due) / patience)
             return Place(until=due + (steps + 1) * patience, rank=max(0, self.LATE - steps))
-        until = inf if wanted is None else min(due, _doubled(seq, now))
+        until = inf if wanted is None else min(due, _tripled(seq, now))
         return Place(due - self.work(seq, cached) * self._prefill.value, until)
 
     def arrives(self, seq: Sequence, cached: int, ahead: int, lanes: Collection[Lane]) -> None:
@@ -294,6 +294,6 @@ class _Mean:
         self.value = self._sum / self._count
 
 
-def _doubled(seq: Sequence, now: float) -> float:
-    """When the wait of `seq` will be twice as long, but at least a second longer."""
-    return now + max(now - seq.arrival, 1.0)
+def _tripled(seq: Sequence, now: float) -> float:
+    """When `seq` will have waited three times as long, but at least a second longer."""
+    return now + max(2 * (now - seq.arrival), 1.0)

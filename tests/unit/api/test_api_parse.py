@@ -24,6 +24,7 @@ NUMBERS = {
     "n": (1, 128), "max_tokens": (1, 2**31 - 1), "temperature": (0, 2), "top_p": (0, 1), "seed": (-(2**63), 2**63 - 1),
     "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "top_k": (-1, 2**31 - 1), "min_p": (0, 1),
     "min_tokens": (0, 2**31 - 1), "priority": (-(2**31), 2**31 - 1), "max_completion_tokens": (1, 2**31 - 1),
+    "deadline_ms": (1, 86_400_000), "ttft_deadline_ms": (1, 86_400_000),
 }  # fmt: skip
 
 
