@@ -114,6 +114,7 @@ class Scheduler:
     def why(self, now: float, rids: Collection[int] = ()) -> list[Why]:
         """What each of `rids` (all waiting requests if empty) waits for. Unknown ids are left out."""
         line = list(self.waiting.line(now, len(self.waiting)))
+        self._limits.tokens.fill(self._budget.tokens(self.running))
         self._limits.begin(self.running, lambda: line)
         place = {seq.rid: position for position, seq in enumerate(line)}
         wanted = [self._sequences[rid] for rid in rids if rid in self._sequences] if rids else line
@@ -177,11 +178,18 @@ class Scheduler:
                 error = ErrorInfo(faults[row.rid].code, faults[row.rid].message)
                 events.append(self._finish(seq, FinishReason.FAILED, now, error))
                 continue
-            seq.committed = row.start + row.count
-            if seq.committed >= seq.due:
-                self._publish(seq)
-            if row.emit:
-                events.append(self._append(seq, tokens, now))
+            if row.start + row.count >= seq.due:
+                self._publish(seq, row.start + row.count)
+            if not row.emit:
+                continue
+            if seq.first_token is None:
+                seq.first_token = now
+            seq.tokens += tokens
+            if len(tokens) == 1 and len(seq.tokens) < seq.end and seq.ends.isdisjoint(tokens):
+                events.append(TokenEvent(row.rid, tokens, False, seq.cached))
+            else:
+                events.append(self._end(seq, tokens, now))
+        self.counters.generation_tokens += sum([len(event.tokens) for event in events])
         if plan.rows:
             self._budget.learn(plan, result.seconds - sum(result.copy_seconds))
         self.memory.learn(plan, result)
@@ -237,7 +245,7 @@ class Scheduler:
         seq.epoch += 1
         seq.preemptions += 1
         seq.known = len(seq.tokens)
-        seq.computed = seq.committed = seq.published = 0
+        seq.computed = seq.published = 0
         self.counters.preemptions += 1
         self.waiting.add(seq, now)
 
@@ -298,8 +306,7 @@ class Scheduler:
         self._outlook.boards(seq, now)
         seq.passed = 0
         seq.published = len(seq.blocks)
-        seq.committed = seq.computed
-        seq.due = (seq.published + 1) * self.resources.block_size if self.resources.prefix_caching else seq.end
+        seq.due = (seq.published + 1) * self.resources.block_size if self.resources.prefix_caching else seq.end + 1
         self.running.append(seq)
         self._limits.boards(seq)
         if seq.first_scheduled is None:
@@ -330,31 +337,25 @@ class Scheduler:
 
     # How a step ends
 
-    def _append(self, seq: Sequence, tokens: list[int], now: float) -> TokenEvent:
+    def _end(self, seq: Sequence, tokens: list[int], now: float) -> TokenEvent:
+        """What becomes of `seq` by its last `tokens`: perhaps one of them ends it, and those behind are void."""
         if not tokens:
             error = ErrorInfo("RW-ENGINE", f"The executor returned no token for request {seq.rid}.")
             return self._finish(seq, FinishReason.FAILED, now, error)
-        if seq.first_token is None:
-            seq.first_token = now
-        known = seq.tokens
+        first = len(seq.tokens) - len(tokens)
+        for number, length in enumerate(range(first + 1, len(seq.tokens) + 1), 1):
+            reason = finish_after(seq, length)
+            if reason is not None:
+                del seq.tokens[length:]
+                return self._finish(seq, reason, now, tokens=tokens[:number])
         seq.known += len(tokens) - 1  # one was expected
-        self.counters.generation_tokens += len(tokens)
-        for number, token in enumerate(tokens, 1):
-            known.append(token)
-            if token in seq.ends or len(known) >= seq.end:
-                reason = finish_after(seq)
-                if reason is not None:
-                    self.counters.generation_tokens -= len(tokens) - number
-                    return self._finish(seq, reason, now, tokens=tokens[:number])
         return TokenEvent(seq.rid, tokens, False, seq.cached)
 
-    def _publish(self, seq: Sequence) -> None:
-        """Offer the full blocks that have come back from the device to the prefix cache: never before, so that a
-        failed step poisons nothing."""
-        full = seq.committed // self.resources.block_size
-        if not self.resources.prefix_caching:
-            return
-        self._keys.extend(seq.keys, seq.tokens, seq.request.salt, seq.committed)
+    def _publish(self, seq: Sequence, committed: int) -> None:
+        """Offer the full blocks of the first `committed` tokens, which have come back from the device, to the prefix
+        cache: never before, so that a failed step poisons nothing."""
+        full = committed // self.resources.block_size
+        self._keys.extend(seq.keys, seq.tokens, seq.request.salt, committed)
         for index in range(seq.published, full):
             self.memory.publish(seq.blocks[index], seq.keys[index], seq.request.tenant)
         self._limits.shared.settle(seq, seq.keys[seq.published : full])
@@ -401,11 +402,12 @@ class Scheduler:
         if seq.state is State.RUNNING:
             return Why(seq.rid, "running", position, "", f"{seq.computed} of its {len(seq.tokens)} tokens are computed")
         self._match(seq)
-        _, holder = self._limits.cap(seq)
-        name = holder.name if holder is not None else ""
-        why = holder.why(seq) if holder is not None else "it boards with the next step"
+        count, holder = self._limits.cap(seq)
+        name, why = "", "it boards with the next step"
+        if holder is not None and count <= 0:
+            name, why = holder.name, holder.why(seq)
         self._unmatch(seq)
-        if position > 0 and (holder is None or holder.passes < ANYBODY):
+        if position > 0 and (count > 0 or holder is None or holder.passes < ANYBODY):
             name = self.waiting.order.name
             why = f"{position} requests stand before it; {self.waiting.explain(seq, now)}"
         eta = waits[position] if waits else None

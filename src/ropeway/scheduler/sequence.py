@@ -27,13 +27,13 @@ class Sequence:
     """A request's tokens and what has been done about them.
 
     `known` counts its tokens and those that are being sampled: what there is to compute. The first `computed` of them
-    have KV (or are in a step under way), and the first `committed` have come back from the device. `keys` name its full
-    blocks, of which `published` have been offered to the prefix cache; the next is full at `due` tokens. Up to `room`
-    it may compute in the blocks that it holds. `epoch` counts its turns on board: a result of an old one is void.
+    have KV (or are in a step under way). `keys` name its full blocks, of which `published` have come back from the
+    device and been offered to the prefix cache; the next is full at `due` tokens. Up to `room` it may compute in the
+    blocks that it holds. `epoch` counts its turns on board: a result of an old one is void.
     """
 
     __slots__ = (
-        "arrival", "blocks", "cached", "committed", "computed", "due", "end", "ends", "epoch", "finish",
+        "arrival", "blocks", "cached", "computed", "due", "end", "ends", "epoch", "finish",
         "first_scheduled", "first_token", "keys", "known", "number", "passed", "preemptions", "prompt_len", "published",
         "request", "rid", "room", "shared", "slot", "state", "tokens",
     )  # fmt: skip
@@ -50,7 +50,7 @@ class Sequence:
         self.end = min(self.prompt_len + sampling.max_tokens, longest)  # done at this length whatever it says
         self.ends = frozenset(request.eos_ids + sampling.stop_token_ids)
         self.state = State.QUEUED
-        self.computed = self.committed = self.published = self.due = self.room = 0
+        self.computed = self.published = self.due = self.room = 0
         self.blocks: list[int] = []
         self.keys: list[bytes] = []
         self.shared = 0  # of its blocks, how many somebody else held when it boarded

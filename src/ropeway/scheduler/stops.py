@@ -6,11 +6,11 @@ from ropeway.contract import ErrorInfo, FinishReason, TokenEvent, Usage
 from ropeway.scheduler.sequence import Sequence
 
 
-def finish_after(seq: Sequence) -> FinishReason | None:
-    """Whether the last token of `seq`, just appended, ends it. An end token wins over the length."""
-    if seq.tokens[-1] in seq.ends and seq.output_len >= seq.request.sampling.min_tokens:
+def finish_after(seq: Sequence, length: int) -> FinishReason | None:
+    """Whether token number `length` of `seq` ends it. An end token wins over the length."""
+    if seq.tokens[length - 1] in seq.ends and length - seq.prompt_len >= seq.request.sampling.min_tokens:
         return FinishReason.STOP
-    return FinishReason.LENGTH if len(seq.tokens) >= seq.end else None
+    return FinishReason.LENGTH if length >= seq.end else None
 
 
 def final_event(seq: Sequence, now: float, error: ErrorInfo | None, tokens: list[int]) -> TokenEvent:
