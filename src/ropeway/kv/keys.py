@@ -7,9 +7,9 @@ The chain starts from a salt, so sequences with different salts never share; the
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from struct import Struct
 
 KEY_BYTES = 16
 
@@ -20,6 +20,8 @@ class KeyChain:
     def __init__(self, block_size: int, secret: bytes) -> None:
         self._block_size = block_size
         self._secret = secret
+        self._keyed = blake2b(digest_size=KEY_BYTES, key=secret)  # copied for each block: the key is hashed in once
+        self._content = Struct(f"={block_size}q")
 
     def root(self, salt: str) -> bytes:
         """The parent of a sequence's first block."""
@@ -30,6 +32,7 @@ class KeyChain:
         size = self._block_size
         parent = keys[-1] if keys else self.root(salt)
         for start in range(len(keys) * size, upto - size + 1, size):
-            content = array("q", tokens[start : start + size]).tobytes()
-            parent = blake2b(parent + content, digest_size=KEY_BYTES, key=self._secret).digest()
+            block = self._keyed.copy()
+            block.update(parent + self._content.pack(*tokens[start : start + size]))
+            parent = block.digest()
             keys.append(parent)

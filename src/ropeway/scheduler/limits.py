@@ -29,7 +29,7 @@ class Limit(Protocol):
         """Boarding begins. `running` is live: it grows as sequences board."""
 
     def cap(self, seq: Sequence, want: int) -> int:
-        """At most this many of the `want` tokens now; 0 holds the sequence back. `want` is at least 1."""
+        """At most this many of the `want` tokens now; 0 or less holds the sequence back. `want` is at least 1."""
 
     def boards(self, seq: Sequence) -> None:
         """`seq` is on board from now on, with its matched blocks."""
@@ -69,7 +69,7 @@ class TokenLimit(_Limit):
         self.left = self._budget = tokens
 
     def cap(self, seq: Sequence, want: int) -> int:
-        return min(want, self.left)
+        return want if want <= self.left else self.left
 
     def why(self, seq: Sequence) -> str:
         return f"the step's budget of {self._budget} tokens is taken by requests before it"
@@ -99,7 +99,8 @@ class LengthLimit(_Limit):
     aboard = True
 
     def cap(self, seq: Sequence, want: int) -> int:
-        return max(0, min(want, seq.end - 1 - seq.computed))
+        left = seq.end - 1 - seq.computed
+        return want if want <= left else left
 
     def why(self, seq: Sequence) -> str:
         return "all its tokens are under way"
@@ -164,7 +165,8 @@ class BlockLimit(_Limit):
 
     def cap(self, seq: Sequence, want: int) -> int:
         if seq.state is State.RUNNING:
-            return min(want, (len(seq.blocks) + self._pool.available) * self._block_size - seq.computed)
+            left = (len(seq.blocks) + self._pool.available) * self._block_size - seq.computed
+            return want if want <= left else left
         return want if self._missing(seq) <= 0 else 0
 
     def boards(self, seq: Sequence) -> None:
@@ -286,13 +288,13 @@ class Limits:
 
     def cap(self, seq: Sequence) -> tuple[int, Limit | None]:
         """How many tokens `seq` may run, and the limit that held it to that."""
-        count, holder = seq.want, None
+        count, holder = seq.known - seq.computed, None
         for limit in self._aboard if seq.state is State.RUNNING else self._all:
-            if count <= 0:
-                break
             allowed = limit.cap(seq, count)
             if allowed < count:
                 count, holder = allowed, limit
+                if count <= 0:
+                    break
         return count, holder
 
     def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:

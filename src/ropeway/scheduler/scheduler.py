@@ -323,15 +323,16 @@ class Scheduler:
         )  # fmt: skip
 
     def _run(self, seq: Sequence, count: int, draft: _Draft) -> None:
-        needed = -(-(seq.computed + count) // self.resources.block_size) - len(seq.blocks)
+        size, end = self.resources.block_size, seq.computed + count
+        needed = -(-end // size) - len(seq.blocks)
         blocks = self.pool.alloc(needed) if needed > 0 else _NONE
         if blocks is None:
             raise RuntimeError(f"{needed} blocks were promised to request {seq.rid} but {self.pool.available} are free")
         seq.blocks += blocks
-        seq.room = min(len(seq.blocks) * self.resources.block_size, seq.end - 1)
-        emit = count == seq.want
+        seq.room = min(len(seq.blocks) * size, seq.end - 1)
+        emit = end == seq.known
         draft.rows.append(Row(seq.rid, seq.epoch, seq.slot, seq.computed, count, emit, blocks))
-        seq.computed += count
+        seq.computed = end
         seq.known += emit
         self._limits.tokens.left -= count
 
