@@ -249,3 +249,22 @@ def test_copies_take_time() -> None:
     plan = StepPlan(1, [], [], [], [BlockCopy(0, 0, "device", "host", b"k")])
     result = executor.collect(executor.submit(plan))
     assert (result.seconds, result.copy_seconds) == (0.51, [0.5])
+
+
+def test_another_tenant_learns_nothing_from_what_a_prompt_costs() -> None:
+    """What the probe in `benchmarks/cache_probe.py` times, in tokens and steps instead of seconds."""
+
+    def cost(before: str, tenant: str) -> tuple[int, int, int]:
+        world = World(num_blocks=40, tiers=(HOST, DISK), max_step_tokens=16)
+        prompt = list(range(40))
+        world.submit(_request(1, prompt if before == "same" else prompt[::-1], tenant="victim", salt="victim"))
+        world.finish_all()
+        steps, tokens = len(world.plans), _computed(world)
+        world.submit(_request(2, prompt, tenant=tenant, salt=tenant))
+        world.finish_all()
+        usage = world.final[2].usage
+        assert usage is not None
+        return usage.cached_tokens, len(world.plans) - steps, _computed(world) - tokens
+
+    assert cost("same", "attacker") == cost("other", "attacker")
+    assert cost("same", "victim") != cost("other", "victim")

@@ -40,6 +40,8 @@ def create_app(service: TextService, config: ServerConfig, metrics: Metrics) -> 
 def _add_routes(app: FastAPI) -> None:
     def add(method: str, path: str, endpoint: Callable[..., Any], entry: dict[str, Any]) -> None:
         name = re.sub(r"\W+", "_", path.removeprefix("/v1").replace(":path", "")).strip("_")
+        if method not in ("GET", "POST"):  # of which no path here has both
+            name = f"{method.lower()}_{name}"
         app.add_api_route(
             path, endpoint, methods=[method], openapi_extra=entry, operation_id=name, response_class=Response
         )
@@ -63,6 +65,10 @@ def _add_routes(app: FastAPI) -> None:
     add("GET", "/metrics", health.metrics, op(None))
     add("GET", "/admin/scheduler", admin.get_scheduler, op(schema.SchedulerState))
     add("PUT", "/admin/scheduler", admin.put_scheduler, op(schema.SchedulerState, schema.SchedulerChange))
+    add("GET", "/admin/queue", admin.get_queue, op(schema.QueueState))
+    add("GET", "/admin/pins", admin.get_pins, op(schema.PinList))
+    add("PUT", "/admin/pins/{name}", admin.put_pin, op(schema.PinList, schema.PinRequest))
+    add("DELETE", "/admin/pins/{name}", admin.delete_pin, op(schema.PinList))
     app.add_api_route("/openapi.json", _openapi, methods=["GET"], include_in_schema=False)
     app.add_api_route("/docs", _docs, methods=["GET"], include_in_schema=False)
 

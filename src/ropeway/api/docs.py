@@ -14,7 +14,8 @@ _COMPONENTS = (
     schema.ChatCompletionRequest, schema.ChatCompletion, schema.CompletionRequest, schema.Completion,
     schema.TokenizeRequest, schema.TokenizeResponse, schema.DetokenizeRequest, schema.DetokenizeResponse,
     schema.ModelList, schema.ModelCard, schema.Readiness, schema.Version, schema.Load, schema.SchedulerState,
-    schema.SchedulerChange, ErrorEnvelope,
+    schema.SchedulerChange, schema.PinRequest, schema.PinList, schema.PinState, schema.QueueState,
+    schema.WaitState, ErrorEnvelope,
 )  # fmt: skip
 _REF = "#/components/schemas/"
 _STYLE = """

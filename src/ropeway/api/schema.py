@@ -318,5 +318,23 @@ class SchedulerState(Struct, frozen=True):
     waiting: int
 
 
+class WaitState(Struct, frozen=True):
+    """Why a request waits, with the engine's own number for it: `held_by` is a limit or the scheduling policy, or empty
+    if it boards with the next step. It is expected to board in `eta_seconds`; null: too early to tell."""
+
+    request: int
+    position: int
+    held_by: str
+    reason: str
+    eta_seconds: float | None
+
+
+class QueueState(Struct, frozen=True):
+    """Who waits, next first. `eta_error` is the mean of |estimated wait - wait| / wait of those who boarded lately."""
+
+    waiting: list[WaitState]
+    eta_error: float | None
+
+
 class Load(Struct, frozen=True):
     server_load: int

@@ -24,6 +24,16 @@ async def tokenize(request: Request) -> Response:
     api = api_of(request)
     body, ignored = decode(TokenizeRequest, await read_body(request), {})
     api.check_model(body.model)
+    text_request = prompt_only(body, str(request.state.request_id))
+    tokens = await api.service.tokenize(text_request)
+    strings = api.service.token_strings(tokens) if body.return_token_strs else None
+    response = json_response(TokenizeResponse(len(tokens), api.service.max_model_len, tokens, strings))
+    response.headers.update(ignored_header(ignored))
+    return response
+
+
+def prompt_only(body: TokenizeRequest, request_id: str) -> TextRequest:
+    """What `body` asks for, as far as its tokens go. Raises RequestError unless it has either prompt or messages."""
     has_messages = bytes(body.messages).strip() not in (b"", b"null")
     if (body.prompt is None) != has_messages:
         raise RequestError("Send either prompt or messages.", param="prompt")
@@ -36,13 +46,7 @@ async def tokenize(request: Request) -> Response:
         }
     # vLLM adds the model's special tokens to plain text unless told otherwise; a rendered chat has its own.
     special = body.add_special_tokens if body.add_special_tokens is not None else not has_messages
-    tokens = await api.service.tokenize(
-        TextRequest(request_id=request.state.request_id, sampling=SamplingParams(), add_special_tokens=special, **what)
-    )
-    strings = api.service.token_strings(tokens) if body.return_token_strs else None
-    response = json_response(TokenizeResponse(len(tokens), api.service.max_model_len, tokens, strings))
-    response.headers.update(ignored_header(ignored))
-    return response
+    return TextRequest(request_id=request_id, sampling=SamplingParams(), add_special_tokens=special, **what)
 
 
 async def detokenize(request: Request) -> Response:

@@ -144,7 +144,10 @@ def _weights(config: EngineConfig, dtype: str) -> str:
 def _show_division(
     config: EngineConfig, spec: ModelSpec, dtype: str, device: Device, budget: Budget, console: Console
 ) -> None:
+    each = spec.kv_bytes_per_token(dtype, config.kv_cache_dtype)
     left = device.memory.free - budget.weight_bytes - budget.workspace_bytes - budget.kv_bytes
+    if device.kind == "cpu":
+        left -= budget.host_blocks * config.block_size * each
     tokens = budget.num_blocks * config.block_size
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column()
@@ -155,9 +158,12 @@ def _show_division(
         "one step", gib(budget.workspace_bytes), f"{config.max_num_batched_tokens} tokens, activations and logits"
     )
     table.add_row("KV cache", gib(budget.kv_bytes), budget.why)
+    for tier, blocks in (("KV host tier", budget.host_blocks), ("KV disk tier", budget.disk_blocks)):
+        if blocks:
+            more = blocks * config.block_size
+            table.add_row(tier, gib(more * each), f"{blocks:,} blocks more, {more:,} tokens")
     table.add_row("left free", gib(left), "")
     console.print(table)
-    each = spec.kv_bytes_per_token(dtype, config.kv_cache_dtype)
     console.print(
         f"\nKV cache: {each / 1024:g} KiB per token, {budget.num_blocks:,} blocks of "
         f"{config.block_size} = {tokens:,} tokens.\n",

@@ -11,7 +11,8 @@ from ropeway.config import EngineConfig, load
 
 PLANNED = (
     "revision", "download_dir", "dtype", "quantization", "quantization_group", "max_model_len", "block_size",
-    "kv_cache_gib", "num_kv_blocks", "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens",
+    "kv_cache_gib", "num_kv_blocks", "gpu_memory_utilization", "kv_host_gib", "kv_disk_gib",
+    "max_num_seqs", "max_num_batched_tokens",
 )  # fmt: skip
 
 

@@ -23,6 +23,9 @@ class KeyChain:
         self._keyed = blake2b(digest_size=KEY_BYTES, key=secret)  # copied for each block: the key is hashed in once
         self._content = Struct(f"={block_size}q")
 
+    def __reduce__(self) -> tuple[type[KeyChain], tuple[int, bytes]]:
+        return KeyChain, (self._block_size, self._secret)  # a hash object can neither be copied by parts nor stored
+
     def root(self, salt: str) -> bytes:
         """The parent of a sequence's first block."""
         return blake2b(salt.encode(), digest_size=KEY_BYTES, key=self._secret, person=b"ropeway-root").digest()

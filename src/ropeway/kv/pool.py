@@ -22,7 +22,7 @@ PAST = 1 << 14
 
 
 class Age:
-    """What pools tell time by: releases, counted by all pools that share it."""
+    """What pools tell time by: releases of remembered content, counted by all pools that share it."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -57,15 +57,16 @@ class BlockPool:
         self._holders = [0] * num_blocks
         self._key: list[bytes | None] = [None] * num_blocks
         self._by_key: dict[bytes, int] = {}
-        self._past = OrderedDict[bytes, int]()  # names of lost content, and its level
+        self._past: OrderedDict[bytes, int] = OrderedDict()  # names of lost content, and its level
         self._blank = list(range(num_blocks - 1, -1, -1))  # free and without a key, the next last
         self._level = [0] * num_blocks
-        self._lines = [OrderedDict[int, int]() for _ in range(LEVELS)]  # free and remembered: block to time of release
+        # Free and remembered blocks, each with the time of its release.
+        self._lines: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(LEVELS)]
         self._age = age or Age()
         self._owner = [""] * num_blocks
         self._owned: dict[str, int] = {}
         self._free_of: dict[str, OrderedDict[int, None]] = {}
-        self._greedy = OrderedDict[str, None]()  # owners above their quota
+        self._greedy: OrderedDict[str, None] = OrderedDict()  # owners above their quota
         for block, key in kept:
             self._name(block, key, "")
             self._put(block)
@@ -125,7 +126,7 @@ class BlockPool:
 
         The last is freed first, so that a chain of remembered blocks loses its leaves before its root.
         """
-        self._age.now += 1
+        self._age.now += bool(blocks) and self._key[blocks[0]] is not None
         for block in reversed(blocks):
             if self._holders[block] <= 0:
                 raise ValueError(f"block {block} is released but nobody holds it")
@@ -229,8 +230,13 @@ class BlockPool:
         for owner in self._greedy:  # never more than 1 / quota
             if owner in self._free_of:
                 return next(iter(self._free_of[owner]))
-        heads = ((*next(iter(line.items())), level) for level, line in enumerate(self._lines) if line)
-        return min(heads, key=lambda head: head[1] + head[2] * CREDIT)[0]
+        least, worth = -1, 0
+        for level, line in enumerate(self._lines):
+            if line:
+                block = next(iter(line))
+                if least < 0 or line[block] + level * CREDIT < worth:
+                    least, worth = block, line[block] + level * CREDIT
+        return least
 
     def _name(self, block: int, key: bytes, owner: str) -> None:
         self._key[block], self._owner[block], self._level[block] = key, owner, 0

@@ -241,6 +241,15 @@ def _engine_families(stats: EngineStats, labels: Sequence[str], values: Sequence
         counter = CounterMetricFamily(name, text, labels=labels)
         counter.add_metric(values, value)
         yield counter
+    labels, of_tier = (*labels, "tier"), [((*values, tier.name), tier) for tier in stats.tiers]
+    blocks = GaugeMetricFamily("ropeway_kv_tier_blocks", "KV blocks that a tier has room for", labels=labels)
+    used = GaugeMetricFamily("ropeway_kv_tier_blocks_used", "KV blocks that a tier remembers", labels=labels)
+    hits = CounterMetricFamily("ropeway_kv_tier_hits", "KV blocks brought back from a tier", labels=labels)
+    for names, tier in of_tier:
+        blocks.add_metric(names, tier.blocks)
+        used.add_metric(names, tier.used)
+        hits.add_metric(names, tier.hits)
+    yield from (blocks, used, hits)
 
 
 def _cache_config(info: ExecutorInfo, values: Sequence[str]) -> Metric:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import prod
 from typing import cast
 
 import torch
@@ -27,6 +28,7 @@ from ropeway.runtime.models.registry import MODELS
 from ropeway.runtime.runner import Model, Runner
 from ropeway.runtime.sampler import Sampler
 from ropeway.runtime.slots import Slots
+from ropeway.runtime.tiers import open_disk, tier_notes, tiers
 from ropeway.runtime.weights.loader import Weights
 
 _SMALL = 64 * 2**20
@@ -62,7 +64,13 @@ class LocalExecutor:
                 layered = MODELS[spec.architecture](spec, weights, backend, ops, device, budget.max_model_len, level)
             loaded = time.perf_counter() - begun
             model, level_note = whole_steps(layered, level, config)
-            kv = KVStore(budget.num_blocks, spec.layers, backend.block_shape(), attention.kv_dtype, device)
+            shape = backend.block_shape()
+            identity = (name, backend.name, config.kv_cache_dtype, config.quantization, *map(str, shape))
+            disk = open_disk(config, directory, identity, spec.layers * prod(shape) * attention.kv_dtype.itemsize)
+            kv = KVStore(
+                budget.num_blocks, spec.layers, shape, attention.kv_dtype, device, host_blocks=budget.host_blocks,
+                disk=disk,
+            )  # fmt: skip
             slots = Slots(config.max_num_seqs, budget.max_model_len, config.block_size, budget.num_blocks, spec.vocab)
         except (MemoryError, OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
@@ -97,8 +105,11 @@ class LocalExecutor:
                 f"Weights: {spec.parameters:,} parameters, {gib(weight_bytes)}, loaded in {loaded:.1f} s.",
                 *_quantization_notes(config, spec),
                 _kv_note(budget, config.block_size),
+                *tier_notes(config, budget, disk),
                 *budget.notes,
             ],
+            tiers=tiers(budget, disk),
+            secret=disk.secret if disk is not None else b"",
         )
 
     @property
@@ -113,8 +124,9 @@ class LocalExecutor:
         return ticket
 
     def close(self) -> None:
-        """Free model and cache."""
+        """Free model and cache; what is to outlive the process is on disk then."""
         if hasattr(self, "runner"):
+            self.runner.kv.close()
             del self.runner
 
 

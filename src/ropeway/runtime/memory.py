@@ -9,6 +9,7 @@ from pathlib import Path
 from ropeway.config import EngineConfig
 from ropeway.errors import ConfigError, MemoryBudgetError
 from ropeway.modelspec import DTYPE_BYTES, ModelSpec
+from ropeway.runtime.blockfile import slots_in
 
 GIB = 1024**3
 CPU_DEFAULT_SHARE = 0.5
@@ -27,7 +28,8 @@ class MemoryState:
 
 @dataclass(frozen=True)
 class Budget:
-    """What goes where, in bytes. `why` says where the size of the KV cache comes from; `notes` what was reduced."""
+    """What goes where, in bytes. `why` says where the size of the KV cache comes from; `notes` what was reduced.
+    `host_blocks` and `disk_blocks` are the tiers beneath the KV cache, not counted elsewhere."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -36,6 +38,8 @@ class Budget:
     max_model_len: int
     full_requests: float
     why: str
+    host_blocks: int = 0
+    disk_blocks: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -110,7 +114,15 @@ def plan_budget(config: EngineConfig, spec: ModelSpec, dtype: str, device: str, 
     or ConfigError for a length beyond the model."""
     weights = spec.weight_bytes(dtype, config.quantization, config.quantization_group)
     workspace = workspace_bytes(config, spec, dtype)
-    room = memory.free - weights - workspace
+    host = int((config.kv_host_gib or 0) * GIB)
+    here = host if device == "cpu" else 0  # a GPU's host tier is other memory
+    room = memory.free - weights - workspace - here
+    if room <= 0 < here and memory.free > weights + workspace:
+        raise MemoryBudgetError(
+            f"kv_host_gib is {config.kv_host_gib}, but beside the weights {gib(memory.free - weights - workspace)} "
+            f"{memory.limit} are free, and the KV cache needs some too. Lower --kv-host-gib.",
+            param="kv_host_gib",
+        )
     if room <= 0:
         raise MemoryBudgetError(
             f"{spec.name} needs {gib(weights)} for its weights in {dtype} and {gib(workspace)} for a step of "
@@ -119,7 +131,7 @@ def plan_budget(config: EngineConfig, spec: ModelSpec, dtype: str, device: str, 
         )
     wanted_len = _wanted_length(config, spec)
     block = spec.kv_bytes_per_token(dtype, config.kv_cache_dtype) * config.block_size
-    blocks, why = _blocks(config, device, memory, weights + workspace, room, block)
+    blocks, why = _blocks(config, device, memory, weights + workspace + here, room, block)
     notes: list[str] = []
     needed = -(-wanted_len // config.block_size)
     if blocks < needed:
@@ -143,6 +155,8 @@ def plan_budget(config: EngineConfig, spec: ModelSpec, dtype: str, device: str, 
         max_model_len=wanted_len,
         full_requests=blocks / -(-wanted_len // config.block_size),
         why=why,
+        host_blocks=host // block,
+        disk_blocks=slots_in(int((config.kv_disk_gib or 0) * GIB), block),
         notes=tuple(notes),
     )
 

@@ -44,8 +44,7 @@ class Runner:
         for admit in plan.admit:
             seed = admit.sampling.seed
             self.slots.admit(admit, derive(self.seed, admit.rid) if seed is None else seed)
-        if plan.copies:
-            self.kv.copy(plan.copies)
+        copy_seconds, lost = self.kv.copy(plan.copies)
         faults: dict[int, RopewayError] = {}
         sound: list[int] = []
         for number, row in enumerate(plan.rows):
@@ -62,6 +61,8 @@ class Runner:
             tokens=tokens,
             faults=[RowFault(number, fault.code, fault.message) for number, fault in sorted(faults.items())],
             seconds=time.perf_counter() - begun,
+            copy_seconds=copy_seconds,
+            lost=lost,
         )
 
     def _compute(

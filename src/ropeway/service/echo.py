@@ -7,9 +7,17 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 
-from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ordered, SamplingParams, Usage, Why
+from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ordered, Pinned, SamplingParams, Usage, Why
 from ropeway.engine.channel import LinkState
-from ropeway.errors import ConfigError, DeadlineError, DrainingError, EngineError, RopewayError, TemplateError
+from ropeway.errors import (
+    ConfigError,
+    DeadlineError,
+    DrainingError,
+    EngineError,
+    RequestError,
+    RopewayError,
+    TemplateError,
+)
 from ropeway.service.context import check_context
 from ropeway.service.params import check_tokens, validate, with_max_tokens
 from ropeway.service.request import TextRequest, TextStream
@@ -142,6 +150,11 @@ class EchoService:
         if policy:
             raise ConfigError("Nothing ever waits in this service, so no order can be chosen.", param="policy")
         return Ordered(0, "fcfs", 0)
+
+    async def pin(self, name: str = "", request: TextRequest | None = None) -> list[Pinned]:
+        if name:
+            raise RequestError("Nothing is cached in this service, so no prefix can be pinned.", param="name")
+        return []
 
     def drain(self) -> None:
         self.state = LinkState.DRAINING

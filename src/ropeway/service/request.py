@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ordered, SamplingParams, Usage, Why
+from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ordered, Pinned, SamplingParams, Usage, Why
 from ropeway.engine.channel import LinkState
 
 ChatMessage = dict[str, Any]
@@ -102,6 +102,10 @@ class TextService(Protocol):
     async def reorder(self, policy: str = "") -> Ordered:
         """Let requests board by another scheduling policy from now on, or just say which it is. Raises ConfigError if
         there is no such policy."""
+
+    async def pin(self, name: str = "", request: TextRequest | None = None) -> list[Pinned]:
+        """Compute the prompt of `request` and keep it cached as `name`; without a request give `name` up; without a
+        name change nothing. Returns all that is pinned. Raises RequestError if it cannot be."""
 
     def drain(self) -> None:
         """Refuse newcomers from now on; running requests finish."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import logging
 import random
@@ -23,6 +24,9 @@ from ropeway.contract import (
     Explained,
     GenerateRequest,
     Ordered,
+    Pin,
+    Pinned,
+    Pins,
     Ready,
     Reorder,
     Report,
@@ -85,6 +89,7 @@ class EngineTextService:
         self._numbers = itertools.count(1)
         self._live: dict[int, _Live] = {}
         self._questions: dict[int, asyncio.Future[Any]] = {}  # by token
+        self._pins: dict[str, Pin] = {}
         self._stats: EngineStats | None = None
         self._draining = False
         link.subscribe(self._on_report)
@@ -179,6 +184,28 @@ class EngineTextService:
             raise answer.error.error()
         return answer
 
+    async def pin(self, name: str = "", request: TextRequest | None = None) -> list[Pinned]:
+        """See `TextService`. An engine that is started again hears of all pins, and caches them when they are used."""
+        if request is None:
+            answer: Pins = await self._ask(Pin(next(self._numbers), name))
+            self._pins.pop(name, None)
+        else:
+            info = self._check_state()
+            tokens = check_tokens(await self._encoder.encode(request, info.max_model_len), info.vocab_size)
+            check_context(len(tokens), 1, info.max_model_len)
+            pin = Pin(next(self._numbers), name, tokens, cache_salt(request.tenant, request.salt))
+            answer = await self._ask(pin)
+            if answer.error is None:
+                self._pins[name] = pin
+                one = SamplingParams(temperature=0.0, max_tokens=1)
+                compute = dataclasses.replace(request, text=None, messages=None, tokens=tokens, sampling=one)
+                async for _ in await self.submit(compute):
+                    pass
+                answer = await self._ask(Pin(next(self._numbers)))
+        if answer.error is not None:
+            raise answer.error.error()
+        return answer.pins
+
     def drain(self) -> None:
         if not self._draining:
             self._draining = True
@@ -205,7 +232,7 @@ class EngineTextService:
             raise NotReadyError("The engine is starting. Retry shortly.", retry_after=_RETRY_AFTER)
         return info
 
-    async def _ask(self, command: Explain | Reorder) -> Any:
+    async def _ask(self, command: Explain | Reorder | Pin) -> Any:
         """Send a question and wait for the report with its token."""
         answer = asyncio.get_running_loop().create_future()
         self._link.send(command)
@@ -226,12 +253,14 @@ class EngineTextService:
                     live = self._live.get(event.rid)
                     if live is not None:  # otherwise it was cancelled or stopped here, and this is late
                         self._on_event(live, event, now)
-            case Explained(token=token) | Ordered(token=token):
+            case Explained(token=token) | Ordered(token=token) | Pins(token=token):
                 question = self._questions.get(token)
                 if question is not None and not question.done():
                     question.set_result(report)
             case Ready():
                 self._fail_all(_LOST)  # a new engine knows nothing of the old one's requests
+                for pin in self._pins.values():
+                    self._link.send(pin)
             case Stopped(error):
                 self._fail_all(error.error() if error is not None else _LOST)
 

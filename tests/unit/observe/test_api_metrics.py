@@ -6,6 +6,7 @@ import io
 import json
 import logging
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -16,6 +17,7 @@ from ropeway.contract import (
     FinishReason,
     Ready,
     Step,
+    TierStats,
     TokenEvent,
     Usage,
 )
@@ -204,3 +206,14 @@ def test_an_idle_engine_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
         line.on_report(Step([], stats(1)))
         line.on_report(Step([], stats(2)))
     assert not caplog.records
+
+
+def test_tiers_are_counted_by_name() -> None:
+    metrics = Metrics("m")
+    tiers = [TierStats("host", 50, 7, 3), TierStats("disk", 900, 80, 12)]
+    found = read(metrics, msgspec.structs.replace(stats(1), tiers=tiers))
+    for tier in tiers:
+        label = (("tier", tier.name),)
+        assert found["ropeway_kv_tier_blocks", label] == tier.blocks
+        assert found["ropeway_kv_tier_blocks_used", label] == tier.used
+        assert found["ropeway_kv_tier_hits_total", label] == tier.hits

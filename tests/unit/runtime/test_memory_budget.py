@@ -151,3 +151,14 @@ def test_free_memory_never_exceeds_what_the_machine_has(tmp_path: Path) -> None:
     root = tmp_path / "cgroup"
     group(root, str(12 * GIB), 0, 0)
     assert cpu_memory(proc(tmp_path, "0::/\n", available=GIB), root).free == GIB
+
+
+def test_a_cpu_takes_its_host_tier_from_the_same_memory() -> None:
+    rest = 10 * GIB - WEIGHTS - workspace_bytes(EngineConfig(), SPEC, "bfloat16")
+    tiered = budget(10, kv_host_gib=2.0, kv_disk_gib=20.0)
+    assert tiered.host_blocks == 2 * GIB // BLOCK
+    assert tiered.num_blocks == (rest - 2 * GIB) // 2 // BLOCK
+    assert 0.999 < tiered.disk_blocks * BLOCK / (20 * GIB) <= 1
+    assert budget(64, "cuda", kv_host_gib=2.0).num_blocks == budget(64, "cuda").num_blocks
+    with pytest.raises(MemoryBudgetError, match=r"kv_host_gib is 9\.0, but beside the weights .* are free"):
+        budget(10, kv_host_gib=9.0)
