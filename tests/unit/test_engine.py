@@ -17,6 +17,7 @@ from ropeway.contract import (
     Step,
     Submit,
     TokenEvent,
+    Why,
 )
 from ropeway.engine.engine import Engine
 from ropeway.engine.intake import Pace
@@ -243,3 +244,39 @@ def test_priority_boards_the_urgent_first_and_the_patient_in_the_end() -> None:
     ends = [event.rid for event in driver.events if event.finish is not None]
     assert ends[0] == 1
     assert ends.index(3) < ends.index(2) < len(ends) - 1
+
+
+@pytest.mark.parametrize(
+    ("config", "blocks", "holder"),
+    [
+        (EngineConfig(scheduling_policy="fcfs"), 64, "seats"),
+        (EngineConfig(scheduling_policy="fcfs"), 13, "kv-blocks"),
+        (EngineConfig(batching="static", scheduling_policy="fcfs"), 64, "static-batch"),
+    ],
+)
+def test_who_waits_is_told_how_long_and_how_good_such_estimates_were(
+    config: EngineConfig, blocks: int, holder: str
+) -> None:
+    """Answers of 40 steps of 0.1 s, two at a time (by seats, or by memory): the third boards in 4 s, the fifth in 8."""
+    driver = Driver(config, max_slots=8 if holder == "kv-blocks" else 2, num_blocks=blocks)
+
+    def burst(rids: range) -> list[Why]:
+        for rid in rids:
+            driver.ask(rid, prompt=50, output=40, salt=str(rid))
+        driver.steps(2)
+        (report,) = driver.send(Explain(token=1))
+        driver.steps()
+        return report.reasons  # type: ignore[no-any-return]
+
+    burst(range(1, 5))  # what answers are like is learned from these
+    waiting = burst(range(11, 17))
+    assert [(why.rid, why.position) for why in waiting] == [(13, 0), (14, 1), (15, 2), (16, 3)]
+    assert waiting[0].holder == holder
+    for why, boards in zip(waiting, (4, 4, 8, 8), strict=True):
+        usage = driver.final(why.rid).usage
+        assert usage is not None
+        assert usage.first_scheduled_s == pytest.approx(boards, abs=0.3)
+        assert why.eta_s == pytest.approx(boards, rel=0.2)
+    error = burst(range(21, 31))[0].eta_error
+    assert error is not None
+    assert error < 0.3

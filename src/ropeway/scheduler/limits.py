@@ -148,7 +148,7 @@ class BlockLimit(_Limit):
         self._block_size = block_size
         self._forecast = forecast
         self._running: Collection[Sequence] = ()
-        self._aboard: list[tuple[int, int]] = []  # of each on board: minus the tokens to go, and the blocks held now
+        self._aboard: list[tuple[int, int]] = []  # of each on board: minus the tokens that it grows by, and its blocks
         self._orphans = 0  # blocks held by some that somebody brought who has left
         self._left = 0  # steps for which these hold
         self._found: dict[int, int] = {}  # by number: the blocks that it lacks
@@ -183,7 +183,8 @@ class BlockLimit(_Limit):
         )
 
     def _outlook(self, seq: Sequence, shared: int) -> tuple[int, int]:
-        return -self._forecast.draw(seq), -(-(len(seq.tokens) + 1) // self._block_size) - shared
+        # What is held now includes the next token, and the last one needs no KV.
+        return min(0, 2 - self._forecast.draw(seq)), -(-(len(seq.tokens) + 1) // self._block_size) - shared
 
     def _missing(self, seq: Sequence) -> int:
         """Blocks that `seq`, whose `blocks` are matched but not yet held, lacks to board."""
@@ -194,7 +195,7 @@ class BlockLimit(_Limit):
             return own - self._pool.available
         if seq.number not in self._found:
             capacity = self._pool.num_blocks * (1 - self._forecast.reserve)
-            self._found[seq.number] = self._peak((to_go, own)) - int(capacity)
+            self._found[seq.number] = self._peak((to_go, own)) - round(capacity)
         return self._found[seq.number]
 
     def _peak(self, newcomer: tuple[int, int]) -> int:
