@@ -218,7 +218,7 @@ def _serve_tenants(world: World, lengths: dict[str, tuple[int, int]], steps: int
     rids = count(1)
     for _ in range(steps):
         for tenant, (prompt, answer) in lengths.items():
-            while sum(seq.request.tenant == tenant for seq in world.scheduler.waiting) < world.slots:
+            while sum(seq.request.tenant == tenant for seq in world.scheduler.waiting) <= world.slots:
                 rid = next(rids)
                 owner[rid] = tenant
                 world.submit(request(rid, prompt, answer, tenant=tenant, salt=str(rid)))

@@ -45,6 +45,7 @@ class Order:
     name = "fcfs"
     uses_cache = False  # else `cached`, the tokens of a sequence that the prefix cache holds, is not looked up but 0
     window = 0  # how many of the first in line get a live score
+    held = 16  # how many that lack room for themselves a step looks past, at most
     reason = "requests board in order of arrival"
 
     def __init__(self, rules: Rules) -> None:
@@ -209,6 +210,7 @@ class FairShare(Order):
     name = "fair"
     uses_cache = True
     window = 128
+    held = 0  # small requests of one tenant could else keep a large one of another from ever being served its share
     INPUT, OUTPUT = 1.0, 2.0
 
     def __init__(self, rules: Rules) -> None:

@@ -42,9 +42,6 @@ from ropeway.scheduler.waiting import WaitingRoom
 _LOOK = 1024
 """Waiting sequences that a step looks at, at most: those held back by what others compute are passed over."""
 
-_HELD = 16
-"""Waiting sequences held back by what they need themselves that a step looks past, at most."""
-
 _NONE: list[int] = []
 """The new blocks of a row that needs none: one list for all, which nobody may change."""
 
@@ -271,9 +268,11 @@ class Scheduler:
                     other.passed += 1
                 continue
             self._unmatch(seq)
-            if holder is None or seq.passed >= holder.passes or len(held) >= _HELD:
+            if holder is None:
                 break
             if holder.passes < ANYBODY:
+                if seq.passed >= holder.passes or len(held) >= self.waiting.order.held:
+                    break
                 held.append(seq)
 
     def _match(self, seq: Sequence) -> None:
