@@ -13,9 +13,10 @@ from ropeway.sim.config import SimConfig
 from ropeway.sim.config import check as check_sim
 
 ENGINE = (
-    "max_model_len", "block_size", "kv_cache_gib", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens",
-    "step_budget_ms", "batching", "scheduling_policy", "promote_after", "enable_prefix_caching",
-    "enable_chunked_prefill", "max_queue",
+    "max_model_len", "block_size", "kv_cache_gib", "kv_host_gib", "kv_tenant_quota", "preemption_mode", "num_kv_blocks",
+    "max_num_seqs", "max_num_batched_tokens",
+    "step_budget_ms", "batching", "scheduling_policy", "promote_after", "age_cap", "fair_quantum",
+    "tenant_weights", "enable_prefix_caching", "enable_chunked_prefill", "max_queue",
 )  # fmt: skip
 """The engine's settings that a simulation obeys: those of scheduling and memory."""
 

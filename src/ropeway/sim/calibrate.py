@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import TYPE_CHECKING
 
 from ropeway.config import EngineConfig
 from ropeway.contract import (
@@ -29,11 +30,23 @@ from ropeway.sim.clock import VirtualClock
 from ropeway.sim.cost import CostModel
 from ropeway.sim.timed import TimedExecutor
 
-DECODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-CHUNKS = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
-CONTEXTS = (16, 256, 1024, 3072)
-REPEATS = 7
-KNEES = (2, 4, 8, 16, 32, 64, 128, 256)
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+DECODES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+CHUNKS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+CONTEXTS = (16, 256, 1024)
+STEPS = 3
+"""Steps of one kind in a row that are timed."""
+
+SECONDS = 25.0
+"""How long to measure, at least once through all kinds: machines are faster in one moment than in the next."""
+
+LONG = 0.5
+"""A step of more seconds shows well enough what tokens cost; steps with more tokens than it are not timed."""
+
+KNEES = (8, 32, 128)
 
 
 @dataclass(frozen=True)
@@ -72,18 +85,37 @@ def grid(info: ExecutorInfo) -> Iterator[list[Line]]:
         yield from ([Line(0, n, False)] * 4 for n in (8, 32, 64))
 
 
-def measure(
-    executor: Executor, clock: Clock, kinds: Sequence[list[Line]], progress: Callable[[int], None] = lambda done: None
-) -> list[Sample]:
-    """The cost of each of `kinds` that fits; the others are left out. Raises EngineError if a step fails."""
+def measure(executor: Executor, clock: Clock, kinds: Sequence[list[Line]], seconds: float = SECONDS) -> list[Sample]:
+    """The cost of each of `kinds` that fits; the others are left out. Goes through all of them again and again for
+    `seconds`, so that a slow moment does not make one kind look slow. Raises EngineError if a step fails."""
     bench = _Bench(executor, clock)
-    samples = []
-    for number, lines in enumerate(kinds):
-        repeats = bench.room(lines)
-        if repeats >= 1:
-            samples.append(bench.run(lines, min(REPEATS, repeats)))
-        progress(number + 1)
-    return samples
+    fitting = [lines for lines in kinds if bench.fits(lines)]
+    times: list[list[float]] = [[] for _ in fitting]
+    begun, passes, most = clock.now(), 0, float("inf")
+    while passes == 0 or (clock.now() - begun) * (passes + 1) / passes < seconds:
+        for number, lines in enumerate(fitting):
+            tokens = sum(line.count for line in lines)
+            if tokens > most:
+                continue
+            times[number] += bench.run(lines)
+            if times[number][-1] > LONG:
+                most = min(most, tokens)
+        passes += 1
+    return [_sample(lines, sorted(t)[len(t) // 2]) for lines, t in zip(fitting, times, strict=True) if t]
+
+
+def _sample(lines: Sequence[Line], seconds: float) -> Sample:
+    """`lines` as they are in the middle one of the steps that are timed."""
+    shift = 1 + STEPS // 2
+    middle = [Line(line.start + shift * line.count, line.count, line.decodes) for line in lines]
+    return Sample(
+        tokens=sum(line.count for line in middle),
+        context=sum(line.start + line.count for line in middle),
+        emits=sum(line.decodes for line in middle),
+        pairs=sum(n * (2 * line.start + n + 1) // 2 for line in middle if (n := line.count) > 1),
+        chunks=sum(line.count > 1 for line in middle),
+        seconds=seconds,
+    )
 
 
 class _Bench:
@@ -93,47 +125,37 @@ class _Bench:
         self._steps = count(1)
         self._seated: list[int] = []
 
-    def room(self, lines: Sequence[Line]) -> int:
-        """How many steps of `lines` fit the model's length and the KV cache; one more than are counted is run."""
+    def fits(self, lines: Sequence[Line]) -> bool:
+        """Whether `lines` fit the slots, the model's length and the KV cache, with one step more than are timed."""
         info = self._info
-        if len(lines) > info.max_slots:
-            return 0
-        longest = min((info.max_model_len - 1 - line.start) // line.count for line in lines)
-        for steps in range(min(longest, REPEATS + 1), 1, -1):
-            if sum(self._blocks(line, steps) for line in lines) <= info.num_blocks:
-                return steps - 1
-        return 0
+        return (
+            len(lines) <= info.max_slots
+            and all(line.start + (STEPS + 1) * line.count < info.max_model_len for line in lines)
+            and sum(self._blocks(line) for line in lines) <= info.num_blocks
+        )
 
-    def _blocks(self, line: Line, steps: int) -> int:
-        return -(-(line.start + steps * line.count + 1) // self._info.block_size)
+    def _blocks(self, line: Line) -> int:
+        return -(-(line.start + (STEPS + 1) * line.count + 1) // self._info.block_size)
 
-    def run(self, lines: Sequence[Line], repeats: int) -> Sample:
-        """The median of `repeats` steps after one that seats the rows and is not counted."""
+    def run(self, lines: Sequence[Line]) -> list[float]:
+        """Seconds of `STEPS` steps after one that seats the rows and is not counted."""
         admits, free = [], 0
         for slot, line in enumerate(lines):
-            blocks = list(range(free, free + self._blocks(line, repeats + 1)))
+            blocks = list(range(free, free + self._blocks(line)))
             free += len(blocks)
-            known = line.start + 1 if line.decodes else line.start + (repeats + 1) * line.count + 1
+            known = line.start + 1 if line.decodes else line.start + (STEPS + 1) * line.count + 1
             sampling = SamplingParams(temperature=0.0, max_tokens=1 << 20, ignore_eos=True)
             admits.append(Admit(next(self._rids), 1, slot, [7] * known, known, line.start, blocks, sampling, ()))
         times = []
-        for repeat in range(repeats + 1):
+        for step in range(STEPS + 1):
             rows = [
-                Row(a.rid, 1, a.slot, line.start + repeat * line.count, line.count, line.decodes, [])
+                Row(a.rid, 1, a.slot, line.start + step * line.count, line.count, line.decodes, [])
                 for a, line in zip(admits, lines, strict=True)
             ]
-            plan = StepPlan(next(self._steps), [] if repeat else self._seated, [] if repeat else admits, rows, [])
+            plan = StepPlan(next(self._steps), [] if step else self._seated, [] if step else admits, rows, [])
             times.append(self._time(plan))
         self._seated = [a.slot for a in admits]
-        middle = [Line(line.start + (1 + repeats // 2) * line.count, line.count, line.decodes) for line in lines]
-        return Sample(
-            tokens=sum(line.count for line in middle),
-            context=sum(line.start + line.count for line in middle),
-            emits=sum(line.decodes for line in middle),
-            pairs=sum(n * (2 * line.start + n + 1) // 2 for line in middle if (n := line.count) > 1),
-            chunks=sum(line.count > 1 for line in middle),
-            seconds=sorted(times[1:])[repeats // 2],
-        )
+        return times[1:]
 
     def _time(self, plan: StepPlan) -> float:
         begun = self._clock.now()
@@ -145,40 +167,53 @@ class _Bench:
 
 
 def fit(samples: Sequence[Sample]) -> tuple[CostModel, tuple[float, float]]:
-    """The cost model with the least squared relative error, and that error: median and 90th percentile.
+    """The cost model with the least relative error, and that error: median and 90th percentile.
 
-    Costs are not negative; only the slope may bend down, where more tokens use the machine better. Raises
-    ConfigError if there are too few samples.
+    Absolute errors count, not their squares, so that a few steps that something disturbed do not matter (least
+    absolute deviations, by reweighted least squares). Costs are not negative; only the slope may bend down, where more
+    tokens use the machine better. Raises ConfigError if there are too few samples.
     """
     import numpy as np
 
     if len(samples) < 8:
         raise ConfigError(f"{len(samples)} kinds of steps are too few to fit a cost model to; raise --kv-cache-gib.")
-    most = max(s.tokens for s in samples)
-    knees = [knee for knee in KNEES if knee < most / 2]
+    knees = [knee for knee in KNEES if knee < max(s.tokens for s in samples) / 2]
     columns = [
         [1.0, s.tokens, s.context, s.emits, s.pairs, s.chunks, *(max(0, s.tokens - knee) for knee in knees)]
         for s in samples
     ]
-    seconds = np.array([s.seconds for s in samples])
-    matrix = np.array(columns) / seconds[:, None]
+    matrix = np.array(columns) / np.array([s.seconds for s in samples])[:, None]
+    found = np.zeros(matrix.shape[1])
+    weights = np.ones(len(samples))
+    for _ in range(12):
+        found = _fit_once(matrix, weights)
+        weights = 1 / np.sqrt(np.maximum(np.abs(matrix @ found - 1), 0.01))
+    base, per_token, per_context, per_emit, per_pair, per_prefix_row, *slopes = (float(v) for v in found)
+    model = CostModel(
+        base=base, per_token=per_token, per_context=per_context, per_emit=per_emit, per_pair=per_pair,
+        per_prefix_row=per_prefix_row, bends=tuple((k, v) for k, v in zip(knees, slopes, strict=True) if v),
+    )  # fmt: skip
+    errors = np.abs(matrix @ found - 1)
+    return model, (float(np.percentile(errors, 50)), float(np.percentile(errors, 90)))
+
+
+def _fit_once(matrix: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weighted least squares for `matrix @ x = 1` with the first six of x not negative."""
+    import numpy as np
+
     used = list(range(matrix.shape[1]))
     while True:
-        scales = np.linalg.norm(matrix[:, used], axis=0)
+        part = matrix[:, used] * weights[:, None]
+        scales = np.linalg.norm(part, axis=0)
         scales[scales == 0] = 1.0
-        found = np.linalg.lstsq(matrix[:, used] / scales, np.ones(len(samples)), rcond=1e-9)[0] / scales
-        below = [(found[i] * scales[i], column) for i, column in enumerate(used) if column < 6 and found[i] < 0]
+        found = np.linalg.lstsq(part / scales, weights, rcond=1e-9)[0]
+        below = [(value, column) for value, column in zip(found, used, strict=True) if column < 6 and value < 0]
         if not below:
             break
         used.remove(min(below)[1])  # the most negative one; the others may then turn positive
-    values = dict(zip(used, (float(v) for v in found), strict=True))
-    model = CostModel(
-        base=values.get(0, 0.0), per_token=values.get(1, 0.0), per_context=values.get(2, 0.0),
-        per_emit=values.get(3, 0.0), per_pair=values.get(4, 0.0), per_prefix_row=values.get(5, 0.0),
-        bends=tuple((knee, values[6 + n]) for n, knee in enumerate(knees) if values.get(6 + n)),
-    )  # fmt: skip
-    errors = [abs(model.of(s.tokens, s.context, s.emits, s.pairs, s.chunks) / s.seconds - 1) for s in samples]
-    return model, (float(np.percentile(errors, 50)), float(np.percentile(errors, 90)))
+    solution = np.zeros(matrix.shape[1])
+    solution[used] = found / scales
+    return solution
 
 
 def measure_loop(info: ExecutorInfo, clock: Clock, encode: Callable[[Step], object]) -> tuple[float, float]:

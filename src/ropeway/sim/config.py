@@ -23,7 +23,7 @@ class SimConfig:
     """Which traffic, on what, and what is wanted of it."""
 
     workload: Literal["azure-conv", "azure-code", "burstgpt", "sharegpt", "sessions", "poisson", "uniform"] = _option(
-        "sharegpt", "Traffic", "Synthetic requests with the shape of a published trace."
+        "poisson", "Traffic", "Synthetic requests: equal ones, or with the shape of a published trace."
     )
     trace: str | None = _option(
         None, "Traffic", "File of recorded requests instead: Azure CSV, Mooncake JSONL, or JSONL (see docs)."
@@ -44,6 +44,13 @@ class SimConfig:
     length_scale: float = _option(1.0, "Traffic", "Factor on all lengths, to fit a trace to a small model.", low=1e-6)
     input_len: int = _option(128, "Traffic", "Prompt tokens of each request of poisson and uniform.", low=1)
     output_len: int = _option(64, "Traffic", "Answer tokens of each request of poisson and uniform.", low=1)
+    max_tokens: int | None = _option(
+        None,
+        "Traffic",
+        "What clients allow for an answer; how long it gets, the scheduler does not know then (default: the answer's "
+        "own length, which it knows).",
+        low=1,
+    )
     tenants: int = _option(
         1, "Traffic", "Tenants who share the synthetic traffic; the n-th sends 1/n of the first.", low=1
     )
@@ -60,7 +67,9 @@ class SimConfig:
         None, "Machine", "Cost of one replica for an hour, in any currency (default: the profile's).", low=0
     )
 
-    ttft_target_ms: float = _option(2000.0, "Targets", "Milliseconds to the first token.", low=0)
+    ttft_target_ms: float = _option(
+        2000.0, "Targets", "Milliseconds to the first token; requests ask for it as their deadline.", low=0.001
+    )
     gap_target_ms: float = _option(200.0, "Targets", "Milliseconds per token after it, on average.", low=0)
     attain: float = _option(0.99, "Targets", "Share of requests that must meet both.", low=0, high=1)
 

@@ -11,6 +11,7 @@ import msgspec
 
 from ropeway.config import EngineConfig
 from ropeway.contract import ExecutorInfo
+from ropeway.contract.result import Tier
 from ropeway.errors import ConfigError
 from ropeway.sim.cost import CostModel
 
@@ -36,8 +37,9 @@ class Serving:
 @dataclass(frozen=True, kw_only=True)
 class Profile:
     """`basis` tells whether `cost` was measured or follows from data sheets; `kv_token_bytes` is K and V of one token,
-    `kv_tokens` what the cache holds unless told otherwise. `fit_error` is the relative error of `cost` on the steps
-    that it was fitted to: median and 90th percentile."""
+    `kv_tokens` what the cache holds unless told otherwise, `copy_rates` the bytes per second between it and each tier
+    beneath. `fit_error` is the relative error of `cost` on the steps that it was fitted to: median and 90th percentile.
+    """
 
     name: str
     model: str
@@ -51,12 +53,18 @@ class Profile:
     kv_token_bytes: int
     max_model_len: int
     vocab_size: int
+    copy_rates: dict[str, float] = field(default_factory=dict)
+    threads: int = 0
     price_per_hour: float | None = None
     fit_error: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         what = "measured" if self.basis == "measured" else "ESTIMATE from data sheets, not measured"
         return f"{self.name}: {self.model} on {self.machine} ({what})"
+
+    def copy_seconds(self, config: EngineConfig) -> dict[str, float]:
+        """Seconds in which a KV block moves, by tier."""
+        return {tier: self.kv_token_bytes * config.block_size / rate for tier, rate in self.copy_rates.items()}
 
     def executor_info(self, config: EngineConfig) -> ExecutorInfo:
         """What such a machine offers under `config`. Raises ConfigError if its cache would hold no block."""
@@ -73,10 +81,19 @@ class Profile:
                 "Raise --kv-cache-gib.",
                 param="kv_cache_gib",
             )
+        tiers = []
+        if config.kv_host_gib is not None:
+            if "host" not in self.copy_rates:
+                raise ConfigError(
+                    f"{self.name} does not say how fast blocks move to RAM and back. Leave out --kv-host-gib, or take "
+                    "a profile with a copy rate.",
+                    param="kv_host_gib",
+                )
+            tiers = [Tier("host", int(config.kv_host_gib * GIB / kv_bytes))]
         return ExecutorInfo(
             model=self.model, device="sim", dtype="none", num_blocks=blocks, block_size=config.block_size,
             max_slots=config.max_num_seqs, max_model_len=config.max_model_len or self.max_model_len,
-            vocab_size=self.vocab_size, kv_bytes=blocks * kv_bytes, attention="none", notes=[str(self)],
+            vocab_size=self.vocab_size, kv_bytes=blocks * kv_bytes, attention="none", notes=[str(self)], tiers=tiers,
         )  # fmt: skip
 
 

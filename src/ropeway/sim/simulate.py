@@ -96,7 +96,9 @@ class _Replica:
     def __init__(self, profile: Profile, config: EngineConfig, run: Run) -> None:
         self.clock = VirtualClock()
         loop = profile.serving.step, profile.serving.row
-        self.executor = TimedExecutor(profile.executor_info(config), profile.cost, self.clock, loop=loop)
+        self.executor = TimedExecutor(
+            profile.executor_info(config), profile.cost, self.clock, loop=loop, copies=profile.copy_seconds(config)
+        )
         self.engine = Engine(self.executor, config, clock=self.clock, secret=b"simulation")
         self.timeline = _Timeline()
         self.open = 0
@@ -208,14 +210,17 @@ def _ends(outcomes: Iterable[Outcome]) -> Iterable[float]:
 
 
 def capacity(arrivals: Sequence[Arrival], profile: Profile, config: EngineConfig, *, replicas: int = 1) -> float:
-    """Requests a second that such servers finish while they never lack work: the middle of a run in which all of a
-    sample (at most 2,000 for each server) are there from the start."""
-    sample = [dataclasses.replace(a, at=0.0, deadline_s=None) for a in arrivals[: 2000 * replicas]]
-    eager = dataclasses.replace(config, max_queue=len(sample) + 1, batching="continuous")
+    """Requests a second that such servers finish while they never lack work, from a run in which all of a sample (at
+    most 2,000 for each server) are there from the start; without its ends, if it has at least four for each seat."""
+    sample = [
+        dataclasses.replace(a, at=0.0, deadline_s=None, ttft_deadline_s=None) for a in arrivals[: 2000 * replicas]
+    ]
+    eager = dataclasses.replace(config, max_queue=len(sample) + 1, batching="continuous", scheduling_policy="fcfs")
     run = simulate(sample, profile, eager, replicas=replicas)
     ends = sorted(_ends(run.outcomes))
-    # Without the first and the last tenth, when seats are filling and emptying.
-    low, high = len(ends) // 10, len(ends) * 9 // 10
-    if high <= low or ends[high] <= ends[low]:
-        return len(ends) / run.seconds if run.seconds > 0 else 0.0
-    return (high - low) / (ends[high] - ends[low])
+    seats = replicas * config.max_num_seqs
+    if len(ends) >= 4 * seats:
+        # Without the times when seats are filling and emptying.
+        low, high = seats, len(ends) - seats
+        return (high - low) / max(ends[high] - ends[low], 1e-9)
+    return len(ends) / run.seconds if run.seconds > 0 else 0.0

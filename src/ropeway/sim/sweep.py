@@ -117,9 +117,13 @@ class _Sources:
 
     def arrivals(self, sim: SimConfig, engine: EngineConfig, profile: Profile) -> tuple[list[Arrival], float]:
         key = (sim.workload, sim.trace, sim.num_requests, sim.length_scale, sim.input_len, sim.output_len, sim.tenants,
-               sim.seed)  # fmt: skip
+               sim.seed, sim.ttft_target_ms, sim.max_tokens)  # fmt: skip
         if key not in self._traffic:
-            self._traffic[key] = scale(_traffic(sim), length=sim.length_scale)
+            within = sim.targets.ttft
+            self._traffic[key] = [
+                dataclasses.replace(a, ttft_deadline_s=a.ttft_deadline_s or within, max_tokens=sim.max_tokens)
+                for a in scale(_traffic(sim), length=sim.length_scale)
+            ]
         arrivals = self._traffic[key]
         natural = len(arrivals) / arrivals[-1].at if arrivals[-1].at > 0 else float("inf")
         load = 0.8 if sim.load is None and sim.rate is None and sim.trace is None else sim.load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 
 from ropeway.contract import ExecutorInfo, StepPlan, StepResult
 from ropeway.sim.clock import VirtualClock
@@ -14,22 +15,31 @@ _NOTHING: list[int] = []
 class TimedExecutor:
     """Answers every plan with tokens of no meaning, after the time that `cost` says.
 
-    A sequence always says the same token, its request's seed: whoever makes the requests can therefore foretell the
-    answers, and a later turn of a conversation finds them in the prefix cache. It ends by its length.
+    A sequence always says the same token, its request's seed, and its end token, if it has one, as soon as `min_tokens`
+    lets it. So whoever makes the requests can foretell the answers, and a later turn of a conversation finds them in
+    the prefix cache.
 
     `loop` is what the engine adds to a step, and to each row of it that yields a token: time that passes, but that an
-    executor does not see.
+    executor does not see. `copies` has the seconds in which a block goes to or comes from a tier, by the tier's name.
     """
 
     def __init__(
-        self, info: ExecutorInfo, cost: CostModel, clock: VirtualClock, *, loop: tuple[float, float] = (0.0, 0.0)
+        self,
+        info: ExecutorInfo,
+        cost: CostModel,
+        clock: VirtualClock,
+        *,
+        loop: tuple[float, float] = (0.0, 0.0),
+        copies: Mapping[str, float] | None = None,
     ) -> None:
         self.info = info
         self._cost = cost
         self._clock = clock
         self._loop_step, self._loop_row = loop
+        self._copies = {"device": 0.0, **(copies or {})}
         self._loops: deque[float] = deque()
         self._says: dict[int, list[int]] = {}
+        self._ends: dict[int, tuple[int, list[int]]] = {}  # by slot: after how many computed tokens it says its end
         self._under_way: deque[StepResult] = deque()
         self.steps = 0
         self.computed = 0
@@ -37,28 +47,33 @@ class TimedExecutor:
         self.seconds = 0.0
 
     def submit(self, plan: StepPlan) -> int:
-        says = self._says
+        says, ends = self._says, self._ends
         for admit in plan.admit:
             says[admit.slot] = [admit.sampling.seed or 0]
+            last = admit.prompt_len + admit.sampling.min_tokens - 1 if admit.eos_ids else -1
+            ends[admit.slot] = last, [*admit.eos_ids[:1]]
         rows = plan.rows
         answers = [says[row.slot] if row.emit else _NOTHING for row in rows]
         # Most rows decode one token; sums over those need no arithmetic but one.
         context = sum([row.start for row in rows])
         tokens = emits = len(rows)
         pairs = chunks = 0
-        for row in rows:
+        for number, row in enumerate(rows):
             count = row.count
+            if row.start + count == ends[row.slot][0]:
+                answers[number] = ends[row.slot][1]
             if count != 1:
                 tokens += count - 1
                 pairs += count * (2 * row.start + count + 1) // 2
                 chunks += 1
             emits -= not row.emit
-        seconds = self._cost.of(tokens, context + tokens, emits, pairs, chunks, len(plan.copies))
+        moved = [self._copies[copy.source_tier] + self._copies[copy.target_tier] for copy in plan.copies]
+        seconds = self._cost.of(tokens, context + tokens, emits, pairs, chunks) + sum(moved)
         self.steps += 1
         self.computed += tokens
         self.seconds += seconds
         self._loops.append(self._loop_step + self._loop_row * emits)
-        self._under_way.append(StepResult(plan.step, answers, [], seconds))
+        self._under_way.append(StepResult(plan.step, answers, [], seconds, moved))
         return plan.step
 
     def collect(self, ticket: int) -> StepResult:

@@ -5,20 +5,26 @@ Three formats of lines are read, told apart by their content:
 - CSV with the columns TIMESTAMP, ContextTokens, GeneratedTokens (Azure LLM inference traces).
 - JSON lines with timestamp (ms), input_length, output_length and hash_ids, which name blocks of 512 tokens: equal ids
   are equal content, so that prompts share beginnings (Mooncake, FAST 2025).
-- JSON lines with at (s), prompt_tokens, output_tokens and, if wanted, tenant, priority, deadline_s and prefix, a list
-  of [name, tokens] pairs of which equal beginnings are shared.
+- JSON lines with at (s), prompt_tokens, output_tokens and, if wanted, tenant, priority, deadline_s,
+  ttft_deadline_s and prefix, a list of [name, tokens] pairs of which equal beginnings are shared.
+
+The flight recorder's journal is a trace, too: its requests come again with their prompts and the lengths of their
+answers, whatever ended them.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ropeway.contract import GenerateRequest, StepPlan, Submit, journal
 from ropeway.errors import ConfigError
 from ropeway.sim.workload import Arrival, alone, answer_of
 
@@ -28,6 +34,8 @@ MOONCAKE_BLOCK = 512
 
 def read_trace(path: Path, most: int | None = None) -> list[Arrival]:
     """The first `most` requests in `path`, in order of time and beginning at 0. Raises ConfigError."""
+    if path.is_dir() or path.suffix == journal.SUFFIX:
+        return _from_zero(sorted(_recorded(path), key=lambda a: a.at)[:most], path)
     try:
         with path.open(encoding="utf-8", newline="") as file:
             first = file.readline()
@@ -40,13 +48,13 @@ def read_trace(path: Path, most: int | None = None) -> list[Arrival]:
                 arrivals.append(arrival)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The trace {path} cannot be read: {error}. Check --trace.", param="trace") from None
+    arrivals.sort(key=lambda a: a.at)
+    return _from_zero(arrivals, path)
+
+
+def _from_zero(arrivals: list[Arrival], path: Path) -> list[Arrival]:
     if not arrivals:
         raise ConfigError(f"The trace {path} holds no requests.", param="trace")
-    arrivals.sort(key=lambda a: a.at)
-    return _from_zero(arrivals)
-
-
-def _from_zero(arrivals: list[Arrival]) -> list[Arrival]:
     begin = arrivals[0].at
     return arrivals if begin == 0 else [dataclasses.replace(a, at=a.at - begin) for a in arrivals]
 
@@ -119,13 +127,42 @@ def _own(lines: Iterator[str]) -> Iterator[Arrival]:
         rest = arrival.prompt_len - sum(count for _, count in prefix)
         if rest < 0:
             raise ValueError(f"the prefix has {-rest} tokens more than the prompt")
-        deadline = record.get("deadline_s")
         yield Arrival(
             arrival.at,
             (*prefix, (arrival.prompt[0][0], rest)) if rest else prefix,
             arrival.output_len,
             arrival.answer,
-            str(record.get("tenant", "")),
-            int(record.get("priority", 0)),
-            None if deadline is None else float(deadline),
+            tenant=str(record.get("tenant", "")),
+            priority=int(record.get("priority", 0)),
+            deadline_s=_seconds(record, "deadline_s"),
+            ttft_deadline_s=_seconds(record, "ttft_deadline_s"),
         )
+
+
+def _seconds(record: dict[str, Any], name: str) -> float | None:
+    return None if record.get(name) is None else float(record[name])
+
+
+def _recorded(path: Path) -> Iterator[Arrival]:
+    """The requests of a journal. One that got no token counts with the length it asked for."""
+    asked: list[tuple[float, GenerateRequest]] = []
+    answered: dict[int, int] = defaultdict(int)
+    for file in journal.files(path):
+        header, items = journal.read(file)
+        plans: dict[int, StepPlan] = {}
+        for item in items:
+            if isinstance(item, journal.Planned):
+                plans[item.plan.step] = item.plan
+            elif isinstance(item, journal.Called):
+                at = header.started - header.clock + (item.moments[0] if item.moments else header.clock)
+                asked += [(at, c.request) for c in item.commands or () if isinstance(c, Submit)]
+                for result in item.results:
+                    plan = plans.pop(result.step, None)
+                    for row, tokens in zip(plan.rows if plan else (), result.tokens, strict=False):
+                        answered[row.rid] += len(tokens)
+    for number, (at, request) in enumerate(asked):
+        prompt = tuple((token, len(list(run))) for token, run in itertools.groupby(request.tokens))
+        yield Arrival(
+            at, prompt, answered[request.rid] or request.sampling.max_tokens, answer_of(number), request.tenant,
+            request.priority, request.deadline_s, request.ttft_deadline_s,
+        )  # fmt: skip

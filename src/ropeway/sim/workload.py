@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 Runs = tuple[tuple[int, int], ...]
 """Tokens as (token, how often): prompts that share a beginning have equal first runs."""
 
+END = 1 << 31
+"""The token that ends answers."""
+
 _OWN = 1 << 32
 """Tokens from here on belong to one request each; those below are named by traces and common prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request: `at` is in seconds from the start; the answer says `answer` `output_len` times."""
+    """One request: `at` is in seconds from the start. Its answer has `output_len` tokens, all of them `answer`; if the
+    client allows more, `max_tokens`, the last one is `END`, and nobody knows beforehand how long it will be."""
 
     at: float
     prompt: Runs
@@ -36,6 +40,8 @@ class Arrival:
     tenant: str = ""
     priority: int = 0
     deadline_s: float | None = None
+    ttft_deadline_s: float | None = None
+    max_tokens: int | None = None
 
     @property
     def prompt_len(self) -> int:
@@ -45,10 +51,14 @@ class Arrival:
         tokens: list[int] = []
         for token, count in self.prompt:
             tokens += [token] * count
-        sampling = SamplingParams(temperature=0.0, max_tokens=self.output_len, seed=self.answer, ignore_eos=True)
+        ends = self.max_tokens is not None and self.max_tokens > self.output_len
+        sampling = SamplingParams(
+            temperature=0.0, seed=self.answer, max_tokens=self.max_tokens or 0 if ends else self.output_len,
+            min_tokens=self.output_len if ends else 0, ignore_eos=not ends,
+        )  # fmt: skip
         return GenerateRequest(
-            rid=rid, tokens=tokens, sampling=sampling, tenant=self.tenant, salt=self.tenant, priority=self.priority,
-            deadline_s=self.deadline_s,
+            rid=rid, tokens=tokens, sampling=sampling, eos_ids=(END,) if ends else (), priority=self.priority,
+            tenant=self.tenant, salt=self.tenant, deadline_s=self.deadline_s, ttft_deadline_s=self.ttft_deadline_s,
         )  # fmt: skip
 
 
@@ -113,7 +123,7 @@ WORKLOADS = (*SHAPES, "sessions", "poisson", "uniform")
 class Traffic:
     """What to generate. `input_len` and `output_len` are for `poisson` and `uniform`, whose requests are all equal."""
 
-    workload: str = "sharegpt"
+    workload: str = "poisson"
     count: int = 1000
     rate: float = 1.0
     input_len: int = 128
@@ -138,8 +148,9 @@ def generate(traffic: Traffic) -> list[Arrival]:
 
 def _unrelated(traffic: Traffic, rng: np.random.Generator) -> list[Arrival]:
     if traffic.workload in ("poisson", "uniform"):
-        gaps = (lambda n: rng.exponential(size=n)) if traffic.workload == "poisson" else (lambda n: [1.0] * n)
-        times = _stretch([0.0, *_running_sum(gaps(traffic.count - 1))], traffic)
+        even = traffic.workload == "uniform"
+        gaps = [1.0 if even else float(rng.exponential()) for _ in range(traffic.count - 1)]
+        times = _stretch([0.0, *_running_sum(gaps)], traffic)
         prompts, outputs = [traffic.input_len] * traffic.count, [traffic.output_len] * traffic.count
     else:
         shape = SHAPES.get(traffic.workload)
@@ -147,7 +158,7 @@ def _unrelated(traffic: Traffic, rng: np.random.Generator) -> list[Arrival]:
             raise ConfigError(f"workload {traffic.workload!r} is unknown; use one of {', '.join(WORKLOADS)}.")
         times = _bursty(shape, traffic, rng)
         prompts, outputs = shape.prompt.draw(rng, traffic.count), shape.output.draw(rng, traffic.count)
-    return [alone(at, *lengths, n) for n, (at, *lengths) in enumerate(zip(times, prompts, outputs, strict=True))]
+    return [alone(at, prompt, out, n) for n, (at, prompt, out) in enumerate(zip(times, prompts, outputs, strict=True))]
 
 
 def _bursty(shape: Shape, traffic: Traffic, rng: np.random.Generator) -> list[float]:

@@ -8,8 +8,12 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from simkit import small_config, small_profile
 
+from ropeway.contract import GenerateRequest, SamplingParams, Submit
+from ropeway.engine.journal import RecordedEngine
 from ropeway.errors import ConfigError
+from ropeway.sim import FakeExecutor, VirtualClock
 from ropeway.sim.traces import read_trace
 from ropeway.sim.workload import WORKLOADS, Traffic, alone, generate, merge, scale
 
@@ -111,6 +115,35 @@ def test_own_jsonl(tmp_path: Path) -> None:
     assert (first.at, first.prompt, first.deadline_s) == (0.0, ((7, 20),), 3.0)
     assert (second.at, second.prompt[0], second.prompt_len) == (1.0, (7, 20), 30)
     assert (second.tenant, second.priority) == ("a", 1)
+
+
+def test_a_journal_is_a_trace_of_its_own_requests(tmp_path: Path) -> None:
+    """What an engine recorded comes again at the same times, with the same prompts and lengths."""
+    config = small_config(journal=str(tmp_path / "journal"))
+    profile, clock = small_profile(), VirtualClock()
+    executor = FakeExecutor(profile.executor_info(config), clock=clock)
+    engine = RecordedEngine(executor, config, clock=clock, secret=b"journal")
+    arrivals = generate(Traffic(workload="poisson", count=6, rate=2.0, input_len=20, output_len=7))
+    for number, arrival in enumerate(arrivals):
+        while clock.now() < arrival.at:
+            if engine.busy:
+                engine.step()
+            else:
+                clock.advance_to(arrival.at)
+        request = GenerateRequest(
+            rid=number, tokens=[1] * 16 + [number] * 4, sampling=SamplingParams(max_tokens=7, seed=1), tenant="t"
+        )
+        engine.submit([Submit(request)])
+    while engine.busy:
+        engine.step()
+    engine.close()
+    read = read_trace(tmp_path / "journal")
+    assert [a.output_len for a in read] == [7] * 6
+    assert [a.prompt_len for a in read] == [20] * 6
+    assert read[0].prompt == ((1, 16), (0, 4))
+    assert {a.tenant for a in read} == {"t"}
+    for wanted, got in zip(arrivals, read, strict=True):
+        assert wanted.at <= got.at + 1e-6 < wanted.at + 0.2, "within a step of when it came"
 
 
 @pytest.mark.parametrize(
