@@ -42,11 +42,13 @@ class Forecast:
         insort(self._ended, seq.output_len)
         if len(self._recent) > self.WINDOW:
             del self._ended[bisect_left(self._ended, self._recent.popleft())]
-        self._lengths = self._ended
+            self._lengths = self._ended
+        elif self._lengths is not self._ended:
+            insort(self._lengths, seq.output_len)
 
     def survey(self, running: Iterable[Sequence]) -> None:
-        """The short end first. Until the window is full, who still runs counts as well, at the length expected of him:
-        else the first answers to end would stand for all (Efron's self-consistency for censored samples, 1967)."""
+        """The short end first. Until the window is full, who still runs counts as well, at the length last expected of
+        him: else the first to end would stand for all (Efron's self-consistency for censored samples, 1967)."""
         if len(self._ended) < self.WINDOW:
             self._lengths = sorted([*self._ended, *[seq.output_len + self.draw(seq) for seq in running]])
 

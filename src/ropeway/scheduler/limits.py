@@ -5,12 +5,12 @@ A limit that a sequence runs into also says so in words, which is what `why` tel
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Callable, Collection
 from typing import Protocol
 
 from ropeway.kv import BlockPool
 from ropeway.scheduler.forecast import Forecast
+from ropeway.scheduler.peak import Peak
 from ropeway.scheduler.resources import Resources
 from ropeway.scheduler.sequence import Sequence, State
 
@@ -131,12 +131,8 @@ class SlotLimit(_Limit):
 
 
 class BlockLimit(_Limit):
-    """A sequence needs KV blocks. To board, it must have room beside what those on board are expected to become.
-
-    They leave one by one, those with the least to go first. While the i with the most to go are left, they hold what
-    they hold now and i times what the last of them has to go; the largest such sum is the peak, and must fit the pool.
-    Source: Past-Future scheduler (Gong et al., arXiv:2507.10150).
-    """
+    """A sequence needs KV blocks. To board, it must have room beside what those on board are expected to become, at the
+    peak of it (see `Peak`), and `Forecast.reserve` must stay free for the error in that."""
 
     name = "kv-blocks"
     aboard = True
@@ -148,10 +144,9 @@ class BlockLimit(_Limit):
         self._block_size = block_size
         self._forecast = forecast
         self._running: Collection[Sequence] = ()
-        self._aboard: list[tuple[int, int]] = []  # of each on board: minus the tokens that it grows by, and its blocks
-        self._orphans = 0  # blocks held by some that somebody brought who has left
-        self._left = 0  # steps for which these hold
-        self._found: dict[int, int] = {}  # by number: the blocks that it lacks
+        self._peak = Peak(())
+        self._orphans = 0  # blocks held whose bringer has left
+        self._left = 0  # steps for which these two hold
 
     def begin(self, running: Collection[Sequence], line: Callable[[], list[Sequence]]) -> None:
         self._running = running
@@ -159,9 +154,8 @@ class BlockLimit(_Limit):
         if self._left <= 0:
             self._left = self.RENEW
             self._forecast.survey(running)
-            self._aboard = sorted([self._outlook(seq, seq.shared) for seq in running])
+            self._peak = Peak([self._outlook(seq, seq.shared) for seq in running])
             self._orphans = self._pool.used - sum([len(seq.blocks) - seq.shared for seq in running])
-            self._found.clear()
 
     def cap(self, seq: Sequence, want: int) -> int:
         if seq.state is State.RUNNING:
@@ -170,8 +164,7 @@ class BlockLimit(_Limit):
         return want if self._missing(seq) <= 0 else 0
 
     def boards(self, seq: Sequence) -> None:
-        insort(self._aboard, self._outlook(seq, seq.shared))
-        self._found.clear()
+        self._peak = Peak([*self._peak.crowd, self._outlook(seq, seq.shared)])
 
     def leaves(self, seq: Sequence) -> None:
         self._left = 0
@@ -183,29 +176,21 @@ class BlockLimit(_Limit):
         )
 
     def _outlook(self, seq: Sequence, shared: int) -> tuple[int, int]:
+        """The tokens by which `seq` grows, and those that it holds without what it has from others."""
         # What is held now includes the next token, and the last one needs no KV.
-        return min(0, 2 - self._forecast.draw(seq)), -(-(len(seq.tokens) + 1) // self._block_size) - shared
+        blocks = -(-(len(seq.tokens) + 1) // self._block_size) - shared
+        return max(0, self._forecast.draw(seq) - 2), blocks * self._block_size
 
     def _missing(self, seq: Sequence) -> int:
         """Blocks that `seq`, whose `blocks` are matched but not yet held, lacks to board."""
         if not self._running:
             return 0  # the door refused what an empty pool cannot hold
-        to_go, own = self._outlook(seq, len(seq.blocks) - self._pool.idle(seq.blocks))
-        if own > self._pool.available:
-            return own - self._pool.available
-        if seq.number not in self._found:
-            capacity = self._pool.num_blocks * (1 - self._forecast.reserve)
-            self._found[seq.number] = self._peak((to_go, own)) - round(capacity)
-        return self._found[seq.number]
-
-    def _peak(self, newcomer: tuple[int, int]) -> int:
-        """The most blocks held at once from now on, if `newcomer` boards."""
-        at = bisect_left(self._aboard, newcomer)
-        held, peak, size = 0, 0, self._block_size
-        for number, (to_go, blocks) in enumerate([*self._aboard[:at], newcomer, *self._aboard[at:]], 1):
-            held += blocks
-            peak = max(peak, held * size - number * to_go)
-        return self._orphans + -(-peak // size)
+        growth, own = self._outlook(seq, len(seq.blocks) - self._pool.idle(seq.blocks))
+        lacking = own // self._block_size - self._pool.available
+        if lacking > 0:
+            return lacking
+        peak = self._orphans - (-self._peak.plus(growth, own) // self._block_size)
+        return peak - round(self._pool.num_blocks * (1 - self._forecast.reserve))
 
 
 class SharedPrefix(_Limit):
