@@ -334,8 +334,8 @@ def test_what_cannot_be_met_is_refused_early_rather_than_missed() -> None:
     accepted = len(world.requests)
     assert accepted + len(refused) == 300
     assert all(error.retry_after and "requests board before" in error.message for error in refused)
-    assert met >= 0.85 * accepted
-    assert met >= 1.5 * met_fcfs
+    assert met >= 0.95 * accepted
+    assert met >= 5 * met_fcfs
 
 
 def test_nobody_is_refused_while_all_can_be_met() -> None:

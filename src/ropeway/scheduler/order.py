@@ -141,6 +141,7 @@ class Deadline(Order):
     name = "deadline"
     uses_cache = True
     LATE = 10
+    SURE = 0.8  # of the time until the deadline; the rest is for what cannot be foreseen
 
     def __init__(self, rules: Rules) -> None:
         super().__init__(rules)
@@ -167,12 +168,12 @@ class Deadline(Order):
                 f"The first token is wanted within {wanted:.3g} s, but {tokens} prompt tokens are not cached and take "
                 f"at least {tokens * self._fastest:.3g} s here. Shorten the prompt or allow more time."
             )
-        late = ahead * self._pace.value + tokens * self._prefill.value - wanted
-        if ahead and late > 0:
+        after = ahead * self._pace.value + tokens * self._prefill.value
+        if ahead and after > self.SURE * wanted:
             raise OverloadedError(
-                f"The first token is wanted within {wanted:.3g} s and would come after about {wanted + late:.3g} s: "
+                f"The first token is wanted within {wanted:.3g} s and is expected after {after:.3g} s: "
                 f"{ahead} requests board before, one every {self._pace.value:.3g} s. Allow more time, or retry later.",
-                retry_after=late,
+                retry_after=max(1.0, after - self.SURE * wanted),
             )
 
     def boards(self, seq: Sequence, now: float) -> None:
