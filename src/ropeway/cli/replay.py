@@ -63,5 +63,7 @@ def describe(summary: Summary, seconds: float) -> list[str]:
         f"requests, {summary.tokens:,} tokens, {summary.preemptions:,} preemptions."
     )
     lines.append(f"  ended: {ends or 'none'}")
+    waits = ", ".join(f"request {rid} {wait:.3f} s" for wait, rid in summary.waits)
+    lines.append(f"  longest waits: {waits or 'none'}")
     lines.append(f"  {summary.seconds:.1f} s of record in {seconds:.1f} s")
     return lines

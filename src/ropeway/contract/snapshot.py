@@ -1,7 +1,7 @@
 """A graph of plain Python objects as plain data, and back: how a journal carries the state that it starts from.
 
 Nothing has to describe itself: objects are taken apart by the protocol that `copy` uses. Nothing can run code from
-data either: only classes of a few rooms are made again, without calling their `__init__`.
+data either: only classes of a few rooms are made again, and called only where rooms are pure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any, get_origin
 
 from msgspec import Struct
 
-ROOMS = ("ropeway.scheduler", "ropeway.kv", "ropeway.contract", "ropeway.engine", "ropeway.config")
+ROOMS = ("ropeway.scheduler.", "ropeway.kv.", "ropeway.contract.", "ropeway.engine.", "ropeway.config:")
+_PURE = ("ropeway.scheduler.", "ropeway.kv.")
+_CALL = "call "
 _PLAIN = {type(None), bool, int, float, str, bytes}
 _MADE_BY_CALL = (list, dict, set, frozenset, int, float, deque, OrderedDict, defaultdict)
 _BUILT_IN: dict[str, type] = {cls.__name__: cls for cls in _MADE_BY_CALL}
@@ -52,14 +54,17 @@ def freeze(root: Any, outside: Mapping[int, str]) -> list[list[Any]]:
             return [_path(type(value)), every(getattr(value, name) for name in value.__struct_fields__)]
         if isinstance(value, type | GenericAlias):  # what a defaultdict makes
             return ["class", [_path(get_origin(value) or value)]]
-        make, args, state, items, pairs = (*value.__reduce_ex__(4), None, None, None)[:5]
+        reduced = value.__reduce_ex__(4)
+        if isinstance(reduced, str):  # a function, by its name
+            _path(type(value))
+        make, args, state, items, pairs = (*reduced, None, None, None)[:5]
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
-            make, args = args[0], args[1:]
-        parts: dict[str, Any] = {}
-        for part in state if isinstance(state, tuple) else (state,):
-            parts.update(part or {})
+            kind, args = _path(args[0]), args[1:]
+        else:
+            kind = "method" if make is getattr else _CALL + _path(make)
+        own, slots = state if isinstance(state, tuple) else (state, None)
+        parts = {**(own or {}), **(slots or {})}
         keys, values = zip(*pairs, strict=True) if pairs and value else ((), ())
-        kind = "method" if make is getattr else _path(make)
         return [kind, every(args), every(items or ()), every(keys), every(values), list(parts), every(parts.values())]
 
     refer(root)
@@ -82,7 +87,7 @@ def thaw(nodes: list[list[Any]], outside: Mapping[str, Any]) -> Any:
         if rest:
             items, keys, values, names, parts = rest
             for item in items:
-                (value.add if kind == "set" else value.append)(find(item))
+                (value.add if type(value) is set else value.append)(find(item))
             for key, item in zip(keys, values, strict=True):
                 value[find(key)] = find(item)
             for name, part in zip(names, parts, strict=True):
@@ -110,17 +115,21 @@ def _make(kind: str, args: list[Any], outside: Mapping[str, Any]) -> Any:
         return _class(args[0])
     if kind == "method":
         return getattr(args[0], args[1])
-    cls = _class(kind)
+    cls = _class(kind.removeprefix(_CALL))
     if issubclass(cls, Struct):
         return cls(**dict(zip(cls.__struct_fields__, args, strict=True)))
-    return cls(*args) if issubclass(cls, Enum) or kind in _BUILT_IN else cls.__new__(cls, *args)
+    if not kind.startswith(_CALL):
+        return cls.__new__(cls, *args)
+    if not (issubclass(cls, Enum) or cls.__module__.startswith(_PURE) or cls.__name__ in _BUILT_IN):
+        raise ValueError(f"the state wants to call {kind.removeprefix(_CALL)!r}")
+    return cls(*args)
 
 
 def _class(path: str) -> type:
     if path in _BUILT_IN:
         return _BUILT_IN[path]
     module, _, name = path.partition(":")
-    found: Any = importlib.import_module(module) if module.startswith(ROOMS) else None
+    found: Any = importlib.import_module(module) if path.startswith(ROOMS) else None
     for part in name.split("."):
         found = getattr(found, part, None)
     if not isinstance(found, type) or found.__module__ != module:

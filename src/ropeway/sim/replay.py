@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from heapq import nlargest
 from pathlib import Path
 
 from ropeway.contract import Report, Step, Submit
@@ -21,7 +22,8 @@ from ropeway.sim.tape import Call, Difference, EndOfRecord, RecordedFailure, Tap
 
 @dataclass
 class Summary:
-    """What a replay has seen. `seconds` are the recorded engines' own; `notes` are sentences about how records end."""
+    """What a replay has seen. `seconds` are the recorded engines' own; `waits` are those that waited longest to board,
+    as (seconds, request); `notes` are sentences about how records end."""
 
     headers: list[tuple[Path, Header]] = field(default_factory=list)
     requests: int = 0
@@ -32,6 +34,7 @@ class Summary:
     preemptions: int = 0
     seconds: float = 0.0
     finishes: Counter[str] = field(default_factory=Counter)
+    waits: list[tuple[float, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     biographies: list[Biography] = field(default_factory=list)
     difference: Difference | None = None
@@ -134,6 +137,8 @@ class _Life:
                 summary.tokens += len(event.tokens)
                 if event.finish is not None:
                     summary.finishes[str(event.finish)] += 1
+                if event.usage is not None and event.usage.first_scheduled_s is not None:
+                    summary.waits = nlargest(3, [*summary.waits, (event.usage.first_scheduled_s, event.rid)])
 
 
 def _check(call: Call, error: str, reports: list[Report]) -> None:
