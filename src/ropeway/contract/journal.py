@@ -119,8 +119,11 @@ def slim(plan: StepPlan) -> StepPlan:
 
 def ended(reports: Iterable[Report]) -> list[tuple[int, FinishReason]]:
     """The requests whose final event is in `reports`."""
-    news = [event for report in reports if isinstance(report, Step) for event in report.events]
-    return [(event.rid, event.finish) for event in news if event.finish is not None]
+    found = []
+    for report in reports:
+        if isinstance(report, Step):
+            found += [(event.rid, event.finish) for event in report.events if event.finish is not None]
+    return found
 
 
 def files(path: Path) -> list[Path]:

@@ -101,8 +101,9 @@ def _path(cls: Any) -> str:
     name = f"{cls.__module__}:{cls.__qualname__}"
     if name.startswith(ROOMS):
         return name
-    if _BUILT_IN.get(cls.__name__) is cls:
-        return str(cls.__name__)
+    short = str(cls.__name__)
+    if _BUILT_IN.get(short) is cls:
+        return short
     raise TypeError(f"a {name} cannot be part of a state; it holds plain data and objects of {', '.join(ROOMS)}")
 
 

@@ -173,7 +173,7 @@ class Engine:
             commands = channel.recv(wait=not self.busy)
             if commands is None:
                 return
-            for report in self.submit(commands):
+            for report in self.submit(commands) if commands else ():
                 channel.send(report)
             if self.busy:
                 channel.send(self.step())

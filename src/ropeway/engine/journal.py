@@ -12,21 +12,19 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ropeway._version import __version__
 from ropeway.config import EngineConfig
-from ropeway.contract import Command, ExecutorInfo, Report, Step, StepPlan, StepResult
+from ropeway.contract import Command, ExecutorInfo, FinishReason, Report, Step, StepPlan, StepResult
 from ropeway.contract import journal as record
 from ropeway.contract.snapshot import freeze
 from ropeway.engine.clock import Clock, SystemClock
 from ropeway.engine.engine import Engine
 from ropeway.engine.executor import Executor
 from ropeway.errors import ConfigError
-
-T = TypeVar("T")
 
 _FILES = 8
 """The bound is divided among so many files: the record loses its oldest eighth at a time."""
@@ -117,14 +115,14 @@ class Tap:
     def __init__(self, executor: Executor, clock: Clock, journal: Journal) -> None:
         self.info = executor.info
         self._executor = executor
-        self._clock = clock
+        self._look = clock.now
         self._journal = journal
         self._moments: list[float] = []
         self._results: list[StepResult] = []
         self._tickets: deque[Any] = deque()
 
     def now(self) -> float:
-        moment = self._clock.now()
+        moment = self._look()
         self._moments.append(moment)
         return moment
 
@@ -168,32 +166,40 @@ class RecordedEngine(Engine):
         self._begin()
 
     def submit(self, commands: Sequence[Command]) -> list[Report]:
-        return self._recorded(list(commands), lambda: super(RecordedEngine, self).submit(commands))
+        try:
+            reports = super().submit(commands)
+        except BaseException as failure:
+            self._called(list(commands), [], failure)
+            raise
+        self._called(list(commands), record.ended(reports))
+        return reports
 
     def step(self) -> Step:
-        return self._recorded(None, super().step)
+        try:
+            step = super().step()
+        except BaseException as failure:
+            self._called(None, [], failure)
+            raise
+        self._called(None, record.ended((step,)))
+        return step
 
     def close(self) -> None:
         self._journal.close()
         super().close()
 
-    def _recorded(self, commands: list[Command] | None, call: Callable[[], T]) -> T:
-        error = ""
-        reports: list[Report] = []
-        try:
-            answer = call()
-            reports = answer if isinstance(answer, list) else [answer]
-            return answer
-        except BaseException as failure:
-            error = f"{type(failure).__name__}: {failure}"
-            raise
-        finally:
-            moments, results = self._tap.answers()
-            self._journal.add(record.Called(commands, moments, results, record.ended(reports), error))
-            if error or self._journal.full or not self.busy:
-                self._journal.flush()
-            if self._journal.full:
-                self._begin()
+    def _called(
+        self,
+        commands: list[Command] | None,
+        ended: list[tuple[int, FinishReason]],
+        failure: BaseException | None = None,
+    ) -> None:
+        error = "" if failure is None else f"{type(failure).__name__}: {failure}"
+        self._journal.add(record.Called(commands, *self._tap.answers(), ended, error))
+        full = self._journal.full
+        if full or error or not self.busy:
+            self._journal.flush()
+        if full:
+            self._begin()
 
     def _begin(self) -> None:
         state = {name: value for name, value in vars(self).items() if name not in ("_journal", "_tap")}

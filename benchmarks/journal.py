@@ -1,0 +1,59 @@
+"""What the flight recorder costs: microseconds and bytes a step while a batch decodes, beside the same engine without.
+
+python benchmarks/journal.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from ropeway.config import EngineConfig
+from ropeway.contract import ExecutorInfo, GenerateRequest, SamplingParams, StepPlan, StepResult, Submit
+from ropeway.engine.journal import make_engine
+
+
+class Instant:
+    """An executor that takes no time."""
+
+    def __init__(self, rows: int) -> None:
+        self.info = ExecutorInfo(
+            model="instant", device="none", dtype="none", num_blocks=rows * 64, block_size=16, max_slots=rows,
+            max_model_len=1024, vocab_size=50_000,
+        )  # fmt: skip
+
+    def submit(self, plan: StepPlan) -> StepResult:
+        return StepResult(plan.step, [[row.start * 31 % 50_000] if row.emit else [] for row in plan.rows], [], 0.01)
+
+    def collect(self, ticket: StepResult) -> StepResult:
+        return ticket
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+def measure(rows: int, journal: str | None, steps: int = 300) -> float:
+    """Microseconds of the engine's own part of a step: the first decile, which other programs disturb least."""
+    config = EngineConfig(journal=journal, max_num_seqs=rows, max_num_batched_tokens=1 << 20, step_budget_ms=0.0)
+    engine = make_engine(Instant(rows), config)
+    sampling = SamplingParams(max_tokens=512, temperature=0.0)
+    asked = [GenerateRequest(rid=1000 + rid, tokens=[rid] * 200, sampling=sampling) for rid in range(rows)]
+    engine.submit([Submit(request) for request in asked])
+    times = []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - begun)
+    return statistics.quantiles(times, n=10)[0] * 1e6
+
+
+if __name__ == "__main__":
+    print(f"{'rows':>6} {'without':>9} {'with':>9} {'cost':>9}   bytes a step")
+    for rows in (1, 16, 64, 256):
+        with tempfile.TemporaryDirectory() as folder:
+            before = measure(rows, None)
+            after = measure(rows, folder)
+            size = sum(path.stat().st_size for path in Path(folder).iterdir())
+        print(f"{rows:>6} {before:>6.0f} µs {after:>6.0f} µs {after - before:>6.1f} µs   {size / 300:,.0f}")
