@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ropeway.config import PRESETS, EngineConfig, check, load, preset_notes, settings, weights_of
+from ropeway.cli import server
+from ropeway.config import PRESETS, EngineConfig, ServerConfig, check, load, preset_notes, settings, weights_of
 from ropeway.engine.engine import policy_order
 from ropeway.errors import ConfigError
 from ropeway.scheduler import ORDERS
@@ -25,6 +26,21 @@ def test_a_preset_sets_what_is_not_given(preset: str) -> None:
         setting.name: setting.parse(getattr(config, setting.name), "preset") for setting in settings(EngineConfig)
     }
     assert values == vars(config)
+
+
+def test_start_up_says_what_a_preset_has_set_and_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "configure", lambda level, shape: None)
+    monkeypatch.setattr(server, "_run", lambda main: main.close())
+    config, origins = load(EngineConfig, {"preset": "latency", "max_queue": "9"}, environ={})
+    with caplog.at_level("INFO"):
+        server.run_server(config, ServerConfig(api_key="k", admin_key="hush"), {**origins, "admin_key": "--admin-key"})
+    assert "preset latency: few at a time" in caplog.text
+    assert "max_num_seqs=8: a step is short when few share it" in caplog.text
+    assert "max_queue=9 by --max-queue" in caplog.text
+    assert "admin_key=(hidden)" in caplog.text
+    assert "hush" not in caplog.text
 
 
 def test_what_is_given_wins_over_a_preset() -> None:

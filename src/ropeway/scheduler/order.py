@@ -43,7 +43,7 @@ class Order:
     """First come, first served: what every other order changes in some respect."""
 
     name = "fcfs"
-    uses_cache = False  # else `cached`, the tokens of a sequence that the prefix cache holds, is not looked up but 0
+    uses_cache = False  # else what is cached of a sequence is not looked up, but 0
     window = 0  # how many of the first in line get a live score
     held = 16  # how many that lack room for themselves a step looks past, at most
     reason = "requests board in order of arrival"
@@ -57,6 +57,7 @@ class Order:
         return max(1, len(seq.tokens) - cached)
 
     def place(self, seq: Sequence, cached: int, now: float) -> Place:
+        """The part of its key that stays. `cached` of its tokens are in the prefix cache."""
         return Place()
 
     def live(self, seq: Sequence, cached: int, ahead: int, now: float) -> tuple[float, ...]:
@@ -171,8 +172,9 @@ class Deadline(Order):
         after = ahead * self._pace.value + tokens * self._prefill.value
         if ahead and after > self.SURE * wanted:
             raise OverloadedError(
-                f"The first token is wanted within {wanted:.3g} s and is expected after {after:.3g} s: "
-                f"{ahead} requests board before, one every {self._pace.value:.3g} s. Allow more time, or retry later.",
+                f"The first token is wanted within {wanted:.3g} s, a fifth of which has to be spare, and is expected "
+                f"after {after:.3g} s: {ahead} requests board before, one every {self._pace.value:.3g} s. Allow more "
+                "time, or retry later.",
                 retry_after=max(1.0, after - self.SURE * wanted),
             )
 
