@@ -8,7 +8,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import httpx2
 import pytest
+from running import Server, serving
 
 from ropeway.config import EngineConfig
 from ropeway.contract import GenerateRequest, SamplingParams
@@ -130,3 +132,26 @@ def test_damage_is_computed_again_and_another_layout_starts_afresh(plain: dict[i
     assert executor.info.tiers[-1].kept == []
     assert any("was dropped" in note for note in executor.info.notes)
     executor.close()
+
+
+async def test_a_server_whose_engine_was_killed_is_warm_again(tmp_path: Path) -> None:
+    prompt = "The cabin waits for nobody. " * 20
+    body = {"model": "bundled", "prompt": prompt, "max_tokens": 12, "temperature": 0}
+
+    async def ask(server: Server) -> tuple[str, int]:
+        async with httpx2.AsyncClient(base_url=server.url, timeout=30) as client:
+            answer = (await client.post("/v1/completions", json=body)).json()
+        return answer["choices"][0]["text"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    with serving("--kv-disk-gib", str(DISK_GIB), "--kv-disk-path", str(tmp_path)) as server:
+        text, cached = await ask(server)
+        assert cached == 0
+        await server.until(lambda found: found["ropeway_kv_tier_blocks_used"] > 0)
+        await ask(server)  # whoever is second in the writer's line has waited for the first
+        server.engine.kill()
+        await server.until_status("/readyz", 503, 5)
+        await server.until_status("/readyz", 200, 30)
+        again, cached = await ask(server)
+        assert again == text
+        assert cached >= 64
+        assert (await server.metrics())["ropeway_kv_tier_hits_total"] > 0

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-LEVELS = 4
+LEVELS = 5
 CREDIT = 500
 """Releases, most of them of whole requests, that having been asked for once more outweighs."""
 PAST = 1 << 14

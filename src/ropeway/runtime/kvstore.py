@@ -52,6 +52,9 @@ class KVStore:
         damaged. Raises EngineError for a tier that does not exist here."""
         seconds, lost = [], []
         for copy in copies:
+            if copy.source_tier == DISK and self.disk is not None:
+                self.disk.expect(copy.source)
+        for copy in copies:
             begun = time.perf_counter()
             if not self._copy(copy):
                 lost.append(copy.key)
@@ -88,4 +91,4 @@ class KVStore:
 
 def _bytes(block: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(block.reshape(-1).view(torch.uint8).numpy())
+    return block.reshape(-1).view(torch.uint8).numpy().data
