@@ -6,9 +6,12 @@ from random import Random
 
 import pytest
 from harness import World, random_request
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ropeway.contract import GenerateRequest, SamplingParams, StepPlan
 from ropeway.scheduler import Forecast, MostToGo, Newest
+from ropeway.scheduler.peak import Peak
 from ropeway.scheduler.sequence import Sequence, State
 
 
@@ -24,7 +27,7 @@ def _overload(foresight: bool, seed: int = 1, requests: int = 1500) -> tuple[Wor
     may take 800. Returns the mean
     share of blocks held, after a warm-up."""
     world = World(
-        num_blocks=1400, block_size=16, slots=256, max_model_len=1024, max_step_tokens=512, vocab_size=100,
+        num_blocks=1800, block_size=16, slots=512, max_model_len=1024, max_step_tokens=512, vocab_size=100,
         foresight=foresight,
     )  # fmt: skip
     random, rid, held = Random(seed), 0, []
@@ -36,7 +39,7 @@ def _overload(foresight: bool, seed: int = 1, requests: int = 1500) -> tuple[Wor
             world.submit(GenerateRequest(rid=rid, tokens=prompt, sampling=sampling, eos_ids=(7, 8)))
         world.step()
         held.append(world.scheduler.pool.used / world.num_blocks)
-    steady = held[len(held) // 10 :]
+    steady = held[len(held) // 6 :]
     return world, sum(steady) / len(steady)
 
 
@@ -149,6 +152,16 @@ def test_foresight_keeps_text_and_bookkeeping_right_and_is_deterministic(shape: 
 
 
 # What is expected
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12), st.integers(0, 40), st.integers(0, 40))
+def test_the_peak_is_what_playing_it_through_finds(crowd: list[tuple[int, int]], growth: int, held: int) -> None:
+    everybody = [*crowd, (growth, held)]
+    played = max(
+        sum(holds + step for grows, holds in everybody if grows >= step)
+        for step in range(1 + max(grows for grows, _ in everybody))
+    )
+    assert Peak(crowd).plus(growth, held) == played
 
 
 def _sequence(rid: int = 1, output: int = 0, *, most: int = 1000, priority: int = 0) -> Sequence:
