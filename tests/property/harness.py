@@ -52,7 +52,7 @@ class World:
     max_step_tokens: int = 16
     depth: int = 1
     policy: str = "fcfs"
-    rules: Rules = Rules(promote_after=5.0, age_cap=2.0, quantum=20.0)
+    rules: Rules = field(default_factory=lambda: Rules(promote_after=5.0, age_cap=2.0, quantum=20.0))
     prefix_caching: bool = True
     chunked_prefill: bool = True
     static_batching: bool = False
