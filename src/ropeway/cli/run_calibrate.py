@@ -28,6 +28,8 @@ LEVELS = (1, 4, 16, 48)
 """Streams at a time under which a server is measured."""
 
 PROMPT, ANSWER = 32, 48
+PATIENCE = 15.0
+"""Seconds that a level may take; one stream is measured in any case."""
 
 
 def run(
@@ -115,13 +117,19 @@ def machine(threads: int) -> str:
 def _serve(config: EngineConfig, flags: Mapping[str, Any], profile: Profile) -> Serving:
     """What a server adds, from a real one under a few streams at a time."""
     words = [word for setting, value in flags.items() if value is not None for word in _flag(setting, value)]
+    chosen = [n for n in LEVELS if n == 1 or (n <= config.max_num_seqs and _seconds(profile, n) < PATIENCE)]
     levels = []
     with serving(config.model, words) as url:
-        with counting("levels of load", len(LEVELS)) as advance:
-            for streams in (n for n in LEVELS if n <= config.max_num_seqs):
+        with counting("levels of load", len(chosen)) as advance:
+            for streams in chosen:
                 levels.append(_level(asyncio.run(_load(url, streams)), streams))
                 advance()
     return fit_serving(levels, profile, apart=profile.threads < cores())
+
+
+def _seconds(profile: Profile, streams: int) -> float:
+    """About how long a level takes."""
+    return 2 * ANSWER * profile.cost.of(streams, streams * PROMPT, streams)
 
 
 def _flag(name: str, value: Any) -> list[str]:
@@ -146,5 +154,6 @@ def _level(bench: ServeBench, streams: int) -> Level:
         prompt=round(sum(o.prompt_tokens for o in done) / len(done)),
         answer=ANSWER,
         ttft=bench.metrics.spreads["ttft"].percentiles[50.0] / 1000,
-        gap=bench.metrics.spreads["itl"].percentiles[50.0] / 1000,
+        # Not the median of all gaps: a service that falls behind sends several tokens at once.
+        gap=bench.metrics.spreads["tpot"].percentiles[50.0] / 1000,
     )

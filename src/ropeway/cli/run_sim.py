@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -37,6 +38,7 @@ def run(
     if profile.basis == "estimate":
         print(f"  {profile.note}")
     begun = time.perf_counter()
+    gc.disable()  # looking for cycles takes much of the time, and a simulation makes hardly any
 
     def told(point: Point) -> None:
         if sweeps and sys.stderr.isatty():

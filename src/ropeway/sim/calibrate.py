@@ -97,8 +97,9 @@ def measure(executor: Executor, clock: Clock, kinds: Sequence[list[Line]], secon
             tokens = sum(line.count for line in lines)
             if tokens > most:
                 continue
-            times[number] += bench.run(lines)
-            if times[number][-1] > LONG:
+            found = bench.run(lines)
+            times[number] += found
+            if min(found) > LONG:
                 most = min(most, tokens)
         passes += 1
     return [_sample(lines, sorted(t)[len(t) // 2]) for lines, t in zip(fitting, times, strict=True) if t]

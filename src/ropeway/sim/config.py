@@ -56,9 +56,7 @@ class SimConfig:
     )
     seed: int = _option(0, "Traffic", "Seed of the synthetic traffic.", low=0)
 
-    profile: str = _option(
-        "h200-8b-estimate", "Machine", "What a step costs: a shipped profile, or a file of `calibrate`."
-    )
+    profile: str = _option("laptop-cpu", "Machine", "What a step costs: a shipped profile, or a file of `calibrate`.")
     replicas: int = _option(1, "Machine", "Equal servers behind a balancer.", low=1, high=1000)
     balance: Literal["least-loaded", "round-robin"] = _option(
         "least-loaded", "Machine", "Which replica gets a request: the one with the fewest, or one after the other."

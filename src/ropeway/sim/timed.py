@@ -50,25 +50,26 @@ class TimedExecutor:
         says, ends = self._says, self._ends
         for admit in plan.admit:
             says[admit.slot] = [admit.sampling.seed or 0]
-            last = admit.prompt_len + admit.sampling.min_tokens - 1 if admit.eos_ids else -1
-            ends[admit.slot] = last, [*admit.eos_ids[:1]]
+            ends.pop(admit.slot, None)
+            if admit.eos_ids:
+                ends[admit.slot] = admit.prompt_len + admit.sampling.min_tokens - 1, [admit.eos_ids[0]]
         rows = plan.rows
         answers = [says[row.slot] if row.emit else _NOTHING for row in rows]
-        # Most rows decode one token; sums over those need no arithmetic but one.
-        context = sum([row.start for row in rows])
-        tokens = emits = len(rows)
-        pairs = chunks = 0
-        for number, row in enumerate(rows):
-            count = row.count
-            if row.start + count == ends[row.slot][0]:
-                answers[number] = ends[row.slot][1]
-            if count != 1:
-                tokens += count - 1
-                pairs += count * (2 * row.start + count + 1) // 2
-                chunks += 1
-            emits -= not row.emit
+        tokens = sum([row.count for row in rows])
+        context = sum([row.start for row in rows]) + tokens
+        emits, pairs, chunks = sum([row.emit for row in rows]), 0, 0
+        if tokens > len(rows) or ends:  # else all of them decode, and none can end by itself
+            never = (-1, _NOTHING)
+            for number, row in enumerate(rows):
+                count = row.count
+                if count != 1:
+                    pairs += count * (2 * row.start + count + 1) // 2
+                    chunks += 1
+                last, end = ends.get(row.slot, never)
+                if row.start + count == last:
+                    answers[number] = end
         moved = [self._copies[copy.source_tier] + self._copies[copy.target_tier] for copy in plan.copies]
-        seconds = self._cost.of(tokens, context + tokens, emits, pairs, chunks) + sum(moved)
+        seconds = self._cost.of(tokens, context, emits, pairs, chunks) + sum(moved)
         self.steps += 1
         self.computed += tokens
         self.seconds += seconds
