@@ -16,7 +16,7 @@ SRC = ROOT / "src" / "ropeway"
 FLOORS: list[tuple[str, ...]] = [
     ("contract", "config", "errors", "checkpoint", "modelspec", "hub", "_version"),
     ("scheduler", "kv", "text"),
-    ("engine", "sim", "runtime"),
+    ("engine", "remote", "sim", "runtime"),
     ("service", "observe", "bench"),
     ("api", "jobs"),
     ("gateway", "cluster"),
@@ -25,7 +25,9 @@ FLOORS: list[tuple[str, ...]] = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NEIGHBOURS = {
     ("scheduler", "kv"),
+    ("remote", "engine"),
     ("sim", "engine"),
+    ("sim", "remote"),
     ("service", "observe"),
     ("bench", "service"),
     ("modelspec", "checkpoint"),
@@ -95,7 +97,7 @@ def test_imports_point_down() -> None:
 
 @pytest.mark.parametrize(
     ("room", "forbidden"),
-    [("runtime", "scheduler"), ("runtime", "engine"), ("api", "engine.engine"), ("api", "engine.host")],
+    [("runtime", "scheduler"), ("runtime", "engine"), ("api", "engine.engine"), ("api", "remote")],
 )
 def test_who_must_not_know_whom(room: str, forbidden: str) -> None:
     for path in modules():
@@ -121,7 +123,7 @@ def test_the_scheduler_needs_the_contract_alone() -> None:
             assert {module.split(".")[0] for module, _ in imports(path)} <= allowed, path
 
 
-@pytest.mark.parametrize("module", ["ropeway.scheduler", "ropeway.engine.host", "ropeway.api.app", "ropeway.cli.main"])
+@pytest.mark.parametrize("module", ["ropeway.scheduler", "ropeway.remote.host", "ropeway.api.app", "ropeway.cli.main"])
 def test_torch_is_not_loaded_by(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

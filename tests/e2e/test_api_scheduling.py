@@ -12,7 +12,7 @@ from apiserver import Server, running
 from ropeway.config import EngineConfig, ServerConfig
 from ropeway.contract import ExecutorInfo
 from ropeway.engine.engine import Engine
-from ropeway.engine.host import ThreadLink
+from ropeway.remote.host import ThreadLink
 from ropeway.service.echo import EchoService
 from ropeway.service.loader import ModelText
 from ropeway.service.request import TextRequest, TextStream

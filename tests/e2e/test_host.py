@@ -17,8 +17,8 @@ import pytest
 from ropeway.config import EngineConfig
 from ropeway.contract import Cancel, Drain, GenerateRequest, Ready, Report, SamplingParams, Step, Stopped, Submit
 from ropeway.engine.channel import LinkState
-from ropeway.engine.host import EngineHost
 from ropeway.errors import EngineError, NotReadyError
+from ropeway.remote.host import EngineHost
 
 SIM = (sys.executable, "-m", "ropeway.sim.process")
 
@@ -126,7 +126,7 @@ async def test_a_drain_finishes_what_runs_and_then_ends() -> None:
 
 async def test_an_engine_that_cannot_start_says_why_and_is_not_restarted() -> None:
     program = textwrap.dedent("""
-        from ropeway.engine.process import serve_fd0
+        from ropeway.remote.process import serve_fd0
         from ropeway.errors import ModelError
         def make(config):
             raise ModelError("no such checkpoint: nowhere. Check the path.")
@@ -140,7 +140,7 @@ async def test_an_engine_that_cannot_start_says_why_and_is_not_restarted() -> No
 
 async def test_an_exception_in_a_step_reaches_the_streams_with_its_message() -> None:
     program = textwrap.dedent("""
-        from ropeway.engine.process import serve_fd0
+        from ropeway.remote.process import serve_fd0
         from ropeway.sim.process import make_executor
         def make(config):
             executor = make_executor(config)
@@ -176,7 +176,7 @@ async def test_the_engine_dies_with_its_service() -> None:
     program = textwrap.dedent(f"""
         import asyncio, sys
         from ropeway.config import EngineConfig
-        from ropeway.engine.host import EngineHost
+        from ropeway.remote.host import EngineHost
         async def main():
             host = EngineHost(EngineConfig(), {SIM!r})
             await host.start()

@@ -6,7 +6,7 @@ import sys
 
 from ropeway.config import EngineConfig
 from ropeway.engine.executor import Executor
-from ropeway.engine.process import serve_fd0
+from ropeway.remote.process import serve_fd0
 
 COMMAND = (sys.executable, "-m", "ropeway.cli.engine")
 """How the host starts it."""

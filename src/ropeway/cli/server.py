@@ -13,10 +13,10 @@ from ropeway.cli.banner import banner
 from ropeway.cli.engine import COMMAND
 from ropeway.config import EngineConfig, ServerConfig, preset_notes
 from ropeway.contract import Ready, Report, Stopped
-from ropeway.engine.host import EngineHost
 from ropeway.errors import RopewayError
 from ropeway.observe.logs import StatsLine, configure
 from ropeway.observe.metrics import Metrics
+from ropeway.remote.host import EngineHost
 from ropeway.service.loader import ModelText, load_text
 from ropeway.service.service import EngineTextService
 

@@ -7,7 +7,7 @@ import time
 
 from ropeway.config import EngineConfig
 from ropeway.contract import ExecutorInfo, StepResult
-from ropeway.engine.process import serve_fd0
+from ropeway.remote.process import serve_fd0
 from ropeway.sim.cost import CostModel
 from ropeway.sim.executor import FakeExecutor
 

@@ -16,8 +16,8 @@ from ropeway.config import EngineConfig
 from ropeway.contract import Command, Drain, ErrorInfo, ExecutorInfo, Ready, Report, Stopped
 from ropeway.engine.channel import LinkState
 from ropeway.engine.engine import Engine
-from ropeway.engine.socket_channel import ServiceEnd, SocketChannel
 from ropeway.errors import DrainingError, EngineError, NotReadyError, RopewayError
+from ropeway.remote.socket_channel import ServiceEnd, SocketChannel
 
 RESTART_WINDOW = 600.0
 """Seconds in which `max_restarts` restarts are allowed."""

@@ -16,8 +16,8 @@ from ropeway.config import EngineConfig
 from ropeway.contract import ErrorInfo, Stopped
 from ropeway.engine.executor import Executor
 from ropeway.engine.journal import make_engine
-from ropeway.engine.socket_channel import SocketChannel
 from ropeway.errors import EngineError, RopewayError
+from ropeway.remote.socket_channel import SocketChannel
 
 _PR_SET_PDEATHSIG = 1
 
