@@ -161,8 +161,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
         """Take in what a step has computed. Returns news in the plan's order of rows."""
         faults = {plan.rows[fault.row].rid: fault for fault in result.faults}
-        sequences = self._sequences
-        events = []
+        sequences, events, generated = self._sequences, list[TokenEvent](), 0
         for key in result.lost:
             self._lose(key, now)
         for row, tokens in zip(plan.rows, result.tokens, strict=True):
@@ -175,18 +174,21 @@ class Scheduler:
                 error = ErrorInfo(faults[row.rid].code, faults[row.rid].message)
                 events.append(self._finish(seq, FinishReason.FAILED, now, error))
                 continue
-            if row.start + row.count >= seq.due:
-                self._publish(seq, row.start + row.count)
+            computed = row.start + row.count
+            if computed >= seq.due:
+                self._publish(seq, computed)
             if not row.emit:
                 continue
             if seq.first_token is None:
                 seq.first_token = now
             seq.tokens += tokens
-            if len(tokens) == 1 and len(seq.tokens) < seq.end and seq.ends.isdisjoint(tokens):
+            if len(tokens) == 1 and tokens[0] not in seq.ends and computed + 1 < seq.end:
+                generated += 1
                 events.append(TokenEvent(row.rid, tokens, False, seq.cached))
             else:
                 events.append(self._end(seq, tokens, now))
-        self.counters.generation_tokens += sum([len(event.tokens) for event in events])
+                generated += len(events[-1].tokens)
+        self.counters.generation_tokens += generated
         if plan.rows:
             self._budget.learn(plan, result.seconds - sum(result.copy_seconds))
         self.memory.learn(plan, result)
