@@ -293,6 +293,19 @@ def test_who_was_alone_with_free_seats_owes_nothing_either() -> None:
     assert {boarded.count("a"), boarded.count("b")} <= {4, 5, 6}, boarded
 
 
+def test_a_newcomer_does_not_queue_behind_a_flood_within_the_quantum() -> None:
+    p = Platform("fair", Rules(quantum=1e9))
+    for _ in range(20):
+        p.add(20, tenant="flood")
+    first = p.line()[0]
+    p.room.remove(first)
+    p.room.order.boards(first, p.now)
+    newcomer = p.add(20, tenant="new")
+    first.tokens.append(1)  # the flood gets another token
+    p.room.order.service("flood")
+    assert p.line()[0] is newcomer
+
+
 def test_within_a_quantum_the_cached_prefix_boards_first() -> None:
     for quantum, expected in ((1000.0, [3, 1, 2]), (0.0, [1, 2, 3])):
         p = Platform("fair", Rules(quantum=quantum))

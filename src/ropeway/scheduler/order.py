@@ -236,7 +236,7 @@ class FairShare(Order):
     def live(self, seq: Sequence, cached: int, ahead: int, now: float) -> tuple[float, ...]:
         tenant, quantum = seq.request.tenant, self.rules.quantum
         service = self._service.get(tenant, 0.0) + self.INPUT * ahead / self.rules.weights.get(tenant, 1.0)
-        return (service // quantum if quantum else service, -cached)
+        return (service // quantum if quantum else service, -cached, service)
 
     def arrives(self, seq: Sequence, cached: int, ahead: int, lanes: Collection[Lane]) -> None:
         tenant = seq.request.tenant
