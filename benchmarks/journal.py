@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ropeway.config import EngineConfig
 from ropeway.contract import ExecutorInfo, GenerateRequest, SamplingParams, StepPlan, StepResult, Submit
-from ropeway.engine.journal import make_engine
+from ropeway.recorder.recorder import make_engine
 
 
 class Instant:

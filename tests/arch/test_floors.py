@@ -16,7 +16,7 @@ SRC = ROOT / "src" / "ropeway"
 FLOORS: list[tuple[str, ...]] = [
     ("contract", "config", "errors", "checkpoint", "modelspec", "hub", "_version"),
     ("scheduler", "kv", "text"),
-    ("engine", "remote", "sim", "runtime"),
+    ("engine", "recorder", "remote", "sim", "runtime"),
     ("service", "observe", "bench"),
     ("api", "jobs"),
     ("gateway", "cluster"),
@@ -25,8 +25,11 @@ FLOORS: list[tuple[str, ...]] = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NEIGHBOURS = {
     ("scheduler", "kv"),
+    ("recorder", "engine"),
     ("remote", "engine"),
+    ("remote", "recorder"),
     ("sim", "engine"),
+    ("sim", "recorder"),
     ("sim", "remote"),
     ("service", "observe"),
     ("bench", "service"),

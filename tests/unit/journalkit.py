@@ -10,7 +10,7 @@ from typing import Any
 from ropeway.config import EngineConfig
 from ropeway.contract import Cancel, Command, ExecutorInfo, GenerateRequest, SamplingParams, Step, Submit
 from ropeway.engine.engine import Engine
-from ropeway.engine.journal import RecordedEngine
+from ropeway.recorder.recorder import RecordedEngine
 from ropeway.sim import CostModel, FakeExecutor, VirtualClock
 
 SLOTS = 32

@@ -17,11 +17,11 @@ from journalkit import config, drive, engine_for
 from ropeway.cli.main import main
 from ropeway.config import EngineConfig
 from ropeway.contract import Explain, GenerateRequest, Reorder, SamplingParams, Submit
-from ropeway.contract.journal import MAGIC, WORLD, Planned, files, read
-from ropeway.contract.snapshot import freeze, thaw
 from ropeway.engine.engine import Engine
-from ropeway.engine.journal import RecordedEngine
 from ropeway.errors import ConfigError
+from ropeway.recorder.journal import MAGIC, WORLD, Planned, files, read
+from ropeway.recorder.recorder import RecordedEngine
+from ropeway.recorder.snapshot import freeze, thaw
 from ropeway.scheduler import Scheduler, TargetLatency
 from ropeway.sim import FakeExecutor, VirtualClock, expected_tokens
 from ropeway.sim.replay import replay

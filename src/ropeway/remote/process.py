@@ -15,8 +15,8 @@ import msgspec
 from ropeway.config import EngineConfig
 from ropeway.contract import ErrorInfo, Stopped
 from ropeway.engine.executor import Executor
-from ropeway.engine.journal import make_engine
 from ropeway.errors import EngineError, RopewayError
+from ropeway.recorder.recorder import make_engine
 from ropeway.remote.socket_channel import SocketChannel
 
 _PR_SET_PDEATHSIG = 1

@@ -12,10 +12,10 @@ from heapq import nlargest
 from pathlib import Path
 
 from ropeway.contract import Report, Step, Submit
-from ropeway.contract.journal import WORLD, Closed, Cut, Header, ended, files, read
-from ropeway.contract.snapshot import thaw
 from ropeway.engine.engine import Engine
 from ropeway.errors import ConfigError
+from ropeway.recorder.journal import WORLD, Closed, Cut, Header, ended, files, read
+from ropeway.recorder.snapshot import thaw
 from ropeway.sim.biography import Biography
 from ropeway.sim.tape import Call, Difference, EndOfRecord, RecordedFailure, Tape, calls
 

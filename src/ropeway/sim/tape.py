@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ropeway.contract import Command, ExecutorInfo, FinishReason, GenerateRequest, StepPlan, StepResult, Submit
-from ropeway.contract.journal import Called, Closed, Cut, Item, Planned, files, read, slim
+from ropeway.recorder.journal import Called, Closed, Cut, Item, Planned, files, read, slim
 
 
 class Difference(Exception):
@@ -67,7 +67,7 @@ def calls(items: Iterator[Item | Cut]) -> Iterator[Call | Closed | Cut]:
 
 
 class Tape:
-    """Clock and executor at once, as `engine.journal.Tap` is; they answer as in `call`, the one being replayed."""
+    """Clock and executor at once, as `recorder.recorder.Tap` is; they answer as in `call`, the one being replayed."""
 
     def __init__(self, info: ExecutorInfo) -> None:
         self.info = info

@@ -24,8 +24,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ropeway.contract import GenerateRequest, StepPlan, Submit, journal
+from ropeway.contract import GenerateRequest, StepPlan, Submit
 from ropeway.errors import ConfigError
+from ropeway.recorder import journal
 from ropeway.sim.workload import Arrival, alone, answer_of
 
 MOONCAKE_BLOCK = 512

@@ -11,8 +11,8 @@ import pytest
 from simkit import small_config, small_profile
 
 from ropeway.contract import GenerateRequest, SamplingParams, Submit
-from ropeway.engine.journal import RecordedEngine
 from ropeway.errors import ConfigError
+from ropeway.recorder.recorder import RecordedEngine
 from ropeway.sim import FakeExecutor, VirtualClock
 from ropeway.sim.traces import read_trace
 from ropeway.sim.workload import WORKLOADS, Traffic, alone, generate, merge, scale

@@ -19,12 +19,12 @@ from typing import Any
 from ropeway._version import __version__
 from ropeway.config import EngineConfig
 from ropeway.contract import Command, ExecutorInfo, FinishReason, Report, Step, StepPlan, StepResult
-from ropeway.contract import journal as record
-from ropeway.contract.snapshot import freeze
 from ropeway.engine.clock import Clock, SystemClock
 from ropeway.engine.engine import Engine
 from ropeway.engine.executor import Executor
 from ropeway.errors import ConfigError
+from ropeway.recorder import journal as record
+from ropeway.recorder.snapshot import freeze
 
 _FILES = 8
 """The bound is divided among so many files: the record loses its oldest eighth at a time."""
