@@ -118,13 +118,14 @@ def _serve(config: EngineConfig, flags: Mapping[str, Any], profile: Profile) -> 
     """What a server adds, from a real one under a few streams at a time."""
     words = [word for setting, value in flags.items() if value is not None for word in _flag(setting, value)]
     chosen = [n for n in LEVELS if n == 1 or (n <= config.max_num_seqs and _seconds(profile, n) < PATIENCE)]
+    apart = profile.threads < cores()
     levels = []
     with serving(config.model, words) as url:
         with counting("levels of load", len(chosen)) as advance:
             for streams in chosen:
-                levels.append(_level(asyncio.run(_load(url, streams)), streams))
+                levels.append(_level(asyncio.run(_load(url, streams)), streams, apart))
                 advance()
-    return fit_serving(levels, profile, apart=profile.threads < cores())
+    return fit_serving(levels, profile, apart=apart)
 
 
 def _seconds(profile: Profile, streams: int) -> float:
@@ -147,13 +148,14 @@ async def _load(url: str, streams: int) -> ServeBench:
     return await bench_serve(load, samples, seed=streams)
 
 
-def _level(bench: ServeBench, streams: int) -> Level:
+def _level(bench: ServeBench, streams: int, apart: bool) -> Level:
     done = [o for o in bench.run.outcomes if o.ok]
     return Level(
         streams=streams,
         prompt=round(sum(o.prompt_tokens for o in done) / len(done)),
         answer=ANSWER,
         ttft=bench.metrics.spreads["ttft"].percentiles[50.0] / 1000,
-        # Not the median of all gaps: a service that falls behind sends several tokens at once.
-        gap=bench.metrics.spreads["tpot"].percentiles[50.0] / 1000,
+        # A service with a core of its own may fall behind and send several tokens at once, which only means show; where
+        # it shares all cores it does not, and means would count the prefill of others among the gaps.
+        gap=bench.metrics.spreads["tpot" if apart else "itl"].percentiles[50.0] / 1000,
     )

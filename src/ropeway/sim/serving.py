@@ -13,7 +13,7 @@ from ropeway.sim.profile import Profile, Serving
 @dataclass(frozen=True)
 class Level:
     """A server with `streams` streams at a time, each with `prompt` and `answer` tokens: the median time to the first
-    token, and the median of the mean gaps of streams, in seconds."""
+    token, and a typical gap between two, in seconds."""
 
     streams: int
     prompt: int
