@@ -216,11 +216,11 @@ def test_the_reserve_follows_preemptions_within_bounds() -> None:
     for _ in range(1000):
         forecast.preempted()
     assert forecast.reserve == Forecast.MOST
-    for _ in range(100_000):
+    for _ in range(5_000):
         forecast.ended(_sequence())
     assert forecast.reserve == 0
     rate = Forecast.PREEMPTIONS
-    for number in range(20_000):
+    for number in range(6_000):
         forecast.ended(_sequence())
         if number % int(1 / rate) == 0:
             forecast.preempted()
