@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 
 from ropeway.config import EngineConfig
 from ropeway.contract import GenerateRequest, SamplingParams, Submit
+from ropeway.contract.executor import Executor
 from ropeway.engine.engine import Engine
-from ropeway.engine.executor import Executor
 
 VICTIM, OTHER = "victim", "attacker"
 PROMPT = 192

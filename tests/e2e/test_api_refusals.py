@@ -15,7 +15,7 @@ import pytest
 from apiserver import Server, read_all, running
 from ropeway.api import middleware, protocol
 from ropeway.api.middleware import PUBLIC
-from ropeway.engine.channel import LinkState
+from ropeway.contract.channel import LinkState
 from ropeway.errors import BY_CODE, RopewayError
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextRequest, TextStream

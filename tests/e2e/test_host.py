@@ -16,7 +16,7 @@ import pytest
 
 from ropeway.config import EngineConfig
 from ropeway.contract import Cancel, Drain, GenerateRequest, Ready, Report, SamplingParams, Step, Stopped, Submit
-from ropeway.engine.channel import LinkState
+from ropeway.contract.channel import LinkState
 from ropeway.errors import EngineError, NotReadyError
 from ropeway.remote.host import EngineHost
 

@@ -12,6 +12,7 @@ import httpx2
 import pytest
 from running import Server, serving
 
+from invariants import check
 from ropeway.config import EngineConfig
 from ropeway.contract import GenerateRequest, SamplingParams
 from ropeway.runtime.local import LocalExecutor
@@ -58,7 +59,7 @@ def _answers(scheduler: Scheduler, executor: LocalExecutor, numbers: Iterable[in
         assert plan is not None
         for event in scheduler.commit(plan, executor.collect(executor.submit(plan)), 0.0):
             texts[event.rid] += event.tokens
-    scheduler.check()
+    check(scheduler)
     return texts
 
 

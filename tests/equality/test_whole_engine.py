@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from checkpoints import greedy, prompt
+from invariants import check
 from ropeway.config import EngineConfig
 from ropeway.contract import FinishReason, GenerateRequest, SamplingParams, Submit, TokenEvent
 from ropeway.engine.engine import Engine
@@ -59,7 +60,7 @@ class Run:
                 self.tokens[event.rid] += event.tokens
                 if event.finish is not None:
                     self.final[event.rid] = event
-            self.engine.scheduler.check()
+            check(self.engine.scheduler)
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)

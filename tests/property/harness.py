@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from invariants import check
 from ropeway.contract import (
     BlockCopy,
     ExecutorInfo,
@@ -127,7 +128,7 @@ class World:
         raise AssertionError(f"not done after {limit} steps")
 
     def check(self) -> None:
-        self.scheduler.check()
+        check(self.scheduler)
 
     def check_home(self) -> None:
         """Nothing runs or waits, and every block and slot is back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from invariants import check
 from ropeway.config import EngineConfig
 from ropeway.contract import (
     Cancel,
@@ -158,7 +159,7 @@ def test_a_faulty_row_fails_alone() -> None:
     assert driver.final(2).error is not None
     for request in (requests[0], requests[2]):
         assert driver.tokens(request.rid) == expected_tokens(request, driver.info)
-    driver.engine.scheduler.check()
+    check(driver.engine.scheduler)
 
 
 def test_nobody_builds_on_the_blocks_of_a_faulty_request() -> None:

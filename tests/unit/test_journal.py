@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from journalkit import config, drive, engine_for
 
+from invariants import check
 from ropeway.cli.main import main
 from ropeway.config import EngineConfig
 from ropeway.contract import Explain, GenerateRequest, Reorder, SamplingParams, Submit
@@ -215,7 +216,7 @@ def test_an_engine_made_again_in_the_middle_goes_on_alike(policy: str) -> None:
         outside = {"executor": engine.executor, "clock": clock}
         driven: Any = Renewed(engine, outside) if renew else engine
         events = drive(driven, clock, 461, 80)
-        driven.scheduler.check()
+        check(driven.scheduler)
         return events, driven.scheduler.counters
 
     assert run(True) == run(False)

@@ -17,9 +17,9 @@ from ropeway.bench.metrics import Spread
 from ropeway.bench.record import RecordingExecutor, StepRecord, occupancy
 from ropeway.config import EngineConfig
 from ropeway.contract import ExecutorInfo, GenerateRequest, Report, SamplingParams, Step, Submit, Usage
-from ropeway.engine.clock import Clock
+from ropeway.contract.clock import Clock
+from ropeway.contract.executor import Executor
 from ropeway.engine.engine import Engine
-from ropeway.engine.executor import Executor
 from ropeway.errors import ConfigError
 
 EXAMPLE = (50, 100, 200, 500)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ropeway.contract import ExecutorInfo, StepPlan, StepResult
-from ropeway.engine.executor import Executor
+from ropeway.contract.executor import Executor
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from ropeway.config import EngineConfig
-from ropeway.engine.executor import Executor
+from ropeway.contract.executor import Executor
 from ropeway.remote.process import serve_fd0
 
 COMMAND = (sys.executable, "-m", "ropeway.cli.engine")

@@ -1,4 +1,4 @@
-"""What crosses a boundary, and nothing else: plain data without tensors, callables or back-references."""
+"""What crosses a boundary: plain data without tensors, callables or back-references; and the seams it crosses."""
 
 from ropeway.contract.event import EngineStats, ErrorInfo, FinishReason, Pinned, TierStats, TokenEvent, Usage, Why
 from ropeway.contract.message import (

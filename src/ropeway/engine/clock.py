@@ -1,14 +1,6 @@
-"""Time as an argument: the system's, or a virtual one in simulation (`ropeway.sim.clock`)."""
-
-from __future__ import annotations
+"""The system's time."""
 
 import time
-from typing import Protocol
-
-
-class Clock(Protocol):
-    def now(self) -> float:
-        """Seconds since an arbitrary moment; never goes back."""
 
 
 class SystemClock:

@@ -29,9 +29,10 @@ from ropeway.contract import (
     Submit,
     TokenEvent,
 )
-from ropeway.engine.channel import Channel
-from ropeway.engine.clock import Clock, SystemClock
-from ropeway.engine.executor import Executor
+from ropeway.contract.channel import Channel
+from ropeway.contract.clock import Clock
+from ropeway.contract.executor import Executor
+from ropeway.engine.clock import SystemClock
 from ropeway.engine.intake import Intake
 from ropeway.errors import ConfigError, EngineError, RequestError
 from ropeway.scheduler import (

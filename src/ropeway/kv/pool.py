@@ -180,38 +180,6 @@ class BlockPool:
             if free:
                 self._put(block)
 
-    def check(self, tables: Iterable[Sequence[int]] | None = None) -> None:
-        """Raise AssertionError unless all invariants hold; `tables` are the block tables of all holders, if known."""
-        kept = [block for line in self._lines for block in line]
-        free = {*kept, *self._blank}
-        if len(free) != len(kept) + len(self._blank) or len(free) != self.available:
-            raise AssertionError(f"{len(free)} different blocks are free but {self.available} are counted")
-        if free != {b for b in range(self.num_blocks) if self._holders[b] == 0}:
-            raise AssertionError("a block is both held and free, or neither")
-        if any(self._key[b] is None for b in kept) or any(self._key[b] is not None for b in self._blank):
-            raise AssertionError("a block without a key is in a line, or one with a key is not")
-        if {key: b for b, key in enumerate(self._key) if key is not None} != self._by_key:
-            raise AssertionError("the index of keys disagrees with the blocks")
-        for level, line in enumerate(self._lines):
-            if list(line.values()) != sorted(line.values()) or any(self._level[b] != level for b in line):
-                raise AssertionError(f"line {level} is not in order of release, or holds a block of another level")
-        owned: dict[str, int] = {}
-        for b in self._by_key.values():
-            owned[self._owner[b]] = owned.get(self._owner[b], 0) + 1
-        if owned != self._owned or {o for o, n in owned.items() if o and n > self._quota} != set(self._greedy):
-            raise AssertionError("the numbers of blocks that owners have are wrong")
-        if self._rationed and sorted(b for line in self._free_of.values() for b in line) != sorted(kept):
-            raise AssertionError("the lines of owners disagree with those of levels")
-        if tables is not None:
-            counted = [0] * self.num_blocks
-            for table in tables:
-                if len(set(table)) != len(table):
-                    raise AssertionError(f"a block table names a block twice: {list(table)}")
-                for b in table:
-                    counted[b] += 1
-            if counted != self._holders:
-                raise AssertionError("the numbers of holders disagree with the block tables")
-
     def _evict(self) -> int:
         """The least valuable remembered block, nameless and in nobody's line."""
         block = self._least()

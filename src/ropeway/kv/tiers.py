@@ -156,12 +156,6 @@ class Memory:
     def stats(self) -> list[TierStats]:
         return [TierStats(s.name, s.pool.num_blocks, s.pool.remembered, s.hits) for s in self.lower]
 
-    def check(self, tables: Sequence[Sequence[int]]) -> None:
-        """Raise AssertionError unless all invariants hold; `tables` are those of all holders of the device's blocks."""
-        self.pool.check([*tables, *self.pins.tables()])
-        for shelf in self.lower:
-            shelf.pool.check([])
-
     def _name(self, block: int, key: bytes, owner: str) -> bool:
         news = self.pool.publish(block, key, owner)
         if news:

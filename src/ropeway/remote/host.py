@@ -14,7 +14,7 @@ import msgspec
 
 from ropeway.config import EngineConfig
 from ropeway.contract import Command, Drain, ErrorInfo, ExecutorInfo, Ready, Report, Stopped
-from ropeway.engine.channel import LinkState
+from ropeway.contract.channel import LinkState
 from ropeway.engine.engine import Engine
 from ropeway.errors import DrainingError, EngineError, NotReadyError, RopewayError
 from ropeway.remote.socket_channel import ServiceEnd, SocketChannel

@@ -14,7 +14,7 @@ import msgspec
 
 from ropeway.config import EngineConfig
 from ropeway.contract import ErrorInfo, Stopped
-from ropeway.engine.executor import Executor
+from ropeway.contract.executor import Executor
 from ropeway.errors import EngineError, RopewayError
 from ropeway.recorder.recorder import make_engine
 from ropeway.remote.socket_channel import SocketChannel

@@ -41,7 +41,7 @@ class LocalExecutor:
     """Loads the model of `config` and carries out plans one at a time.
 
     Raises ModelError, MemoryBudgetError, ConfigError or KernelError if it cannot be built. Implements
-    `ropeway.engine.executor.Executor`.
+    `ropeway.contract.executor.Executor`.
     """
 
     def __init__(self, config: EngineConfig) -> None:

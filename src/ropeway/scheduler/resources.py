@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from ropeway.contract import GenerateRequest, Tier
 from ropeway.errors import ContextLengthError, NeverFitsError, RequestError
 from ropeway.kv import PreemptionMode
-from ropeway.scheduler.sequence import Sequence, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,22 +66,3 @@ def check_fits(request: GenerateRequest, res: Resources, pinned: int = 0) -> Non
             f"The request may grow to {total} tokens, but without chunked prefill all of a sequence must fit one "
             f"step of {res.max_step_tokens} tokens. Shorten it, or start with --enable-chunked-prefill."
         )
-
-
-def check_places(
-    running: Collection[Sequence], waiting: Collection[Sequence], all_: Collection[int], free: list[int], res: Resources
-) -> None:
-    """Raise AssertionError unless each request of `all_` runs or waits with what that means, and each slot is taken by
-    one of them or in `free`."""
-    slots = [seq.slot for seq in running]
-    if sorted(slots + free) != list(range(res.slots)):
-        raise AssertionError(f"slots are lost or doubled: running {slots}, free {free}")
-    if sorted([seq.rid for seq in (*running, *waiting)]) != sorted(all_):
-        raise AssertionError("a sequence is neither running nor waiting, or twice there")
-    for seq in running:
-        if seq.state is not State.RUNNING or len(seq.blocks) * res.block_size < seq.computed:
-            raise AssertionError(f"running request {seq.rid} is {seq.state} with {len(seq.blocks)} blocks")
-    for seq in waiting:
-        holds = seq.blocks or seq.computed or seq.known > len(seq.tokens) or seq.slot != -1
-        if holds or seq.state is not State.QUEUED:
-            raise AssertionError(f"waiting request {seq.rid} holds something")

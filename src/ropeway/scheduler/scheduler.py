@@ -33,7 +33,7 @@ from ropeway.scheduler.forecast import Forecast
 from ropeway.scheduler.limits import ANYBODY, Limits
 from ropeway.scheduler.order import Order
 from ropeway.scheduler.outlook import Outlook
-from ropeway.scheduler.resources import Counters, Resources, check_fits, check_places
+from ropeway.scheduler.resources import Counters, Resources, check_fits
 from ropeway.scheduler.sequence import Sequence, State
 from ropeway.scheduler.stops import final_event, finish_after
 from ropeway.scheduler.victim import Victim
@@ -194,11 +194,6 @@ class Scheduler:
         self.memory.learn(plan, result)
         self._outlook.stepped(now)
         return events
-
-    def check(self) -> None:
-        """Raise AssertionError unless all invariants hold. For tests; linear in everything."""
-        self.memory.check([seq.blocks for seq in self.running])
-        check_places(self.running, list(self.waiting), self._sequences, self._limits.slots.free, self.resources)
 
     # How a step is planned
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ordered, Pinned, SamplingParams, Usage, Why
-from ropeway.engine.channel import LinkState
+from ropeway.contract.channel import LinkState
 from ropeway.errors import (
     ConfigError,
     DeadlineError,

@@ -15,7 +15,7 @@ import msgspec
 
 from ropeway.config import EngineConfig, check, preset_values, settings
 from ropeway.contract import Cancel, Command, GenerateRequest, Report, SamplingParams, Step, Submit, TokenEvent
-from ropeway.engine.executor import Executor
+from ropeway.contract.executor import Executor
 from ropeway.errors import ConfigError, RequestError, RopewayError
 from ropeway.recorder.recorder import make_engine
 from ropeway.service.context import check_context

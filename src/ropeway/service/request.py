@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ordered, Pinned, SamplingParams, Usage, Why
-from ropeway.engine.channel import LinkState
+from ropeway.contract.channel import LinkState
 
 ChatMessage = dict[str, Any]
 """One message of a conversation as the template sees it: role, content (text), and whatever else the client sent."""

@@ -37,7 +37,7 @@ from ropeway.contract import (
     TokenEvent,
     Why,
 )
-from ropeway.engine.channel import EngineLink, LinkState
+from ropeway.contract.channel import EngineLink, LinkState
 from ropeway.errors import DrainingError, EngineError, NotReadyError, RopewayError
 from ropeway.service.context import check_context
 from ropeway.service.decoding import AnswerDecoder

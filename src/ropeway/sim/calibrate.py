@@ -22,9 +22,9 @@ from ropeway.contract import (
     StepPlan,
     Submit,
 )
-from ropeway.engine.clock import Clock
+from ropeway.contract.clock import Clock
+from ropeway.contract.executor import Executor
 from ropeway.engine.engine import Engine
-from ropeway.engine.executor import Executor
 from ropeway.errors import ConfigError, EngineError
 from ropeway.sim.clock import VirtualClock
 from ropeway.sim.cost import CostModel

@@ -18,7 +18,7 @@ from ropeway.contract import (
     TokenEvent,
     Usage,
 )
-from ropeway.engine.channel import LinkState
+from ropeway.contract.channel import LinkState
 from ropeway.errors import NotReadyError
 from ropeway.service.loader import ModelText
 from ropeway.service.service import EngineTextService

@@ -21,7 +21,7 @@ from ropeway.contract import (
     TokenEvent,
     Why,
 )
-from ropeway.engine.channel import LinkState
+from ropeway.contract.channel import LinkState
 from ropeway.errors import (
     ContextLengthError,
     DeadlineError,
