@@ -149,10 +149,10 @@ class EngineConfig:
     default_priority: int = _option(0, "Scheduling", "Priority of requests that name none; lower is served earlier.")
 
     journal: str | None = _option(
-        None, "Flight recorder", "Directory for a record of every scheduling decision, prompts included (mode 0600)."
+        None, "Recorder", "Directory for a record of every scheduling decision, prompts included (mode 0600)."
     )
     journal_mb: int = _option(
-        256, "Flight recorder", "Megabytes that the files in the journal's directory may take; the oldest go.", low=1
+        256, "Recorder", "Megabytes that the files in the journal's directory may take; the oldest go.", low=1
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ropeway.contract import FinishReason
+from ropeway.contract import FinishReason, GenerateRequest, SamplingParams
 from ropeway.scheduler.sequence import State
 
 SHAPES = [
@@ -151,6 +151,20 @@ def test_static_batching_lets_nobody_board_until_the_batch_is_empty() -> None:
         on_board |= {admit.rid for admit in plan.admit}
         assert len(on_board) <= 4
     assert all(event.finish in (FinishReason.STOP, FinishReason.LENGTH) for event in world.final.values())
+
+
+def test_a_static_batch_boards_past_those_who_came_before_it_in_the_line() -> None:
+    world = World(num_blocks=400, static_batching=True, slots=4, max_step_tokens=16, policy="priority")
+    tokens = list(range(20))
+    for rid in range(4):  # a batch that cannot board within one step
+        world.submit(GenerateRequest(rid=rid, tokens=tokens, sampling=SamplingParams(max_tokens=4), priority=5))
+    world.step()
+    for rid in range(4, 8):  # they stand first in the line now, but do not belong to the batch
+        world.submit(GenerateRequest(rid=rid, tokens=tokens, sampling=SamplingParams(max_tokens=4), priority=0))
+    world.finish_all()
+    boarded = [admit.rid for plan in world.plans for admit in plan.admit]
+    assert sorted(boarded[:4]) == [0, 1, 2, 3]
+    assert len(world.final) == 8
 
 
 def test_without_the_epoch_a_stale_result_would_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:

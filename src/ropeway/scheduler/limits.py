@@ -232,10 +232,10 @@ class SharedPrefix(_Limit):
 
 
 class StaticBatch(_Limit):
-    """Static batching, the baseline: a batch is made of who waits when the last batch is empty, and nobody else
-    boards until all of it has finished."""
+    """Static batching, the baseline: whoever waits when a batch has ended makes up the next, and nobody else boards."""
 
     name = "static-batch"
+    passes = ANYBODY
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
