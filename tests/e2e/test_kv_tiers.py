@@ -12,22 +12,15 @@ import httpx2
 import pytest
 from running import Server, serving
 
+from blind import Blind
 from invariants import check
 from ropeway.config import EngineConfig
 from ropeway.contract import GenerateRequest, SamplingParams
 from ropeway.runtime.local import LocalExecutor
-from ropeway.scheduler import FixedTokens, Forecast, Newest, Resources, Scheduler, make_order
-from ropeway.scheduler.sequence import Sequence
+from ropeway.scheduler import FixedTokens, Newest, Resources, Scheduler, make_order
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=48)
 DISK_GIB = 0.05
-
-
-class Blind(Forecast):
-    """Expects everybody to end at once, so that the pool starves."""
-
-    def to_go(self, seq: Sequence, quantile: float = 0.5) -> int:
-        return 0
 
 
 def _config(**options: object) -> EngineConfig:
@@ -86,7 +79,7 @@ def test_swapped_answers_are_the_same(plain: dict[int, list[int]], tmp_path: Pat
 
 _VICTIM = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
 from test_kv_tiers import LocalExecutor, _answers, _config, _scheduler, DISK_GIB
 executor = LocalExecutor(_config(num_kv_blocks=24, kv_disk_gib=DISK_GIB, kv_disk_path=sys.argv[1]))
 scheduler = _scheduler(executor)

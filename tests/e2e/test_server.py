@@ -76,7 +76,10 @@ async def test_sixty_four_streams_at_once(client: openai.AsyncOpenAI, model: str
     async def stream(number: int) -> str:
         text = ""
         async for chunk in await client.chat.completions.create(
-            model=model, messages=ask(f"Count from {number % 7} to {number % 7 + 5}."), max_tokens=60, temperature=0,
+            model=model,
+            messages=ask(f"Count from {number % 7} to {number % 7 + 5}."),
+            max_tokens=60,
+            temperature=0,
             stream=True,
         ):
             text += chunk.choices[0].delta.content or ""

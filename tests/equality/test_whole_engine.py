@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from blind import Blind
 from checkpoints import greedy, prompt
 from invariants import check
 from ropeway.config import EngineConfig
 from ropeway.contract import FinishReason, GenerateRequest, SamplingParams, Submit, TokenEvent
+from ropeway.engine import engine
 from ropeway.engine.engine import Engine
 from ropeway.runtime.local import LocalExecutor
+from ropeway.scheduler import Scheduler
 
 Make = Callable[[str], Path]
 NUMBER = 16
@@ -41,10 +47,11 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 class Run:
     """An engine over a real model, and what it answered."""
 
-    def __init__(self, directory: Path, **changes: Any) -> None:
+    def __init__(self, directory: Path, *, blind: bool = False, **changes: Any) -> None:
         values = {"num_kv_blocks": 80, "block_size": 8, "max_num_seqs": 6, "max_num_batched_tokens": 64} | changes
         config = EngineConfig(model=str(directory), dtype="float32", threads=1, max_model_len=96, **values)
-        self.engine = Engine(LocalExecutor(config), config)
+        with patch.object(engine, "Scheduler", partial(Scheduler, forecast=Blind())) if blind else nullcontext():
+            self.engine = Engine(LocalExecutor(config), config)
         self.tokens: dict[int, list[int]] = {}
         self.final: dict[int, TokenEvent] = {}
 
@@ -67,7 +74,7 @@ class Run:
 @pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen2", "qwen3", "llama3"])
 def test_equals_transformers(checkpoint: Make, kind: str, condition: str) -> None:
     directory = checkpoint(kind)
-    run = Run(directory, **CONDITIONS[condition])
+    run = Run(directory, blind="starved" in condition, **CONDITIONS[condition])
     for rid, length in enumerate(LENGTHS):
         run.ask(rid, prompt(length, length), priority=rid % 3)
         run.steps(2)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from blind import Blind
 from invariants import check
 from ropeway.contract import (
     BlockCopy,
@@ -30,16 +31,8 @@ from ropeway.scheduler import (
     TargetLatency,
     make_order,
 )
-from ropeway.scheduler.sequence import Sequence
 from ropeway.sim import FakeExecutor, VirtualClock, expected_tokens
 from ropeway.sim.executor import Content
-
-
-class Blind(Forecast):
-    """Expects everybody to end at once, so that pools fill to the brim and starve."""
-
-    def to_go(self, seq: Sequence, quantile: float = 0.5) -> int:
-        return 0
 
 
 @dataclass

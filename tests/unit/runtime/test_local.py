@@ -103,7 +103,7 @@ def test_native_kernels_read_bfloat16_on_any_cpu(
 def test_an_allocation_that_fails(checkpoint: Make, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """As under a limit on the address space, which no budget can foresee."""
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(local, "KVStore", refuse)
