@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
+from ropeway.config.option import option
 from ropeway.errors import ConfigError
 
 if TYPE_CHECKING:
     from ropeway.sim.report import Targets
-
-T = TypeVar("T")
-
 
 OBEYED = (
     "max_model_len", "block_size", "kv_cache_gib", "kv_host_gib", "kv_tenant_quota", "preemption_mode", "num_kv_blocks",
@@ -22,25 +20,21 @@ OBEYED = (
 """The engine's settings that a simulation obeys: those of scheduling and memory."""
 
 
-def _option(default: T, group: str, help: str, *, low: float | None = None, high: float | None = None) -> T:
-    return field(default=default, metadata={"group": group, "help": help, "low": low, "high": high})
-
-
 @dataclass(frozen=True, kw_only=True)
 class SimConfig:
     """Which traffic, on what, and what is wanted of it."""
 
-    workload: Literal["azure-conv", "azure-code", "burstgpt", "sharegpt", "sessions", "poisson", "uniform"] = _option(
+    workload: Literal["azure-conv", "azure-code", "burstgpt", "sharegpt", "sessions", "poisson", "uniform"] = option(
         "poisson", "Traffic", "Synthetic requests: equal ones, or with the shape of a published trace."
     )
-    trace: str | None = _option(
+    trace: str | None = option(
         None, "Traffic", "File of recorded requests instead: Azure CSV, Mooncake JSONL, or JSONL (see docs)."
     )
-    num_requests: int | None = _option(
+    num_requests: int | None = option(
         None, "Traffic", "How many requests (default: 1000, or all of the trace).", low=1, high=10_000_000
     )
-    rate: float | None = _option(None, "Traffic", "Requests per second, on average.", low=1e-6)
-    load: float | None = _option(
+    rate: float | None = option(None, "Traffic", "Requests per second, on average.", low=1e-6)
+    load: float | None = option(
         None,
         "Traffic",
         "Rate as a share of what the machines can do at most, which is found by simulation (default: 0.8, but a trace "
@@ -48,36 +42,36 @@ class SimConfig:
         low=0.001,
         high=100,
     )
-    rate_scale: float = _option(1.0, "Traffic", "Factor on the rate.", low=1e-6)
-    length_scale: float = _option(1.0, "Traffic", "Factor on all lengths, to fit a trace to a small model.", low=1e-6)
-    input_len: int = _option(128, "Traffic", "Prompt tokens of each request of poisson and uniform.", low=1)
-    output_len: int = _option(64, "Traffic", "Answer tokens of each request of poisson and uniform.", low=1)
-    max_tokens: int | None = _option(
+    rate_scale: float = option(1.0, "Traffic", "Factor on the rate.", low=1e-6)
+    length_scale: float = option(1.0, "Traffic", "Factor on all lengths, to fit a trace to a small model.", low=1e-6)
+    input_len: int = option(128, "Traffic", "Prompt tokens of each request of poisson and uniform.", low=1)
+    output_len: int = option(64, "Traffic", "Answer tokens of each request of poisson and uniform.", low=1)
+    max_tokens: int | None = option(
         None,
         "Traffic",
         "What clients allow for an answer; how long it gets, the scheduler does not know then (default: the answer's "
         "own length, which it knows).",
         low=1,
     )
-    tenants: int = _option(
+    tenants: int = option(
         1, "Traffic", "Tenants who share the synthetic traffic; the n-th sends 1/n of the first.", low=1
     )
-    seed: int = _option(0, "Traffic", "Seed of the synthetic traffic.", low=0)
+    seed: int = option(0, "Traffic", "Seed of the synthetic traffic.", low=0)
 
-    profile: str = _option("laptop-cpu", "Machine", "What a step costs: a shipped profile, or a file of `calibrate`.")
-    replicas: int = _option(1, "Machine", "Equal servers behind a balancer.", low=1, high=1000)
-    balance: Literal["least-loaded", "round-robin"] = _option(
+    profile: str = option("laptop-cpu", "Machine", "What a step costs: a shipped profile, or a file of `calibrate`.")
+    replicas: int = option(1, "Machine", "Equal servers behind a balancer.", low=1, high=1000)
+    balance: Literal["least-loaded", "round-robin"] = option(
         "least-loaded", "Machine", "Which replica gets a request: the one with the fewest, or one after the other."
     )
-    price_per_hour: float | None = _option(
+    price_per_hour: float | None = option(
         None, "Machine", "Cost of one replica for an hour, in any currency (default: the profile's).", low=0
     )
 
-    ttft_target_ms: float = _option(
+    ttft_target_ms: float = option(
         2000.0, "Targets", "Milliseconds to the first token; requests ask for it as their deadline.", low=0.001
     )
-    gap_target_ms: float = _option(200.0, "Targets", "Milliseconds per token after it, on average.", low=0)
-    attain: float = _option(0.99, "Targets", "Share of requests that must meet both.", low=0, high=1)
+    gap_target_ms: float = option(200.0, "Targets", "Milliseconds per token after it, on average.", low=0)
+    attain: float = option(0.99, "Targets", "Share of requests that must meet both.", low=0, high=1)
 
     @property
     def targets(self) -> Targets:
