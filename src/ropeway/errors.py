@@ -13,6 +13,7 @@
     ├── OverloadedError            RW-BUSY     the client: later, after `retry_after` seconds
     │   ├── NotReadyError          RW-LOAD     the engine is starting or restarting
     │   └── DrainingError          RW-DRAIN    the server is shutting down
+    ├── StorageError               RW-DISK     the operator: what must last cannot be written
     ├── DeadlineError              RW-TIME     the client: the request's deadline passed
     ├── NumericalError             RW-NAN      the operator: the model produced NaN or infinity for this request
     └── EngineError                RW-ENGINE   the operator: the engine process failed
@@ -83,6 +84,10 @@ class NotReadyError(OverloadedError):
 
 class DrainingError(OverloadedError):
     code = "RW-DRAIN"
+
+
+class StorageError(RopewayError):
+    code = "RW-DISK"
 
 
 class DeadlineError(RopewayError):

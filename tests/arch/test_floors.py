@@ -15,9 +15,9 @@ SRC = ROOT / "src" / "ropeway"
 
 FLOORS: list[tuple[str, ...]] = [
     ("contract", "config", "errors", "checkpoint", "modelspec", "hub", "_version"),
-    ("scheduler", "kv", "text"),
+    ("scheduler", "kv", "text", "store"),
     ("engine", "recorder", "remote", "sim", "runtime"),
-    ("service", "observe", "bench"),
+    ("service", "observe", "bench", "accounts"),
     ("api", "jobs"),
     ("gateway", "cluster"),
     ("cli",),
@@ -33,6 +33,7 @@ NEIGHBOURS = {
     ("sim", "remote"),
     ("service", "observe"),
     ("bench", "service"),
+    ("api", "jobs"),
     ("modelspec", "checkpoint"),
     *((room, "errors") for room in FLOORS[0]),
 }

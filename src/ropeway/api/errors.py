@@ -22,6 +22,7 @@ from ropeway.errors import (
     OverloadedError,
     RequestError,
     RopewayError,
+    StorageError,
     TemplateError,
     UnknownModelError,
 )
@@ -77,6 +78,7 @@ _TABLE: tuple[tuple[type[RopewayError], int, str, str | None], ...] = (
     (NotReadyError, 503, "server_error", "model_loading"),
     (DrainingError, 503, "server_error", "server_draining"),
     (OverloadedError, 503, "overloaded_error", "server_overloaded"),
+    (StorageError, 507, "server_error", "storage_failed"),
     (DeadlineError, 504, "timeout", "request_timeout"),
     (NumericalError, 500, "server_error", "numerical_error"),
     (StreamCancelled, 499, "cancelled", "request_cancelled"),

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ropeway.config.accounts import AccountsConfig
+from ropeway.config.jobs import JobsConfig
 from ropeway.config.option import option
+from ropeway.config.routes import RoutesConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig:
+class ServerConfig(JobsConfig, AccountsConfig, RoutesConfig):
     """What the API process needs to know."""
 
     host: str = option("127.0.0.1", "Server", "Address to bind; anything but loopback needs an API key.")

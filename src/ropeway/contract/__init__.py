@@ -28,12 +28,12 @@ from ropeway.contract.message import (
     Submit,
 )
 from ropeway.contract.plan import Admit, BlockCopy, Row, StepPlan
-from ropeway.contract.request import GenerateRequest, SamplingParams
+from ropeway.contract.request import GenerateRequest, SamplingParams, Urgency
 from ropeway.contract.result import ExecutorInfo, Extra, Pooling, RowFault, StepResult, Tier, TokenLogprob
 
 __all__ = [
     "Admit", "BlockCopy", "Cancel", "Command", "Drain", "EngineStats", "ErrorInfo", "ExecutorInfo", "Explain",
     "Explained", "Extra", "FinishReason", "GenerateRequest", "Ordered", "Pin", "Pinned", "Pins", "Pooling", "Ready",
     "Reorder", "Report", "Row", "RowFault", "SamplingParams", "Step", "StepPlan", "StepResult", "Stopped", "Submit",
-    "Tier", "TierStats", "TokenEvent", "TokenLogprob", "Usage", "Why", "with_extras",
+    "Tier", "TierStats", "TokenEvent", "TokenLogprob", "Urgency", "Usage", "Why", "with_extras",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 from msgspec import Struct
 
 
@@ -15,8 +17,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
     `logprobs` asks for the log probability of each output token and of that many of the likeliest ones beside it,
     `prompt_logprobs` for the same of the prompt's tokens; both are of the model's own logits, before anything below or
     above changes them. Only `allowed_token_ids` may be chosen if there are any. `bad_word_ids` are token sequences that
-    must not be completed: the service makes them of `bad_words`. `grammar` (in llguidance's serialization) is what the
-    output's text must follow; empty lets it be free.
+    must not be completed: the service makes them of `bad_words`. `grammar` (in llguidance's dialect of Lark,
+    see `ropeway.text.grammar`) is what the output's text must follow; empty lets it be free.
     """
 
     temperature: float = 1.0
@@ -43,11 +45,21 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
     grammar: str = ""
 
 
+class Urgency(IntEnum):
+    """Who waits for the answer: a person now, somebody within minutes, or nobody for hours. What is not HIGH is
+    background work: it rides in the seats and tokens that HIGH leaves free."""
+
+    HIGH = 0
+    MEDIUM = 1
+    LOW = 2
+
+
 class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sequence to generate. `rid` is made by the service and unique per engine life.
 
     `eos_ids` are the model's end tokens (empty under `ignore_eos`). `salt` separates prefix caches of tenants.
-    `priority`: lower is served earlier (vLLM's sense). `deadline_s` bounds the whole life, in seconds from arrival;
+    `priority`: lower is served earlier (vLLM's sense). `urgency` stands above that.
+    `deadline_s` bounds the whole life, in seconds from arrival;
     `ttft_deadline_s` says when the first token is wanted, which the policy `deadline` works for.
     `cache` false keeps it out of the prefix cache: nothing is taken from there, nothing left there, so that every
     position is computed. `pooling` ("last", "mean", "cls") asks for a vector of the prompt instead of tokens: its one
@@ -67,3 +79,4 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     cache: bool = True
     pooling: str = ""
     second: int = 0
+    urgency: Urgency = Urgency.HIGH

@@ -14,6 +14,7 @@ from ropeway.contract import (
     Pinned,
     SamplingParams,
     TokenLogprob,
+    Urgency,
     Usage,
     Why,
 )
@@ -32,9 +33,9 @@ class TextRequest:
     `request_id` is the client's name for it, used in logs only. Template arguments apply to `messages`.
     `add_special_tokens` applies to `text` and, by default off, to rendered messages. `truncate` cuts the prompt to so
     many tokens, at its end or, with `truncate_left`, at its beginning; -1 is as many as the model takes. Special tokens
-    around a text stay. `cache`, `pooling` and `second` as in `GenerateRequest`. `grammar` makes `sampling.grammar` of
-    the prompt's tokens, where it depends on how the prompt ends. `shown` are special
-    tokens that the text has although it skips special tokens.
+    around a text stay. `cache`, `pooling`, `second` and `urgency` as in `GenerateRequest`. `grammar` makes
+    `sampling.grammar` of the prompt's tokens, where it depends on how the prompt ends. `shown` are special tokens that
+    the text has although it skips special tokens.
     """
 
     request_id: str
@@ -56,6 +57,7 @@ class TextRequest:
     cache: bool = True
     pooling: str = ""
     second: int = 0
+    urgency: Urgency = Urgency.HIGH
     grammar: Callable[[Sequence[int]], str] | None = None
     shown: frozenset[int] = frozenset()
 

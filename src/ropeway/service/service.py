@@ -188,6 +188,7 @@ class EngineTextService:
             cache=request.cache and sampling.prompt_logprobs is None,  # what is cached is not computed
             pooling=request.pooling,
             second=request.second,
+            urgency=request.urgency,
         )
         self._live[rid] = _Live(stream, decoder)
         try:

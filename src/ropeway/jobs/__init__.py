@@ -1,0 +1,1 @@
+"""Durable work that nobody waits for: what was accepted is done once, whatever is killed in between."""
