@@ -21,7 +21,7 @@ from ropeway.api import sse
 from ropeway.api.making import Choice, Making, stop_all
 from ropeway.api.schema import UsageBody
 from ropeway.api.speech import Said
-from ropeway.api.state import Api
+from ropeway.api.state import Api, disconnected
 from ropeway.errors import EngineError, RopewayError
 
 _log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Answer(Response):
         self._api.enter()
         events = self._plan.events
         work = asyncio.create_task(self._whole(out) if events is None else self._stream(out, events))
-        gone = asyncio.create_task(_disconnected(receive))
+        gone = asyncio.create_task(disconnected(receive))
         tasks: list[asyncio.Task[None]] = [work, gone]
         slow: asyncio.Task[None] | None = None
         if events is not None:
@@ -224,8 +224,3 @@ async def _or_blocked(writing: Awaitable[None], seconds: float) -> None:
     finally:
         if not task.done():
             await stop_all([task])
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

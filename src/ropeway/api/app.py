@@ -50,7 +50,7 @@ from ropeway.config import ServerConfig
 from ropeway.observe.metrics import Metrics
 from ropeway.service.request import TextService
 
-_DESCRIPTION = "OpenAI's API for the model that this server runs, with vLLM's extra parameters."
+_DESCRIPTION = "OpenAI's API and Anthropic's Messages for the model that this server runs, with vLLM's parameters."
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 

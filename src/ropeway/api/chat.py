@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,20 +13,13 @@ from starlette.requests import Request
 from ropeway.api import sse
 from ropeway.api.answer import Answer, Plan
 from ropeway.api.beams import search_instead
-from ropeway.api.build import (
-    answer_id,
-    check_together,
-    fan_out,
-    form_of,
-    sampling_params,
-    service_tier,
-    template_kwargs,
-)
+from ropeway.api.build import check_together, fan_out, form_of, sampling_params, template_kwargs
 from ropeway.api.limits import MAX_DOCUMENTS
 from ropeway.api.logprobs import Tokens, chat_logprobs, prompt_logprobs
 from ropeway.api.making import Choice, Making
 from ropeway.api.messages import parse_messages
 from ropeway.api.parse import CHAT_REFUSED, decode, decode_field, ignored_header, left_out
+from ropeway.api.plans import completion_plan
 from ropeway.api.replies import (
     AnswerMessage,
     CalledFunction,
@@ -237,22 +229,10 @@ class ChatShape(sse.Shape):
 
 
 def _plan(api: Api, body: ChatCompletionRequest, choices: list[Choice]) -> Plan:
-    name, created, model = answer_id("chatcmpl", body.request_id), int(time.time()), api.service.model_name
-    fingerprint, tier, shape = api.fingerprint, service_tier(body), ChatShape(api, body)
+    shape = ChatShape(api, body)
 
-    def whole(making: Making) -> bytes:
-        answer = ChatCompletion(
-            id=name,
-            created=created,
-            model=model,
-            choices=[shape.whole(choice) for choice in making.choices],
-            usage=making.usage(),
-            system_fingerprint=fingerprint,
-            service_tier=tier,
-            **shape.of_prompt(making.choices[0]),
-        )
-        return msgspec.json.encode(answer)
+    def members(making: Making) -> dict[str, Any]:
+        return {"choices": [shape.whole(choice) for choice in making.choices], **shape.of_prompt(making.choices[0])}
 
-    head = {"id": name, "object": "chat.completion.chunk", "created": created, "model": model}
-    head |= {"system_fingerprint": fingerprint, **({"service_tier": tier} if tier else {})}
-    return Plan(choices, whole, sse.Chunks.of(head, shape, body) if body.stream else None, answer_id=name)
+    names = {"chunk": "chat.completion.chunk", "prefix": "chatcmpl"}
+    return completion_plan(api, body, choices, shape, members, kind=ChatCompletion, **names)

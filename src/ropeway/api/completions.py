@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,19 +13,20 @@ from starlette.requests import Request
 from ropeway.api import sse
 from ropeway.api.answer import Answer, Plan
 from ropeway.api.beams import search_instead
-from ropeway.api.build import answer_id, check_together, fan_out, form_of, sampling_params, service_tier
+from ropeway.api.build import check_together, fan_out, form_of, sampling_params
 from ropeway.api.limits import MAX_SEQUENCES
 from ropeway.api.logprobs import TextAccount, Tokens, prompt_logprobs
 from ropeway.api.making import Choice, Making
-from ropeway.api.parse import COMPLETION_REFUSED, decode, decode_field, ignored_header
+from ropeway.api.parse import COMPLETION_REFUSED, decode, ignored_header
+from ropeway.api.plans import completion_plan
+from ropeway.api.prompts import parse_prompts
 from ropeway.api.replies import Completion, CompletionChoice
-from ropeway.api.schema import CompletionRequest, TokenId
+from ropeway.api.schema import CompletionRequest
 from ropeway.api.speech import Said, Speaker
 from ropeway.api.state import Api, api_of, read_body
-from ropeway.errors import ContextLengthError, RequestError
+from ropeway.errors import RequestError
 
 DEFAULT_MAX_TOKENS = 16
-_KIND = re.compile(rb"\s*(?:(\")|\[\s*(?:(\")|(\[)|(\])|([-\d])))")
 
 
 async def completions(request: Request) -> Answer:
@@ -61,51 +60,13 @@ def _choices(request: Request, api: Api, body: CompletionRequest) -> list[Choice
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=most)
     if grammar:
         sampling = msgspec.structs.replace(sampling, grammar=grammar)
-    prompts = parse_prompt(api, body.prompt, cut=body.truncate_prompt_tokens is not None)
+    longest = api.service.max_model_len if body.truncate_prompt_tokens is None else None
+    prompts = parse_prompts(body.prompt, "prompt", longest, MAX_SEQUENCES)
     choices = fan_out(request, api, body, sampling, prompts, "prompt", count=made, mute=mute)
     for choice in choices:
         choice.voice = _voice(api, body, prompts[choice.prompt])
     search_instead(api.service, body, choices, count)
     return choices
-
-
-def parse_prompt(api: Api, raw: msgspec.Raw, *, cut: bool = False) -> list[dict[str, Any]]:
-    """The prompts as fields of TextRequest. With `cut` token ids may be too many. Raises RequestError (400)."""
-    found = _KIND.match(bytes(raw)[:256])
-    if found is None:
-        message = "prompt must be text, a list of texts, token ids, or a list of lists of token ids."
-        raise RequestError(message, param="prompt")
-    text, texts, lists, empty, ids = found.groups()
-    if empty:
-        raise RequestError("prompt is empty; send at least one text or token id.", param="prompt")
-    if text:
-        return [{"text": decode_field(raw, str, "prompt")}]
-    if texts:
-        return [{"text": one} for one in decode_field(raw, list[str], "prompt")]
-    if not cut:
-        _check_count(api, raw, 1 if ids else MAX_SEQUENCES)
-    if ids:
-        return [_tokens(decode_field(raw, list[TokenId], "prompt"), "prompt")]
-    assert lists
-    many = decode_field(raw, list[list[TokenId]], "prompt")
-    return [_tokens(one, f"prompt[{number}]") for number, one in enumerate(many)]
-
-
-def _check_count(api: Api, raw: msgspec.Raw, prompts: int) -> None:
-    """Refuse token lists that are too long by counting commas, before there is an object for each token."""
-    count, most = bytes(raw).count(b",") + 1, api.service.max_model_len
-    if count > most * prompts:
-        raise ContextLengthError(
-            f"This model's maximum context length is {most} tokens. However, your prompt has {count} tokens. "
-            "Shorten the prompt.",
-            param="prompt",
-        )
-
-
-def _tokens(tokens: list[int], where: str) -> dict[str, Any]:
-    if not tokens:
-        raise RequestError(f"{where} is empty; send at least one token id.", param=where)
-    return {"tokens": tokens}
 
 
 def _voice(api: Api, body: CompletionRequest, prompt: Mapping[str, Any]) -> Callable[[Sequence[int]], Speaker]:
@@ -176,25 +137,13 @@ class TextShape(sse.Shape):
 
 
 def _plan(api: Api, body: CompletionRequest, choices: list[Choice]) -> Plan:
-    name, created, model = answer_id("cmpl", body.request_id), int(time.time()), api.service.model_name
-    fingerprint, tier, shape, n = api.fingerprint, service_tier(body), TextShape(api, body), body.n or 1
+    shape, n = TextShape(api, body), body.n or 1
 
-    def whole(making: Making) -> bytes:
-        best = [shape.whole(choice) for choice in _best(making.choices, n)]
-        answer = Completion(
-            id=name,
-            created=created,
-            model=model,
-            choices=best,
-            usage=making.usage(),
-            system_fingerprint=fingerprint,
-            service_tier=tier,
-        )
-        return msgspec.json.encode(answer)
+    def members(making: Making) -> dict[str, Any]:
+        return {"choices": [shape.whole(choice) for choice in _best(making.choices, n)]}
 
-    head = {"id": name, "object": "text_completion", "created": created, "model": model}
-    head |= {"system_fingerprint": fingerprint, **({"service_tier": tier} if tier else {})}
-    return Plan(choices, whole, sse.Chunks.of(head, shape, body) if body.stream else None, answer_id=name)
+    names = {"chunk": "text_completion", "prefix": "cmpl"}
+    return completion_plan(api, body, choices, shape, members, kind=Completion, **names)
 
 
 def _best(choices: Sequence[Choice], n: int) -> list[Choice]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 import sys
 import time
 from array import array
@@ -17,8 +16,8 @@ from ropeway.api.build import answer_id
 from ropeway.api.embedding_schema import MAX_INPUTS, Embedding, EmbeddingList, EmbeddingRequest, PooledUsage
 from ropeway.api.errors import HttpError
 from ropeway.api.making import Choice
-from ropeway.api.parse import Refused, decode, decode_field, ignored_header
-from ropeway.api.schema import TokenId
+from ropeway.api.parse import Refused, decode, ignored_header
+from ropeway.api.prompts import parse_prompts
 from ropeway.api.state import api_of, read_body
 from ropeway.api.vectors import PooledAnswer, common, served, tokenized
 from ropeway.errors import RequestError
@@ -33,8 +32,6 @@ REFUSED: Refused = {
     "padding": ((_NULL, b'"do_not_pad"'), "Inputs are never padded."),
     "mm_processor_kwargs": ((_NULL, b"{}"), "This model reads only text."),
 }
-_KIND = re.compile(rb"\s*(?:(\")|\[\s*(?:(\")|(\[)|(\])|([-\d])))")
-_SHAPES = "text, a list of texts, token ids, or a list of lists of token ids"
 
 
 async def embeddings(request: Request) -> Answer:
@@ -43,7 +40,7 @@ async def embeddings(request: Request) -> Answer:
     api.check_open()
     body, ignored = decode(EmbeddingRequest, await read_body(request), REFUSED)
     api.check_model(body.model)
-    inputs = parse_inputs(body.input)
+    inputs = parse_inputs(body.input, api.service.max_model_len if body.truncate_prompt_tokens is None else None)
     info, pooling = served(api)
     if pooling.judges:
         message = f"{info.model} is a cross-encoder, which makes no vectors: it scores pairs. Use /v1/score."
@@ -81,27 +78,13 @@ async def embeddings(request: Request) -> Answer:
     return PooledAnswer(api, choices, take, whole, name, ignored_header(ignored))
 
 
-def parse_inputs(raw: msgspec.Raw) -> list[dict[str, Any]]:
+def parse_inputs(raw: msgspec.Raw, longest: int | None) -> list[dict[str, Any]]:
     """The inputs as fields of TextRequest. Raises RequestError (400)."""
-    found = _KIND.match(bytes(raw)[:256])
-    if found is None:
-        raise RequestError(f"input must be {_SHAPES}.", param="input")
-    text, texts, lists, empty, ids = found.groups()
-    if empty:
-        raise RequestError("input is empty; send at least one text or token id.", param="input")
-    if text:
-        return [{"text": decode_field(raw, str, "input")}]
-    if texts:
-        inputs = [{"text": one} for one in decode_field(raw, list[str], "input")]
-    elif ids:
-        return [{"tokens": decode_field(raw, list[TokenId], "input")}]
-    else:
-        assert lists
-        inputs = [{"tokens": one} for one in decode_field(raw, list[list[TokenId]], "input")]
+    inputs = parse_prompts(raw, "input", longest, MAX_INPUTS)
     if len(inputs) > MAX_INPUTS:
         message = f"There are {len(inputs)} inputs; at most {MAX_INPUTS} are accepted in one request. Split it."
         raise HttpError(400, message, param="input")
-    for number, one in enumerate(inputs):
+    for number, one in enumerate(inputs if len(inputs) > 1 else ()):
         if not (one.get("text") or one.get("tokens")):
             raise RequestError(f"input[{number}] is empty; send at least one character or token id.", param="input")
     return inputs

@@ -95,6 +95,12 @@ def complaint(error: msgspec.MsgspecError, where: str = "") -> RequestError:
 
 def decode(kind: type[T], body: bytes, refused: Refused) -> tuple[T, list[str]]:
     """The body as `kind`, and the names of its fields that have no effect. Raises RequestError or HttpError (400)."""
+    value, unknown = decode_known(kind, body, refused)
+    return value, list(unknown)
+
+
+def decode_known(kind: type[T], body: bytes, refused: Refused) -> tuple[T, dict[str, msgspec.Raw]]:
+    """The body as `kind`, and those of its fields that it does not know, undecoded. Raises as `decode`."""
     check_shape(body)
     if not body.strip():
         raise HttpError(400, "The body is empty; it must be a JSON object.")
@@ -111,7 +117,9 @@ def decode(kind: type[T], body: bytes, refused: Refused) -> tuple[T, list[str]]:
     except RecursionError:
         raise HttpError(400, "The body nests too deeply. Flatten it.") from None
     known = kind.__struct_fields__
-    return value, [name for name in fields if name not in known and name not in refused and not left_out(fields[name])]
+    return value, {
+        name: raw for name, raw in fields.items() if name not in known and name not in refused and not left_out(raw)
+    }
 
 
 def left_out(raw: msgspec.Raw) -> bool:

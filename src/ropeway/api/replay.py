@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from ropeway.api import sse
 from ropeway.api.response_store import Entry
+from ropeway.api.state import disconnected
 from ropeway.config import ServerConfig
 
 _AT_ONCE = 256
@@ -29,7 +30,7 @@ class Replay(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         work = asyncio.create_task(self._feed(send))
-        gone = asyncio.create_task(_disconnected(receive))
+        gone = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
             if work.done() and isinstance(work.exception(), TimeoutError):
@@ -63,8 +64,3 @@ class Replay(Response):
                     await entry.news()
             except TimeoutError:
                 await write(sse.KEEP_ALIVE)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

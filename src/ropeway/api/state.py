@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
+from starlette.types import Receive
 
 from ropeway._version import __version__
 from ropeway.api.errors import HttpError
@@ -112,3 +113,9 @@ async def read_body(request: Request) -> bytes:
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(parts)
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

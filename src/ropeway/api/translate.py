@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from ropeway.api.answer import Answer, Plan
 from ropeway.api.chat import chat_choices, unread
 from ropeway.api.making import Choice
-from ropeway.api.parse import Refused, complaint, decode
+from ropeway.api.parse import Refused, complaint, decode_known
 from ropeway.api.schema import ChatCompletionRequest
 from ropeway.api.state import Api
 from ropeway.errors import RopewayError
@@ -45,9 +45,8 @@ class Request(Generic[T]):
 
 def decode_request(kind: type[T], data: bytes, refused: Refused) -> Request[T]:
     """Raises RequestError or HttpError (both 400)."""
-    body, unknown = decode(kind, data, refused)
-    fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    extras = {name: fields[name] for name in unknown if name in EXTRAS}
+    body, unknown = decode_known(kind, data, refused)
+    extras = {name: raw for name, raw in unknown.items() if name in EXTRAS}
     return Request(body, extras, [name for name in unknown if name not in extras])
 
 

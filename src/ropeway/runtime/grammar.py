@@ -7,7 +7,6 @@ this one, all rows in one call without the interpreter's lock. The sampler waits
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from ropeway.config import EngineConfig
 from ropeway.errors import EngineError, RequestError, RopewayError
 from ropeway.hub import tokenizer_directory
 from ropeway.modelspec import ModelSpec
+from ropeway.runtime import cpu_info
 from ropeway.runtime.sampler import Want
 from ropeway.text.grammar import param_of, vocabulary
 from ropeway.text.tokenizer import HubTokenizer
@@ -200,4 +200,4 @@ def open_grammars(config: EngineConfig, spec: ModelSpec, directory: Path) -> Gra
         return vocabulary(tokenizer, list(dict.fromkeys(ends)), spec.vocab)
 
     # As many as leave half of the processor to the forward pass beside them.
-    return Grammars(words, threads=min(8, max(1, (os.cpu_count() or 1) // 2)))
+    return Grammars(words, threads=min(8, max(1, cpu_info.detect().cores // 2)))

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ropeway.config import EngineConfig
 from ropeway.contract import GenerateRequest, SamplingParams
-from ropeway.contract.executor import Executor
 from ropeway.service.beam import Search, check, one_token, shown_tokens
 from ropeway.service.context import check_context
-from ropeway.service.encoder import Encoder
-from ropeway.service.loader import ModelText
 from ropeway.service.offline import CompletionOutput, RequestOutput, by_token, run_all
 from ropeway.service.params import check_tokens, validate
-from ropeway.service.request import TextRequest
+from ropeway.service.prompts import Parts, requests_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +28,8 @@ class BeamSearchParams:
     logprobs: int | None = None
 
 
-class Beams:
+class Beams(Parts):
     """The part of an `LLM` that searches by beams."""
-
-    config: EngineConfig
-    _executor: Executor
-    _text: ModelText
-    _engine: Any
-    _encoder: Encoder
-    _rids: Iterator[int]
-
-    def _requests(self, prompts: Any) -> list[TextRequest]:
-        raise NotImplementedError
 
     def beam_search(self, prompts: Any, params: BeamSearchParams) -> list[RequestOutput]:
         """The `beam_width` best answers to each prompt as its `outputs`, best first. `prompts` are as in `generate`.
@@ -60,7 +46,7 @@ class Beams:
         check(sampling, params.beam_width, params.length_penalty)
         results: list[RequestOutput] = []
         searches: list[Search] = []
-        for request in self._requests(prompts):
+        for request in requests_of(prompts):
             tokens = check_tokens(self._encoder.encode_now(request), info.vocab_size)
             search = Search(
                 params.beam_width,

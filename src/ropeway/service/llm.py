@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import msgspec
 
@@ -27,22 +27,12 @@ from ropeway.service.loader import ModelText, load_text
 from ropeway.service.offline import Bar, CompletionOutput, RequestOutput, by_token, flat_content
 from ropeway.service.params import check_tokens, validate, with_bad_words, with_max_tokens
 from ropeway.service.pooled import Pools
+from ropeway.service.prompts import Prompt, requests_of
 from ropeway.service.request import ChatMessage, TextRequest
 from ropeway.text.template import ChatTemplate
 from ropeway.text.tokenizer import Tokenizer
 
 _NO_QUEUE_LIMIT = 2**31
-
-
-class TextPrompt(TypedDict):
-    prompt: str
-
-
-class TokensPrompt(TypedDict):
-    prompt_token_ids: list[int]
-
-
-Prompt = str | TextPrompt | TokensPrompt | list[int]
 
 
 @dataclass
@@ -129,7 +119,7 @@ class LLM(Pools, Beams):
         runs. `use_tqdm` shows a progress bar on a terminal. Raises RequestError; a request that fails while it runs
         has `error` set instead.
         """
-        return self._run(self._requests(prompts), sampling_params, use_tqdm, n, priority)
+        return self._run(requests_of(prompts), sampling_params, use_tqdm, n, priority)
 
     def chat(
         self,
@@ -181,9 +171,6 @@ class LLM(Pools, Beams):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _requests(self, prompts: Any) -> list[TextRequest]:
-        return [_request(prompt, number) for number, prompt in enumerate(_list_of_prompts(prompts))]
 
     def _run(
         self,
@@ -325,32 +312,6 @@ def _engine_config(model: str, given: Mapping[str, Any]) -> EngineConfig:
             raise ConfigError(f"LLM has no setting {name!r}. {hint}", param=name)
         values[name] = known[name].parse(value, f"{name}=")
     return EngineConfig(**values, **preset_values(values.get("preset"), values))
-
-
-def _list_of_prompts(prompts: Any) -> list[Any]:
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    prompts = list(prompts)
-    # A flat list of numbers is one prompt of token ids.
-    return [prompts] if prompts and type(prompts[0]) is int else prompts
-
-
-def _request(prompt: Any, number: int) -> TextRequest:
-    text: Any = prompt
-    tokens: Any = None
-    if isinstance(prompt, Mapping):
-        text, tokens = prompt.get("prompt"), prompt.get("prompt_token_ids")
-    elif isinstance(prompt, list | tuple):
-        text, tokens = None, prompt
-    if tokens is not None:
-        return TextRequest(request_id=str(number), sampling=SamplingParams(), text=None, tokens=list(tokens))
-    if not isinstance(text, str):
-        raise RequestError(
-            f"Prompt {number} is a {type(prompt).__name__}; it must be a text, {{'prompt': text}} or "
-            "{'prompt_token_ids': ids}.",
-            param="prompts",
-        )
-    return TextRequest(request_id=str(number), sampling=SamplingParams(), text=text)
 
 
 def _each(given: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ropeway.config import EngineConfig
 from ropeway.contract import (
     GenerateRequest,
     Pooling,
     SamplingParams,
     TokenEvent,
 )
-from ropeway.contract.executor import Executor
 from ropeway.errors import RequestError
 from ropeway.service.context import check_input, check_purpose
-from ropeway.service.encoder import Encoder
-from ropeway.service.loader import ModelText
 from ropeway.service.offline import run_all
 from ropeway.service.params import check_tokens
+from ropeway.service.prompts import Parts, requests_of
 from ropeway.service.request import TextRequest
 from ropeway.service.vectors import check_dimensions, cosine, finished, paired
 
@@ -68,18 +65,8 @@ class ScoringRequestOutput:
     finished: bool = True
 
 
-class Pools:
+class Pools(Parts):
     """The part of an `LLM` that makes vectors."""
-
-    config: EngineConfig
-    _executor: Executor
-    _text: ModelText
-    _engine: Any
-    _encoder: Encoder
-    _rids: Iterator[int]
-
-    def _requests(self, prompts: Any) -> list[TextRequest]:
-        raise NotImplementedError
 
     def embed(
         self,
@@ -100,7 +87,7 @@ class Pools:
                 f"pooling is {params.pooling!r}; it must be one of {', '.join(_KINDS)}.", param="pooling"
             )
         check_dimensions(params.dimensions, pooling, self._executor.info.model)
-        requests = [replace(one, truncate=truncate_prompt_tokens) for one in self._requests(prompts)]
+        requests = [replace(one, truncate=truncate_prompt_tokens) for one in requests_of(prompts)]
         prompts = [self._encoder.encode_now(one, self._executor.info.max_model_len) for one in requests]
         events = self._compute([(tokens, 0) for tokens in prompts], params.pooling or pooling.kind, use_tqdm, priority)
         normalize = pooling.normalize if params.use_activation is None else params.use_activation

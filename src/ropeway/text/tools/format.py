@@ -116,11 +116,8 @@ class ToolFormat:
         schemas. Without `parallel` the text ends with its first call."""
         loose = [tool if tool.strict else Tool(tool.name, {"additionalProperties": True}) for tool in tools]
         calls = f"{lark.up_to(self.trigger)} {self._calls(lark, loose, parallel, self.trigger)}"
-        return (
-            f"({calls}){'*' if parallel else '?'} {lark.rule(ANYTHING)}"
-            if parallel
-            else f"{calls} | {lark.rule(ANYTHING)}"
-        )
+        anything = lark.rule(ANYTHING)
+        return f"({calls})* {anything}" if parallel else f"{calls} | {anything}"
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool, trigger: str) -> str:
         before, after = self.call.split("$NAME")
