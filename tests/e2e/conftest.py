@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from running import ADMIN, Server, serving
 
 import apiserver
+from responding import Service
 from ropeway.service.echo import EchoService
 from ropeway.text.dialect import choose
 from ropeway.text.tokenizer import ByteTokenizer
@@ -28,3 +29,28 @@ def echoing() -> Iterator[apiserver.Server]:
         EchoService(tokenizer=tokenizer, dialect=choose(tokenizer, "", tool_call_parser="hermes"))
     ) as up:
         yield up
+
+
+@pytest.fixture(scope="module")
+def service() -> Service:
+    """The service of `responses`."""
+    return Service()
+
+
+@pytest.fixture(scope="module")
+def responses(service: Service) -> Iterator[apiserver.Server]:
+    """A server of the Responses API around an echo."""
+    with apiserver.running(service, tenant_header="X-Tenant") as up:
+        yield up
+
+
+@pytest.fixture
+def held(responses: apiserver.Server, service: Service) -> Iterator[Callable[[], None]]:
+    """Nothing is said by `responses` until this is called, or the test is over."""
+    responses.call(service.opened.clear)
+
+    def let_go() -> None:
+        responses.call(service.opened.set)
+
+    yield let_go
+    let_go()
