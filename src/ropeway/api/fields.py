@@ -3,8 +3,9 @@
 The schema says what is honoured, `parse` what is refused and what is ignored on purpose. There is no other list.
 """
 
-from __future__ import argparse
+from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def _about(described: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the generated tables of fields into pages of the documentation.")
+    parser = argparse.ArgumentParser(description="Write the tables of request fields into the docs.")
     parser.add_argument("page", type=Path, nargs="+")
     for path in parser.parse_args().page:
         path.write_text(insert(path.read_text(encoding="utf-8"), path.name), encoding="utf-8")

@@ -7,8 +7,7 @@ import time
 import torch
 
 from ropeway.config import EngineConfig
-from ropeway.contract import Admit, ExecutorInfo, Pooling, Row, SamplingParams, StepPlan
-from ropeway.errors import KernelError, ModelError, NumericalError
+from ropeway.contract import ExecutorInfo, Pooling
 from ropeway.modelspec import EncoderSpec
 from ropeway.runtime.kernels.ops import select_ops
 from ropeway.runtime.kvstore import KVStore
@@ -22,6 +21,7 @@ from ropeway.runtime.local import (
     sentence,
     set_threads,
     wanted_level,
+    warm_up,
 )
 from ropeway.runtime.memory import gib, plan_budget
 from ropeway.runtime.models.bert import Bert
@@ -51,7 +51,7 @@ class EncoderExecutor(LocalExecutor):
         slots = Slots(config.max_num_seqs, budget.max_model_len, config.block_size, budget.num_blocks, spec.vocab)
         ops, _ = select_ops(device, dtype, level)
         self.runner = Runner(model, kv, slots, Sampler(ops), device, config.seed)
-        _warm_up(self.runner)
+        warm_up(self.runner, "cls", "Try --kernel-level 0.")
         pooling = spec.pooling
         self._info = ExecutorInfo(
             model=spec.name,
@@ -85,15 +85,3 @@ def _purpose(spec: EncoderSpec) -> str:
         return f"Scores: of pairs of texts, {'from 0 to 1' if spec.sigmoid else 'as the model gives them'}."
     length = ", brought to the length 1" if spec.pooling.normalize else ""
     return f"Vectors: of {spec.hidden} numbers, by {spec.pooling.kind} pooling{length}."
-
-
-def _warm_up(runner: Runner) -> None:
-    """One short text, so that the first request does not pay for what libraries prepare on first use."""
-    count = min(8, runner.slots.max_model_len, runner.slots.block_size)
-    admit = Admit(0, 0, 0, [0] * count, count, 0, [0], SamplingParams(), (), "cls")
-    result = runner.step(StepPlan(0, [], [admit], [Row(0, 0, 0, 0, count, True, [])], []))
-    runner.slots.release(0)
-    for fault in result.faults:
-        if fault.code == NumericalError.code:
-            raise ModelError("The model computes NaN or infinity for a first text: its weights are damaged.")
-        raise KernelError(f"A first step of the model failed: {fault.message} Try --kernel-level 0.")

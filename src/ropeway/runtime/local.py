@@ -80,10 +80,10 @@ class LocalExecutor:
             ) from error
         sampler = Sampler(ops, guide=open_grammars(config, spec, directory))
         self.runner = Runner(model, kv, slots, sampler, device, config.seed)
-        _warm_up(self.runner)
+        warm_up(self.runner, "", "Try --attention-backend reference.")
         self._info = ExecutorInfo(
             model=spec.name,
-            device=_device_name(device),
+            device=device.type,
             dtype=name,
             num_blocks=budget.num_blocks,
             block_size=config.block_size,
@@ -227,17 +227,18 @@ def set_threads(config: EngineConfig, weight_bytes: int) -> tuple[int, str]:
     return threads, f"Threads: {threads} ({why})."
 
 
-def _warm_up(runner: Runner) -> None:
+def warm_up(runner: Runner, pooling: str, advice: str) -> None:
     """One small step, so that the first request does not pay for what libraries prepare on first use, and a kernel
-    that cannot run is found now. It leaves K and V in block 0, which no sequence reads before writing them."""
+    that cannot run is found now, with `advice`. `pooling` is what an encoder does. It leaves K and V in block 0, which
+    no sequence reads before writing them. Raises ModelError or KernelError."""
     count = min(8, runner.slots.max_model_len, runner.slots.block_size)
-    admit = Admit(0, 0, 0, [0] * count, count, 0, [0], SamplingParams(temperature=0.0), ())
+    admit = Admit(0, 0, 0, [0] * count, count, 0, [0], SamplingParams(temperature=0.0), (), pooling)
     result = runner.step(StepPlan(0, [], [admit], [Row(0, 0, 0, 0, count, True, [])], []))
     runner.slots.release(0)
     for fault in result.faults:
         if fault.code == NumericalError.code:
-            raise ModelError("The model computes NaN or infinity for a first token: its weights are damaged.")
-        raise KernelError(f"A first step of the model failed: {fault.message} Try --attention-backend reference.")
+            raise ModelError("The model computes NaN or infinity for a first text: its weights are damaged.")
+        raise KernelError(f"A first step of the model failed: {fault.message} {advice}")
 
 
 def _quantization_notes(config: EngineConfig, spec: ModelSpec) -> list[str]:
@@ -266,10 +267,6 @@ def _wanted_format(config: EngineConfig, spec: ModelSpec) -> str:
     which = "all linear layers" if len(odd) == len(inputs) else f"{len(odd)} of {len(inputs)} linear layers"
     why = f"{which} int8, since groups of 32 do not divide their {' or '.join(map(str, sorted(set(odd))))} inputs"
     return f"{found}; {why}" if found else why
-
-
-def _device_name(device: torch.device) -> str:
-    return device.type
 
 
 def _passed(reasons: list[str]) -> str:

@@ -147,7 +147,7 @@ def _texts(param: str, value: Any, most: int) -> tuple[str, ...]:
 
 def _grammar(value: Any) -> str:
     if not isinstance(value, str):
-        raise _wrong("grammar", value, "a grammar in llguidance's serialization, see ropeway.text.grammar")
+        raise _wrong("grammar", value, "a grammar made by ropeway.text.grammar")
     return value
 
 
