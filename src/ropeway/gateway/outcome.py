@@ -47,5 +47,6 @@ class Splitter(Protocol):
     def choose(self, key: str) -> str:
         """The deployment that requests with this key (a user, a session, an API key) go to. Cheap and without I/O."""
 
-    def observe(self, deployment: str, outcome: Outcome) -> None:
-        """Hear of every attempt at one of its deployments, also of those that other rules sent there."""
+    def observe(self, deployment: str, outcome: Outcome, key: str) -> None:
+        """Hear of every attempt at one of its deployments, also of those that other rules sent there. `key` is the
+        request's: answers to the same one resemble each other, which whoever counts them has to know."""
