@@ -1,0 +1,367 @@
+"""The table of items: leased under a fencing token, answered once, and ended once.
+
+`attempt` grows with every lease. An answer, an extension and a return are for one attempt, and find nothing to change
+when a newer one exists or the item has ended.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+
+from ropeway.contract import Urgency
+from ropeway.errors import EngineError
+from ropeway.jobs.failpoints import failpoint
+from ropeway.jobs.files import page
+from ropeway.jobs.groups import settle
+from ropeway.jobs.records import Item, ItemError, ItemState, Page, derived_id, is_id, new_id
+from ropeway.jobs.work import Call, Depth, Reply, Work
+
+if TYPE_CHECKING:
+    from ropeway.jobs.store import JobStore
+
+LEASE_SECONDS: Final = 30.0
+SILENT_LEASES: Final = 5
+"""Leases without a sign of life after which an item is taken for what kills its workers."""
+
+_ENDED: Final = f"state >= {int(ItemState.DONE)}"
+_LAPSED: Final = "(until <= ? OR until > ?)"
+"""A lease that ends later than any that could be given now is from before the clock was put back."""
+
+EVENTS: Final = {
+    ItemState.DONE: "job.completed",
+    ItemState.FAILED: "job.failed",
+    ItemState.CANCELLED: "job.cancelled",
+    ItemState.EXPIRED: "job.expired",
+}
+
+
+class Items:
+    """What clients ask of deferred requests, and what a queue asks of all items."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+
+    # Deferred requests
+
+    async def defer(
+        self, call: Call, *, window_s: float = 86400.0, callback_url: str = "", name: str | None = None
+    ) -> Item:
+        """Accept a request that nobody waits for, `call.tenant`'s. It is on the disk when this returns."""
+        now = self._store.clock()
+        item = Item(
+            id=0, name=name or new_id("job_"), tenant=call.tenant, key=call.key, url=call.url, urgency=call.urgency,
+            state=ItemState.WAITING, attempt=0, created_at=now, expires_at=now + window_s, callback_url=callback_url,
+        )  # fmt: skip
+
+        def work(c: sqlite3.Connection) -> int:
+            number = c.execute(
+                "INSERT INTO items (name, tenant, key, url, urgency, callback_url, state, created_at, expires_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
+                (item.name, call.tenant, call.key, call.url, call.urgency, callback_url, now, item.expires_at),
+            ).lastrowid
+            c.execute("INSERT INTO bodies VALUES (?, ?)", (number, call.body))
+            return number or 0
+
+        item = msgspec.structs.replace(item, id=await self._store.write(work))
+        self._store.work.tell()
+        self._store.progress.tell()
+        return item
+
+    async def get(self, tenant: str, name: str) -> Item | None:
+        """A deferred request by its id, with its answer if there is one."""
+        return await self._store.read(lambda c: _job(c, tenant, name))
+
+    async def list(
+        self, tenant: str, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
+    ) -> Page[Item]:
+        """Deferred requests without their answers. Raises RequestError if there is no `after`."""
+
+        def work(c: sqlite3.Connection) -> Page[Item]:
+            where = ["batch IS NULL", "tenant = ?"]
+            return page(c, "items", where, [tenant], after=after, limit=limit, order=order, read=_bare)
+
+        return await self._store.read(work)
+
+    async def cancel(self, tenant: str, name: str) -> Item | None:
+        """End a deferred request that has not ended, and say how it stands. None if there is none."""
+
+        def work(c: sqlite3.Connection) -> Item | None:
+            item = _job(c, tenant, name)
+            if item is not None and not item.state.ended:
+                self._end(c, "id = ?", (item.id,), ItemState.CANCELLED, "job_cancelled", "This request was cancelled.")
+            return _job(c, tenant, name)
+
+        found = await self._store.write(work)
+        self._store.ended.tell()
+        return found
+
+    async def delete(self, tenant: str, name: str) -> bool:
+        """Forget a deferred request, cancelling it if it has not ended. False if there is none."""
+
+        def work(c: sqlite3.Connection) -> bool:
+            item = _job(c, tenant, name)
+            if item is None:
+                return False
+            if not item.state.ended:
+                self._end(c, "id = ?", (item.id,), ItemState.CANCELLED, "job_cancelled", "This request was cancelled.")
+            c.execute("DELETE FROM items WHERE id = ?", (item.id,))
+            return True
+
+        deleted = await self._store.write(work)
+        self._store.ended.tell()
+        return deleted
+
+    async def ahead(self, item: Item) -> int:
+        """Open items that are served before `item`, itself included; 0 if it has ended."""
+
+        def work(c: sqlite3.Connection) -> int:
+            if item.state.ended:
+                return 0
+            row = c.execute(
+                "SELECT (SELECT count(*) FROM items WHERE state = 1) + (SELECT count(*) FROM items WHERE state = 0 "
+                "AND (urgency < ?1 OR (urgency = ?1 AND id < ?2))) AS n",
+                (item.urgency, item.id),
+            ).fetchone()
+            return max(1, int(row["n"]) + (item.state is ItemState.WAITING))
+
+        return await self._store.read(work)
+
+    # The queue's side
+
+    async def waiting(self) -> bool:
+        """Whether there is something to lease: cheaper than to try."""
+        now = self._store.clock()
+
+        def work(c: sqlite3.Connection) -> bool:
+            row = c.execute(
+                "SELECT EXISTS (SELECT 1 FROM items WHERE state = 0 AND due <= ?) "
+                f"OR EXISTS (SELECT 1 FROM items WHERE state = 1 AND {_LAPSED})",
+                (now, now, now + LEASE_SECONDS),
+            ).fetchone()
+            return bool(row[0])
+
+        return await self._store.read(work)
+
+    async def claim(self, worker: str, most: int, *, first: Sequence[Urgency] = tuple(Urgency)) -> list[Work]:
+        """Lease up to `most` waiting items to `worker`, in the order of urgencies `first`, of equal ones the oldest.
+
+        Leases that have lapsed go back into the line before, and whoever has been leased too often in silence ends.
+        """
+        owner = await self._store.owner()
+        now = self._store.clock()
+
+        def work(c: sqlite3.Connection) -> list[Work]:
+            self._return_lapsed(c, now)
+            found: list[Work] = []
+            for urgency in first:
+                rows = c.execute(
+                    "UPDATE items SET state = 1, attempt = attempt + 1, silent = silent + 1, worker = ?, until = ?, "
+                    "started_at = ? WHERE id IN (SELECT id FROM items WHERE state = 0 AND urgency = ? AND due <= ? "
+                    "AND expires_at > ? ORDER BY id LIMIT ?) RETURNING *",
+                    (worker, now + LEASE_SECONDS, now, urgency, now, now, most - len(found)),
+                ).fetchall()
+                found += [_work(c, owner, row) for row in sorted(rows, key=lambda row: int(row["id"]))]
+                if len(found) == most:
+                    break
+            return found
+
+        works = await self._store.write(work)
+        failpoint("claim")
+        return works
+
+    async def extend(self, worker: str, held: Iterable[Work]) -> list[Work]:
+        """Keep what `worker` holds. Returns what it has lost: ended, or leased again."""
+        held = list(held)
+        until = self._store.clock() + LEASE_SECONDS
+
+        def work(c: sqlite3.Connection) -> list[Work]:
+            return [
+                one
+                for one in held
+                if not c.execute(
+                    "UPDATE items SET until = ? WHERE id = ? AND attempt = ? AND state = 1",
+                    (until, one.item, one.attempt),
+                ).rowcount
+            ]
+
+        return await self._store.write(work)
+
+    async def finish(self, item: int, attempt: int, reply: Reply) -> bool:
+        """Commit the answer of this attempt, and whatever follows from it, in one transaction. False if refused."""
+        now = self._store.clock()
+        state = ItemState.DONE if reply.status < 400 else ItemState.FAILED
+        body = one_line(reply.body)
+
+        def work(c: sqlite3.Connection) -> sqlite3.Row | None:
+            row: sqlite3.Row | None = c.execute(
+                "UPDATE items SET state = ?, ended_at = ? WHERE id = ? AND attempt = ? AND state = 1 RETURNING *",
+                (state, now, item, attempt),
+            ).fetchone()
+            if row is not None:
+                c.execute("INSERT INTO replies VALUES (?, ?, ?, ?)", (item, reply.status, reply.request_id, body))
+                self._after(c, [row])
+            return row
+
+        failpoint("result")
+        row = await self._store.write(work)
+        failpoint("committed")
+        if row is not None:
+            (self._store.ended if row["batch"] is None else self._store.progress).tell()
+        return row is not None
+
+    async def give_up(self, item: int, attempt: int, code: str, message: str) -> bool:
+        """End this attempt's item without an answer, with an error. False if refused."""
+
+        def work(c: sqlite3.Connection) -> int:
+            which = "id = ? AND attempt = ? AND state = 1"
+            return self._end(c, which, (item, attempt), ItemState.FAILED, code, message)
+
+        ended = await self._store.write(work)
+        self._store.ended.tell()
+        self._store.progress.tell()
+        return ended > 0
+
+    async def release(self, item: int, attempt: int, *, delay: float = 0.0) -> bool:
+        """Put this attempt's item back into the line for `delay` seconds later. Whoever gives back lives: its lease
+        does not count as silent. False if refused."""
+        due = self._store.clock() + delay if delay > 0 else 0.0
+
+        def work(c: sqlite3.Connection) -> bool:
+            changed = c.execute(
+                "UPDATE items SET state = 0, silent = 0, worker = NULL, until = NULL, due = ? "
+                "WHERE id = ? AND attempt = ? AND state = 1",
+                (due, item, attempt),
+            ).rowcount
+            return changed > 0
+
+        released = await self._store.write(work)
+        self._store.work.tell()
+        return released
+
+    async def abandon(self, worker: str) -> int:
+        """Put back what `worker` holds, which has died. Its leases count as silent. Returns how many there were."""
+
+        def work(c: sqlite3.Connection) -> int:
+            return c.execute("UPDATE items SET until = 0 WHERE state = 1 AND worker = ?", (worker,)).rowcount
+
+        count = await self._store.write(work)
+        self._store.work.tell()
+        return count
+
+    async def workers(self) -> list[str]:
+        """Who holds leases."""
+        rows = await self._store.read(
+            lambda c: c.execute("SELECT DISTINCT worker FROM items WHERE state = 1").fetchall()
+        )
+        return [row["worker"] for row in rows]
+
+    async def depth(self) -> Depth:
+        def work(c: sqlite3.Connection) -> Depth:
+            rows = c.execute("SELECT urgency, state, count(*) AS n FROM items WHERE state < 2 GROUP BY 1, 2").fetchall()
+            counts = {(row["urgency"], row["state"]): int(row["n"]) for row in rows}
+            return Depth(
+                waiting={u: counts.get((u, ItemState.WAITING), 0) for u in Urgency},
+                leased={u: counts.get((u, ItemState.LEASED), 0) for u in Urgency},
+            )
+
+        return await self._store.read(work)
+
+    async def sweep(self, keep_s: float) -> float | None:
+        """End deferred requests whose time is over, forget those that ended `keep_s` seconds ago. Returns when there
+        is more of that to do."""
+        now = self._store.clock()
+
+        def work(c: sqlite3.Connection) -> float | None:
+            message = "This request could not be executed before its time was over."
+            over = "batch IS NULL AND expires_at <= ?"
+            self._end(c, over, (now,), ItemState.EXPIRED, "job_expired", message)
+            c.execute(f"DELETE FROM items WHERE batch IS NULL AND {_ENDED} AND ended_at <= ?", (now - keep_s,))
+            expiring = c.execute("SELECT min(expires_at) AS t FROM items WHERE batch IS NULL AND state < 2").fetchone()
+            kept = c.execute(f"SELECT min(ended_at) AS t FROM items WHERE batch IS NULL AND {_ENDED}").fetchone()
+            return min(
+                (t for t in (expiring["t"], None if kept["t"] is None else kept["t"] + keep_s) if t is not None),
+                default=None,
+            )
+
+        following = await self._store.write(work)
+        self._store.ended.tell()
+        return following
+
+    def _return_lapsed(self, c: sqlite3.Connection, now: float) -> None:
+        message = f"This request was begun {SILENT_LEASES} times, and each time its worker ended without an answer."
+        lapsed, values = f"state = 1 AND {_LAPSED}", (now, now + LEASE_SECONDS)
+        given_up = f"{lapsed} AND silent >= {SILENT_LEASES}"
+        self._end(c, given_up, values, ItemState.FAILED, "gave_up", message)
+        c.execute(f"UPDATE items SET state = 0, worker = NULL, until = NULL, due = 0 WHERE {lapsed}", values)
+
+    def _end(
+        self, c: sqlite3.Connection, which: str, values: Sequence[object], state: ItemState, code: str, message: str
+    ) -> int:
+        """End the open items for which `which` holds, without an answer."""
+        rows = c.execute(
+            f"UPDATE items SET state = ?, ended_at = ?, code = ?, message = ? WHERE state < 2 AND {which} RETURNING *",
+            (state, self._store.clock(), code, message, *values),
+        ).fetchall()
+        self._after(c, rows)
+        return len(rows)
+
+    def _after(self, c: sqlite3.Connection, rows: Sequence[sqlite3.Row]) -> None:
+        """What follows in the same transaction from the end of items."""
+        for row in rows:
+            if row["batch"] is None:
+                url, tenant = row["callback_url"], row["tenant"]
+                self._store.tell(c, EVENTS[ItemState(row["state"])], row["name"], tenant=tenant, url=url)
+        for batch in {row["batch"] for row in rows if row["batch"] is not None}:
+            settle(c, batch, int(self._store.clock()))
+
+
+def one_line(body: bytes) -> bytes:
+    """A JSON body as part of a line. Inside of JSON strings there are no raw line breaks."""
+    if b"\n" in body or b"\r" in body:
+        body = body.replace(b"\n", b" ").replace(b"\r", b" ")
+    try:
+        msgspec.json.decode(body, type=msgspec.Raw)
+    except msgspec.DecodeError as error:
+        raise EngineError(f"The answer is no JSON ({error}).") from None
+    return body
+
+
+def request_name(row: sqlite3.Row, owner: str) -> str:
+    """What clients know an item by. Those of batches are found by batch and line, so their names need no column."""
+    return row["name"] or derived_id("batch_req_", owner, row["batch"], row["line"])
+
+
+def _work(c: sqlite3.Connection, owner: str, row: sqlite3.Row) -> Work:
+    body = c.execute("SELECT body FROM bodies WHERE item = ?", (row["id"],)).fetchone()["body"]
+    call = Call(
+        url=row["url"], body=body, urgency=Urgency(row["urgency"]), tenant=row["tenant"], key=row["key"],
+        request_id=request_name(row, owner),
+    )  # fmt: skip
+    return Work(owner=owner, item=row["id"], attempt=row["attempt"], call=call)
+
+
+def _job(c: sqlite3.Connection, tenant: str, name: str) -> Item | None:
+    if not is_id("job_", name):
+        return None
+    row = c.execute("SELECT * FROM items WHERE name = ? AND tenant = ?", (name, tenant)).fetchone()
+    if row is None:
+        return None
+    answer = c.execute("SELECT * FROM replies WHERE item = ?", (row["id"],)).fetchone()
+    if answer is None:
+        return _bare(row)
+    reply = Reply(status=answer["status"], body=answer["body"], request_id=answer["request_id"])
+    return msgspec.structs.replace(_bare(row), reply=reply)
+
+
+def _bare(row: sqlite3.Row) -> Item:
+    error = ItemError(row["code"], row["message"]) if row["code"] is not None else None
+    return Item(
+        id=row["id"], name=row["name"], tenant=row["tenant"], key=row["key"], url=row["url"],
+        urgency=Urgency(row["urgency"]), state=ItemState(row["state"]), attempt=row["attempt"],
+        created_at=row["created_at"], expires_at=row["expires_at"], callback_url=row["callback_url"],
+        started_at=row["started_at"], ended_at=row["ended_at"], error=error,
+    )  # fmt: skip
