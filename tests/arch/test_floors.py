@@ -15,9 +15,9 @@ SRC = ROOT / "src" / "ropeway"
 
 FLOORS: list[tuple[str, ...]] = [
     ("contract", "config", "errors", "checkpoint", "modelspec", "hub", "_version"),
-    ("scheduler", "kv", "text", "store"),
+    ("scheduler", "kv", "text", "store", "experiment"),
     ("engine", "recorder", "remote", "sim", "runtime"),
-    ("service", "observe", "bench", "accounts"),
+    ("service", "observe", "bench", "accounts", "client"),
     ("api", "jobs"),
     ("gateway", "cluster"),
     ("cli",),

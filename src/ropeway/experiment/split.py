@@ -1,0 +1,35 @@
+"""Who gets what: a key's place among weighted names, the same in every process and after every restart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from hashlib import blake2b
+
+
+def pick(key: str, weights: Mapping[str, float], salt: str = "") -> str:
+    """The name that `key` belongs to, each name with the probability weight / sum of weights.
+
+    Weighted rendezvous hashing: when weights move, only keys of the share that moved change, and those go to where the
+    share went. Another `salt` splits the same keys independently. Raises ValueError if no weight is positive.
+    Source: Schindelhauer and Schomaker, "Weighted distributed hash tables", SPAA 2005.
+    """
+    chosen, soonest = None, math.inf
+    for name, weight in weights.items():
+        if weight > 0:
+            # An exponential clock for each name, faster the larger its weight; the first to ring has the key.
+            rings = -math.log(_uniform(salt, name, key)) / weight
+            if rings < soonest or chosen is None:
+                chosen, soonest = name, rings
+    if chosen is None:
+        raise ValueError("no weight is positive")
+    return chosen
+
+
+def _uniform(*parts: str) -> float:
+    """A number above 0 and at most 1 that is a function of `parts`. Lengths keep ("a", "bc") and ("ab", "c") apart."""
+    digest = blake2b(digest_size=8)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return (int.from_bytes(digest.digest(), "big") + 0.5) / 2**64
