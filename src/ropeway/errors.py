@@ -10,6 +10,9 @@
     │   ├── NeverFitsError         RW-FIT      the request needs more KV blocks than exist
     │   ├── UnknownModelError      RW-NAME     no such model is served
     │   └── TemplateError          RW-TPL      the chat template refused these messages, or took too long
+    ├── RateLimitError             RW-RATE     the client: later, its key has sent enough requests for now
+    │   └── TokenLimitError        RW-TPM      its key has used enough tokens for now
+    ├── BudgetError                RW-BUDGET   the operator: what a key may spend is spent
     ├── OverloadedError            RW-BUSY     the client: later, after `retry_after` seconds
     │   ├── NotReadyError          RW-LOAD     the engine is starting or restarting
     │   └── DrainingError          RW-DRAIN    the server is shutting down
@@ -72,6 +75,20 @@ class UnknownModelError(RequestError):
 
 class TemplateError(RequestError):
     code = "RW-TPL"
+
+
+class RateLimitError(RopewayError):
+    """Without `retry_after` the request is larger than what its key may use at once."""
+
+    code = "RW-RATE"
+
+
+class TokenLimitError(RateLimitError):
+    code = "RW-TPM"
+
+
+class BudgetError(RopewayError):
+    code = "RW-BUDGET"
 
 
 class OverloadedError(RopewayError):

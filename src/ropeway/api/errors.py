@@ -12,6 +12,7 @@ import msgspec
 from starlette.responses import Response
 
 from ropeway.errors import (
+    BudgetError,
     ConfigError,
     ContextLengthError,
     DeadlineError,
@@ -20,10 +21,12 @@ from ropeway.errors import (
     NotReadyError,
     NumericalError,
     OverloadedError,
+    RateLimitError,
     RequestError,
     RopewayError,
     StorageError,
     TemplateError,
+    TokenLimitError,
     UnknownModelError,
 )
 
@@ -75,6 +78,9 @@ _TABLE: tuple[tuple[type[RopewayError], int, str, str | None], ...] = (
     (TemplateError, 400, "invalid_request_error", "invalid_messages"),
     (RequestError, 400, "invalid_request_error", None),
     (ConfigError, 400, "invalid_request_error", None),
+    (TokenLimitError, 429, "tokens", "rate_limit_exceeded"),
+    (RateLimitError, 429, "requests", "rate_limit_exceeded"),
+    (BudgetError, 429, "insufficient_quota", "insufficient_quota"),
     (NotReadyError, 503, "server_error", "model_loading"),
     (DrainingError, 503, "server_error", "server_draining"),
     (OverloadedError, 503, "overloaded_error", "server_overloaded"),
@@ -101,11 +107,11 @@ def headers_of(error: RopewayError, status: int) -> dict[str, str]:
     headers = {"x-ropeway-error": error.code}
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    if status == 503:
+    if status == 503 or (status == 429 and error.retry_after is not None):
         wait = min(max(error.retry_after or 1.0, 0.001), MAX_RETRY_AFTER)
         headers["retry-after"] = str(math.ceil(wait))
         headers["retry-after-ms"] = str(math.ceil(wait * 1000))
-    if status == 504:
+    elif status in (429, 504):
         headers["x-should-retry"] = "false"
     if isinstance(error, DrainingError) or (isinstance(error, HttpError) and error.close):
         headers["connection"] = "close"

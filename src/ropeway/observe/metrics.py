@@ -60,6 +60,9 @@ _REJECTED = {
     "RW-TIME": "deadline",
     "RW-REQ": "invalid",
     "RW-TPL": "invalid",
+    "RW-RATE": "rate_limit",
+    "RW-TPM": "rate_limit",
+    "RW-BUDGET": "budget",
 }
 
 

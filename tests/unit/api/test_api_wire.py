@@ -25,7 +25,15 @@ from ropeway.api.speech import Said
 from ropeway.api.state import Api
 from ropeway.config import ServerConfig
 from ropeway.contract import FinishReason, SamplingParams
-from ropeway.errors import BY_CODE, ConfigError, DeadlineError, EngineError, OverloadedError
+from ropeway.errors import (
+    BY_CODE,
+    BudgetError,
+    ConfigError,
+    DeadlineError,
+    EngineError,
+    OverloadedError,
+    TokenLimitError,
+)
 from ropeway.observe.metrics import Metrics
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextChunk, TextRequest
@@ -109,8 +117,8 @@ def test_every_error_has_a_status_and_the_shape_of_openai(code: str) -> None:
     sent = json.loads(bytes(response.body))
     assert set(sent["error"]) == {"message", "type", "param", "code"}
     assert response.headers["x-ropeway-error"] == code
-    assert ("retry-after" in response.headers) == (status == 503)
-    if status == 503:
+    assert ("retry-after" in response.headers) == (status in (429, 503))
+    if status in (429, 503):
         assert response.headers["retry-after"] == "3"
         assert response.headers["retry-after-ms"] == "2500"
     assert error_event(error).startswith(b'data: {"error":{')
@@ -126,7 +134,8 @@ def test_details_of_a_failed_engine_stay_in_the_log() -> None:
 def test_a_client_is_told_whether_and_when_to_come_back() -> None:
     assert error_response(OverloadedError("full", retry_after=1e9)).headers["retry-after"] == "120"
     assert error_response(OverloadedError("full", retry_after=0.0)).headers["retry-after"] == "1"
-    assert error_response(DeadlineError("late")).headers["x-should-retry"] == "false"
+    for final in (DeadlineError("late"), BudgetError("spent"), TokenLimitError("more than ever fits")):
+        assert error_response(final).headers["x-should-retry"] == "false"
     assert error_response(HttpError(401, "no")).headers["www-authenticate"] == "Bearer"
 
 

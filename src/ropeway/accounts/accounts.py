@@ -1,0 +1,160 @@
+"""The accounts of a server: who a key is, how it stands, and what has been used."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from ropeway.accounts import keys
+from ropeway.accounts.account import Account
+from ropeway.accounts.meter import Meter
+from ropeway.accounts.prices import Prices
+from ropeway.accounts.standing import Standing, start_of
+from ropeway.accounts.usage import Ledger, Query, UsageRow, ask, spent
+from ropeway.store import Database
+
+FILE: Final = "accounts.db"
+FRESH_NS: Final = 500 * 10**6
+"""So long what is known of a key is believed without another look."""
+
+_KNOWN = 4096
+"""Keys of which is remembered whose they are."""
+
+
+class Accounts:
+    """Keys and usage in `folder`, which need not exist. Lives on one event loop.
+
+    The file is opened when there is one, and made when there is usage to write: on a server with neither keys nor
+    prices never. `clock` is in nanoseconds and never goes back, `now` in Unix seconds.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prices: Prices | None = None,
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.prices = prices or Prices()
+        self._path = folder / FILE
+        self._counts = prices is not None
+        self._clock = clock
+        self._now = now
+        self._database: Database | None = None
+        self._opening = asyncio.Lock()
+        self._required = False
+        self._looked: int | None = None
+        self._known: dict[bytes, Standing] = {}
+        self._standings: dict[str, Standing] = {}  # by id, never forgotten: that would forgive what was used
+        self._ledger = Ledger(self._made, now)
+
+    async def required(self) -> bool:
+        """Whether there are keys, so that nobody comes in without one. Once so, always so. Raises StorageError."""
+        if not self._required and (self._looked is None or self._clock() - self._looked > FRESH_NS):
+            database = await self._found()
+            self._required = database is not None and await database.read(keys.exist)
+            self._looked = self._clock()
+        return self._required
+
+    async def find(self, key: bytes) -> Account | None:
+        """Whose a key is; None if it is nobody's, revoked, or expired. Raises StorageError."""
+        digest = keys.digest_of(key)
+        standing = self._known.get(digest)
+        if standing is None or self._clock() - standing.checked > FRESH_NS:
+            standing = await self._look(digest)
+        if standing is None or standing.account.revoked is not None or standing.account.expired(self._now()):
+            return None
+        return standing.account
+
+    async def account(self, id: str) -> Account | None:
+        """An account by its id, revoked or not, for work that it has given before. Raises StorageError."""
+        standing = self._standings.get(id)
+        if standing is None or self._clock() - standing.checked > FRESH_NS:
+            database = await self._found()
+            account = None if database is None else await database.read(lambda connection: keys.get(connection, id))
+            standing = None if account is None else await self._learn(account)
+        return None if standing is None else standing.account
+
+    def meter(self, account: Account | None, *, tenant: str = "", limited: bool = True) -> Meter | None:
+        """What counts one request of an account that `find` or `account` has told of, or of nobody's; None if this
+        server counts nothing. Without `limited` rates are not asked."""
+        if account is None and not self._counts and self._database is None:
+            return None
+        standing = self._standings[account.id] if account is not None else None
+        return Meter(
+            self._ledger,
+            self.prices,
+            standing=standing,
+            tenant=tenant,
+            limited=limited,
+            clock=self._clock,
+            now=self._now,
+        )
+
+    async def usage(self, query: Query) -> list[UsageRow]:
+        """What has been used up to now; none where nothing was ever counted. Raises StorageError."""
+        await self._ledger.flush()
+        database = await self._found()
+        return [] if database is None else await database.read(lambda connection: ask(connection, query))
+
+    async def flush(self) -> None:
+        """Return when all usage up to now is on the disk. Raises StorageError."""
+        await self._ledger.flush()
+
+    async def close(self) -> None:
+        """Write what is left. Idempotent."""
+        await self._ledger.close()
+        database, self._database = self._database, None
+        if database is not None:
+            await asyncio.to_thread(database.close)
+
+    async def _look(self, digest: bytes) -> Standing | None:
+        database = await self._found()
+        account = None if database is None else await database.read(lambda connection: keys.find(connection, digest))
+        if account is None:
+            self._known.pop(digest, None)
+            return None
+        standing = await self._learn(account)
+        if len(self._known) >= _KNOWN:
+            self._known.clear()
+        self._known[digest] = standing
+        return standing
+
+    async def _learn(self, account: Account) -> Standing:
+        """Bring what is known of an account up to date."""
+        total = None
+        if account.limits.has_budget and self._database is not None:
+            since = start_of(account.limits.budget_period, self._now())
+            total = await self._database.read(lambda connection: spent(connection, account.id, since))
+        standing = self._standings.get(account.id)
+        if standing is None:
+            standing = self._standings[account.id] = Standing(account, self._clock())
+        standing.update(account, self._clock())
+        standing.checked = self._clock()
+        if total is not None:
+            standing.know(total, self._now())
+        return standing
+
+    def _there(self) -> bool:
+        return self._path.exists()
+
+    async def _found(self) -> Database | None:
+        """The database, if there is one."""
+        if self._database is None and self._there():
+            return await self._made()
+        return self._database
+
+    async def _made(self) -> Database:
+        async with self._opening:
+            if self._database is None:
+                self._database = await asyncio.to_thread(open_accounts, self._path.parent)
+            return self._database
+
+
+def open_accounts(folder: Path) -> Database:
+    """The database of keys and usage in `folder`, made if it is missing. Raises StorageError."""
+    return Database(folder / FILE, [keys.SCHEMA])
