@@ -18,12 +18,6 @@ from msgspec import Struct
 
 from ropeway.store import Schema
 
-EventType = Literal[
-    "batch.completed", "batch.failed", "batch.expired", "batch.cancelled",
-    "response.completed", "response.failed", "response.cancelled", "response.incomplete",
-    "job.completed", "job.failed", "job.cancelled", "job.expired",
-    "webhook.test",
-]  # fmt: skip
 State = Literal["pending", "delivered", "failed"]
 
 SCHEMA: Final = Schema(
@@ -32,7 +26,7 @@ SCHEMA: Final = Schema(
         """
         CREATE TABLE outbox (
             id INTEGER PRIMARY KEY,
-            event TEXT NOT NULL,
+            event TEXT NOT NULL UNIQUE,
             type TEXT NOT NULL,
             subject TEXT NOT NULL,
             tenant TEXT NOT NULL,
@@ -45,13 +39,11 @@ SCHEMA: Final = Schema(
             state TEXT NOT NULL DEFAULT 'pending',
             ended REAL,
             status INTEGER,
-            error TEXT,
-            UNIQUE (event, url)
+            error TEXT
         );
         CREATE INDEX outbox_by_due ON outbox (due) WHERE state = 'pending';
         CREATE INDEX outbox_by_host ON outbox (host, due) WHERE state = 'pending';
         CREATE INDEX outbox_by_url ON outbox (url) WHERE state = 'pending';
-        CREATE TABLE outbox_subscriber (url TEXT PRIMARY KEY);
         CREATE TABLE outbox_gone (url TEXT PRIMARY KEY, since REAL NOT NULL);
         """
     ],
@@ -99,31 +91,23 @@ class Entry(Struct, frozen=True, kw_only=True):
     error: str | None
 
 
-def add(
-    connection: sqlite3.Connection, *, type: EventType, subject: str, url: str | None, tenant: str, created: float
-) -> None:
-    """Owe the event `type` of the batch, response or job `subject` to `url`, if there is one, and to the subscriber of
-    all events, if there is one; to nobody twice. Belongs to the caller's transaction."""
-    urls = {row["url"] for row in connection.execute("SELECT url FROM outbox_subscriber")} | ({url} if url else set())
-    if not urls:
-        return
+def add(connection: sqlite3.Connection, *, type: str, subject: str, url: str, tenant: str, created: float) -> None:
+    """Owe the event `type` of the batch, response or job `subject` to `url`. Belongs to the caller's transaction."""
     event = f"evt_{secrets.token_hex(16)}"
-    body = {"id": event, "object": "event", "created_at": int(created), "type": type, "data": {"id": subject}}
-    for target in sorted(urls):
-        connection.execute(
-            "INSERT INTO outbox (event, type, subject, tenant, url, host, body, created, due) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (event, type, subject, tenant, target, host_of(target), msgspec.json.encode(body), created, created),
-        )
-        if connection.execute("SELECT 1 FROM outbox_gone WHERE url = ?", (target,)).fetchone():
-            _give_up(connection, target, created)
+    connection.execute(
+        "INSERT INTO outbox (event, type, subject, tenant, url, host, body, created, due) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (event, type, subject, tenant, url, host_of(url), body_of(event, type, subject, created), created, created),
+    )
+    if connection.execute("SELECT 1 FROM outbox_gone WHERE url = ?", (url,)).fetchone():
+        _give_up(connection, url, created)
 
 
-def subscribe(connection: sqlite3.Connection, url: str | None) -> None:
-    """From now on owe all events to `url` too, and to no earlier subscriber; None: to none."""
-    connection.execute("DELETE FROM outbox_subscriber WHERE url IS NOT ?", (url,))
-    if url:
-        connection.execute("INSERT OR IGNORE INTO outbox_subscriber VALUES (?)", (url,))
+def body_of(event: str, type: str, subject: str, created: float) -> bytes:
+    """The JSON of an event, of OpenAI's shape."""
+    return msgspec.json.encode(
+        {"id": event, "object": "event", "created_at": int(created), "type": type, "data": {"id": subject}}
+    )
 
 
 def next_due(connection: sqlite3.Connection) -> float | None:
@@ -214,7 +198,7 @@ def listing(connection: sqlite3.Connection, *, limit: int, state: State | None =
 def retry(connection: sqlite3.Connection, *, event: str | None, now: float) -> int:
     """Begin again with `event`, whatever has become of it, or with all that have failed. Its receivers count as there
     again. Returns the number of deliveries that this makes due."""
-    chosen, values = ("event = ?", (event,)) if event is not None else ("state = 'failed'", ())
+    chosen, values = ("state = 'failed'", ()) if event is None else ("event = ?", (event,))
     connection.execute(
         f"DELETE FROM outbox_gone WHERE url IN (SELECT url FROM outbox WHERE {chosen})",  # noqa: S608
         values,
