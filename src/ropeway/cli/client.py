@@ -71,10 +71,11 @@ class Client:
                 raise ConfigError(f"{self.url}/v1/models has no model list: is this an OpenAI server?") from None
         return self._model
 
-    def call(self, method: str, path: str) -> Any:
-        """The JSON at `path`, None if it is none. Raises RopewayError."""
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """The JSON at `path`, None if it is none. `body` is sent as JSON unless it is None. Raises RopewayError."""
+        sent = {} if body is None else {"json": body}
         try:
-            response = self._http.request(method, f"{self.url}{path}", timeout=10.0)
+            response = self._http.request(method, f"{self.url}{path}", timeout=10.0, **sent)
         except httpx2.TransportError as error:
             raise self._unreachable(error) from None
         if response.status_code != 200:

@@ -1,7 +1,8 @@
 """Which of two is better: sticky splits, sums for each arm, and intervals that hold however often one looks."""
 
+from ropeway.experiment.analysis import Analysis, Errors, Measure
 from ropeway.experiment.arms import Arm, Sample, Sums, Trial
-from ropeway.experiment.compare import Analysis, Errors, Guard, Measure, alpha_of, analyze, verdict
+from ropeway.experiment.compare import Guard, alpha_of, analyze, verdict
 from ropeway.experiment.split import pick
 
 __all__ = [

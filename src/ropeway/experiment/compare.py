@@ -18,8 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from msgspec import Struct
-
+from ropeway.experiment.analysis import Analysis, Errors, Measure
 from ropeway.experiment.arms import MEASURES, Arm, Tally, Times, Trial
 
 _TESTS: Final = len(MEASURES) + 2
@@ -53,48 +52,6 @@ class Change:
     estimate: float
     low: float
     high: float
-
-
-class Measure(Struct, frozen=True, kw_only=True):
-    """One measure of both arms. `improvement_percent` is that of the averages, above 0 where the canary is faster;
-    `typical_percent` is that of the typical (geometric mean) time, which a few long answers do not carry away, and
-    stands within `low_percent` and `high_percent`. Null where there are too few answers to tell."""
-
-    control_samples: int
-    canary_samples: int
-    control_avg_ms: float | None
-    canary_avg_ms: float | None
-    control_p95_ms: float | None
-    canary_p95_ms: float | None
-    improvement_percent: float | None
-    typical_percent: float | None
-    low_percent: float | None
-    high_percent: float | None
-
-
-class Errors(Struct, frozen=True, kw_only=True):
-    """Answers that failed, of a hundred. `increase_percent` is the canary's less the control's, in points."""
-
-    control_samples: int
-    canary_samples: int
-    control_percent: float
-    canary_percent: float
-    increase_percent: float | None
-    low_percent: float | None
-    high_percent: float | None
-
-
-class Analysis(Struct, frozen=True, kw_only=True):
-    """What is known of two arms. All intervals hold together, for ever, with `confidence_percent`. A mean is judged by
-    keys: `control_keys` is to how many keys of equal weight the control's answers amount."""
-
-    latency: Measure
-    ttft: Measure
-    itl: Measure
-    errors: Errors
-    confidence_percent: float
-    control_keys: float
-    canary_keys: float
 
 
 def half_width(information: float, effect: float, alpha: float) -> float:
