@@ -117,26 +117,6 @@ class Files:
     async def get(self, tenant: str, file_id: str) -> FileRecord | None:
         return await self._store.read(lambda c: find(c, tenant, file_id, self._store.clock()))
 
-    async def list(
-        self,
-        tenant: str,
-        *,
-        after: str | None = None,
-        limit: int = 10000,
-        order: Literal["asc", "desc"] = "desc",
-        purpose: str | None = None,
-    ) -> Page[FileRecord]:
-        """Files by creation. Raises RequestError if there is no file `after`."""
-
-        def work(c: sqlite3.Connection) -> Page[FileRecord]:
-            where, values = ["tenant = ?", "coalesce(expires_at, 9e99) > ?"], [tenant, self._store.clock()]
-            if purpose is not None:
-                where.append("purpose = ?")
-                values.append(purpose)
-            return page(c, "files", where, values, after=after, limit=limit, order=order, read=_record)
-
-        return await self._store.read(work)
-
     async def delete(self, tenant: str, file_id: str) -> bool:
         """Forget a file; False if there is none. Raises RequestError while a batch still reads it."""
 
@@ -196,6 +176,28 @@ class Files:
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 (self._folder / name).unlink()
+
+    # Last, because from here on `list` is this method in annotations of the class.
+
+    async def list(
+        self,
+        tenant: str,
+        *,
+        after: str | None = None,
+        limit: int = 10000,
+        order: Literal["asc", "desc"] = "desc",
+        purpose: str | None = None,
+    ) -> Page[FileRecord]:
+        """Files by creation. Raises RequestError if there is no file `after`."""
+
+        def work(c: sqlite3.Connection) -> Page[FileRecord]:
+            where, values = ["tenant = ?", "coalesce(expires_at, 9e99) > ?"], [tenant, self._store.clock()]
+            if purpose is not None:
+                where.append("purpose = ?")
+                values.append(purpose)
+            return page(c, "files", where, values, after=after, limit=limit, order=order, read=_record)
+
+        return await self._store.read(work)
 
 
 READING: Final = "(status = 'validating' OR (status IN ('in_progress', 'cancelling') AND lines < total))"

@@ -42,12 +42,13 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far the input of a batch has been taken in: `lines` of `total` requests, which end at byte `loaded`; and the
-    number of the next line."""
+    """How far the input of a batch has been taken in: `lines` of `total` requests, which end at byte `loaded` with the
+    file's line `line`."""
 
     lines: int
     total: int
     loaded: int
+    line: int
 
 
 class Batches:
@@ -102,19 +103,6 @@ class Batches:
     async def get(self, tenant: str, batch_id: str) -> Batch | None:
         return await self._store.read(lambda c: _find(c, tenant, batch_id))
 
-    async def list(
-        self, tenant: str, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
-    ) -> Page[Batch]:
-        """Batches by creation. Raises RequestError if there is no batch `after`."""
-
-        def work(c: sqlite3.Connection) -> Page[Batch]:
-            return page(
-                c, "batches", ["tenant = ?"], [tenant], after=after, limit=limit, order=order,
-                read=lambda row: _record(c, row),
-            )  # fmt: skip
-
-        return await self._store.read(work)
-
     async def cancel(self, tenant: str, batch_id: str) -> Batch | None:
         """Run nothing more of a batch, and say how it stands. One that is past running stays as it is."""
         now = self._store.clock()
@@ -166,10 +154,7 @@ class Batches:
 
     async def progress(self, batch: Batch) -> Progress:
         """How far the input has been taken in."""
-        row = await self._store.read(
-            lambda c: c.execute("SELECT * FROM batches WHERE number = ?", (batch.number,)).fetchone()
-        )
-        return Progress(row["lines"], row["total"], row["loaded"])
+        return await self._store.read(lambda c: _progress(c, batch.number))
 
     async def reject(self, batch: Batch, errors: Sequence[LineError]) -> bool:
         """The input cannot be run: nothing of it will be. False if the batch is not being validated any more."""
@@ -202,9 +187,9 @@ class Batches:
         now = self._store.clock()
 
         def work(c: sqlite3.Connection) -> Progress:
+            if _progress(c, batch.number) != at:
+                return _progress(c, batch.number)
             row = c.execute("SELECT * FROM batches WHERE number = ?", (batch.number,)).fetchone()
-            if row["loaded"] != at.loaded:
-                return Progress(row["lines"], row["total"], row["loaded"])
             state, code, message = ItemState.WAITING, None, None
             if row["status"] == BatchState.CANCELLING:
                 state = ItemState.CANCELLED
@@ -226,7 +211,7 @@ class Batches:
             taken = at.lines + len(lines)
             c.execute("UPDATE batches SET lines = ?, loaded = ? WHERE number = ?", (taken, loaded, batch.number))
             settle(c, batch.number, int(now))
-            return Progress(taken, row["total"], loaded)
+            return Progress(taken, at.total, loaded, lines[-1].number)
 
         progress = await self._store.write(work)
         self._store.work.tell()
@@ -265,7 +250,7 @@ class Batches:
         """End what is open of batches whose window is over. Returns when the next one's is."""
         now = self._store.clock()
 
-        def work(c: sqlite3.Connection) -> float | None:
+        def work(c: sqlite3.Connection) -> tuple[int, float | None]:
             rows = c.execute(
                 "SELECT * FROM batches WHERE expires_at <= ? AND status IN ('validating', 'in_progress')", (now,)
             ).fetchall()
@@ -279,10 +264,11 @@ class Batches:
                 "SELECT min(expires_at) FROM batches WHERE expires_at > ? AND status IN ('validating', 'in_progress')",
                 (now,),
             ).fetchone()[0]
-            return following
+            return len(rows), following
 
-        following = await self._store.write(work)
-        self._store.ended.tell()
+        ended, following = await self._store.write(work)
+        if ended:
+            self._store.ended.tell()
         return following
 
     async def clear(self, most: int = 2000) -> bool:
@@ -309,6 +295,21 @@ class Batches:
     def _told(self, c: sqlite3.Connection, batch: Batch, state: BatchState) -> None:
         self._store.tell(c, f"batch.{state}", batch.id, tenant=batch.tenant, url=batch.callback_url)
 
+    # Last, because from here on `list` is this method in annotations of the class.
+
+    async def list(
+        self, tenant: str, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
+    ) -> Page[Batch]:
+        """Batches by creation. Raises RequestError if there is no batch `after`."""
+
+        def work(c: sqlite3.Connection) -> Page[Batch]:
+            return page(
+                c, "batches", ["tenant = ?"], [tenant], after=after, limit=limit, order=order,
+                read=lambda row: _record(c, row),
+            )  # fmt: skip
+
+        return await self._store.read(work)
+
 
 NOT_RUN: Final = {
     ItemState.EXPIRED: (
@@ -320,12 +321,15 @@ NOT_RUN: Final = {
 """Code and message of requests of a batch that never ran; OpenAI's where it has them."""
 
 
-def settle(c: sqlite3.Connection, number: int, now: int) -> None:
+def settle(c: sqlite3.Connection, number: int, now: int) -> bool:
     """A running batch all of whose requests have ended goes on to its files, in the transaction that ended the last."""
-    c.execute(
-        "UPDATE batches SET status = 'finalizing', finalizing_at = ? WHERE number = ? AND status = 'in_progress' "
-        "AND lines = total AND NOT EXISTS (SELECT 1 FROM items WHERE batch = ?2 AND state IN (0, 1))",
-        (now, number),
+    return (
+        c.execute(
+            "UPDATE batches SET status = 'finalizing', finalizing_at = ?1 WHERE number = ?2 AND status = 'in_progress' "
+            "AND lines = total AND NOT EXISTS (SELECT 1 FROM items WHERE batch = ?2 AND state IN (0, 1))",
+            (now, number),
+        ).rowcount
+        > 0
     )
 
 
@@ -352,6 +356,15 @@ def _move(c: sqlite3.Connection, number: int, state: BatchState, now: int) -> bo
         ).rowcount
         > 0
     )
+
+
+def _progress(c: sqlite3.Connection, number: int) -> Progress:
+    row = c.execute(
+        "SELECT lines, total, loaded, (SELECT max(line) FROM items WHERE batch = number) AS line FROM batches "
+        "WHERE number = ?",
+        (number,),
+    ).fetchone()
+    return Progress(row["lines"], row["total"], row["loaded"], row["line"] or 0)
 
 
 def _get(c: sqlite3.Connection, number: int) -> Batch:

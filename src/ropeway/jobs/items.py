@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 from ropeway.contract import Urgency
-from ropeway.errors import EngineError
 from ropeway.jobs.failpoints import failpoint
 from ropeway.jobs.files import page
 from ropeway.jobs.groups import settle
@@ -74,17 +73,6 @@ class Items:
     async def get(self, tenant: str, name: str) -> Item | None:
         """A deferred request by its id, with its answer if there is one."""
         return await self._store.read(lambda c: _job(c, tenant, name))
-
-    async def list(
-        self, tenant: str, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
-    ) -> Page[Item]:
-        """Deferred requests without their answers. Raises RequestError if there is no `after`."""
-
-        def work(c: sqlite3.Connection) -> Page[Item]:
-            where = ["batch IS NULL", "tenant = ?"]
-            return page(c, "items", where, [tenant], after=after, limit=limit, order=order, read=_bare)
-
-        return await self._store.read(work)
 
     async def cancel(self, tenant: str, name: str) -> Item | None:
         """End a deferred request that has not ended, and say how it stands. None if there is none."""
@@ -154,8 +142,8 @@ class Items:
         owner = await self._store.owner()
         now = self._store.clock()
 
-        def work(c: sqlite3.Connection) -> list[Work]:
-            self._return_lapsed(c, now)
+        def work(c: sqlite3.Connection) -> tuple[list[Work], int]:
+            ended = self._return_lapsed(c, now)
             found: list[Work] = []
             for urgency in first:
                 rows = c.execute(
@@ -167,14 +155,17 @@ class Items:
                 found += [_work(c, owner, row) for row in sorted(rows, key=lambda row: int(row["id"]))]
                 if len(found) == most:
                     break
-            return found
+            return found, ended
 
-        works = await self._store.write(work)
+        works, ended = await self._store.write(work)
+        if ended:
+            self._store.ended.tell()
+            self._store.progress.tell()
         failpoint("claim")
         return works
 
-    async def extend(self, worker: str, held: Iterable[Work]) -> list[Work]:
-        """Keep what `worker` holds. Returns what it has lost: ended, or leased again."""
+    async def extend(self, held: Iterable[Work]) -> list[Work]:
+        """Lease what is held anew. Returns what has been lost: ended, or leased to somebody else."""
         held = list(held)
         until = self._store.clock() + LEASE_SECONDS
 
@@ -193,25 +184,25 @@ class Items:
     async def finish(self, item: int, attempt: int, reply: Reply) -> bool:
         """Commit the answer of this attempt, and whatever follows from it, in one transaction. False if refused."""
         now = self._store.clock()
+        reply = _as_line(reply)
         state = ItemState.DONE if reply.status < 400 else ItemState.FAILED
-        body = one_line(reply.body)
 
-        def work(c: sqlite3.Connection) -> sqlite3.Row | None:
-            row: sqlite3.Row | None = c.execute(
+        def work(c: sqlite3.Connection) -> tuple[bool, bool]:
+            rows = c.execute(
                 "UPDATE items SET state = ?, ended_at = ? WHERE id = ? AND attempt = ? AND state = 1 RETURNING *",
                 (state, now, item, attempt),
-            ).fetchone()
-            if row is not None:
-                c.execute("INSERT INTO replies VALUES (?, ?, ?, ?)", (item, reply.status, reply.request_id, body))
-                self._after(c, [row])
-            return row
+            ).fetchall()
+            if rows:
+                c.execute("INSERT INTO replies VALUES (?, ?, ?, ?)", (item, reply.status, reply.request_id, reply.body))
+            return bool(rows), self._after(c, rows)
 
         failpoint("result")
-        row = await self._store.write(work)
+        committed, more = await self._store.write(work)
         failpoint("committed")
-        if row is not None:
-            (self._store.ended if row["batch"] is None else self._store.progress).tell()
-        return row is not None
+        if more:
+            self._store.ended.tell()
+            self._store.progress.tell()
+        return committed
 
     async def give_up(self, item: int, attempt: int, code: str, message: str) -> bool:
         """End this attempt's item without an answer, with an error. False if refused."""
@@ -252,12 +243,16 @@ class Items:
         self._store.work.tell()
         return count
 
-    async def workers(self) -> list[str]:
-        """Who holds leases."""
-        rows = await self._store.read(
-            lambda c: c.execute("SELECT DISTINCT worker FROM items WHERE state = 1").fetchall()
-        )
-        return [row["worker"] for row in rows]
+    async def leave(self, worker: str) -> int:
+        """Put back what `worker` holds, which goes in peace. Returns how many there were."""
+
+        def work(c: sqlite3.Connection) -> int:
+            return c.execute(
+                "UPDATE items SET state = 0, silent = 0, worker = NULL, until = NULL WHERE state = 1 AND worker = ?",
+                (worker,),
+            ).rowcount
+
+        return await self._store.write(work)
 
     async def depth(self) -> Depth:
         def work(c: sqlite3.Connection) -> Depth:
@@ -275,28 +270,29 @@ class Items:
         is more of that to do."""
         now = self._store.clock()
 
-        def work(c: sqlite3.Connection) -> float | None:
+        def work(c: sqlite3.Connection) -> tuple[int, float | None]:
             message = "This request could not be executed before its time was over."
             over = "batch IS NULL AND expires_at <= ?"
-            self._end(c, over, (now,), ItemState.EXPIRED, "job_expired", message)
+            ended = self._end(c, over, (now,), ItemState.EXPIRED, "job_expired", message)
             c.execute(f"DELETE FROM items WHERE batch IS NULL AND {_ENDED} AND ended_at <= ?", (now - keep_s,))
             expiring = c.execute("SELECT min(expires_at) AS t FROM items WHERE batch IS NULL AND state < 2").fetchone()
             kept = c.execute(f"SELECT min(ended_at) AS t FROM items WHERE batch IS NULL AND {_ENDED}").fetchone()
-            return min(
-                (t for t in (expiring["t"], None if kept["t"] is None else kept["t"] + keep_s) if t is not None),
-                default=None,
-            )
+            times = (expiring["t"], None if kept["t"] is None else kept["t"] + keep_s)
+            return ended, min((time for time in times if time is not None), default=None)
 
-        following = await self._store.write(work)
-        self._store.ended.tell()
+        ended, following = await self._store.write(work)
+        if ended:
+            self._store.ended.tell()
         return following
 
-    def _return_lapsed(self, c: sqlite3.Connection, now: float) -> None:
+    def _return_lapsed(self, c: sqlite3.Connection, now: float) -> int:
+        """Put items back into the line whose lease is over. Returns how many of them end instead."""
         message = f"This request was begun {SILENT_LEASES} times, and each time its worker ended without an answer."
         lapsed, values = f"state = 1 AND {_LAPSED}", (now, now + LEASE_SECONDS)
         given_up = f"{lapsed} AND silent >= {SILENT_LEASES}"
-        self._end(c, given_up, values, ItemState.FAILED, "gave_up", message)
+        ended = self._end(c, given_up, values, ItemState.FAILED, "gave_up", message)
         c.execute(f"UPDATE items SET state = 0, worker = NULL, until = NULL, due = 0 WHERE {lapsed}", values)
+        return ended
 
     def _end(
         self, c: sqlite3.Connection, which: str, values: Sequence[object], state: ItemState, code: str, message: str
@@ -309,25 +305,42 @@ class Items:
         self._after(c, rows)
         return len(rows)
 
-    def _after(self, c: sqlite3.Connection, rows: Sequence[sqlite3.Row]) -> None:
-        """What follows in the same transaction from the end of items."""
-        for row in rows:
-            if row["batch"] is None:
-                url, tenant = row["callback_url"], row["tenant"]
-                self._store.tell(c, EVENTS[ItemState(row["state"])], row["name"], tenant=tenant, url=url)
-        for batch in {row["batch"] for row in rows if row["batch"] is not None}:
-            settle(c, batch, int(self._store.clock()))
+    def _after(self, c: sqlite3.Connection, rows: Sequence[sqlite3.Row]) -> bool:
+        """What follows in the same transaction from the end of items. True if somebody else has to do with it now."""
+        jobs = [row for row in rows if row["batch"] is None]
+        for row in jobs:
+            url, tenant = row["callback_url"], row["tenant"]
+            self._store.tell(c, EVENTS[ItemState(row["state"])], row["name"], tenant=tenant, url=url)
+        batches = {row["batch"] for row in rows if row["batch"] is not None}
+        settled = [settle(c, batch, int(self._store.clock())) for batch in batches]
+        return bool(jobs) or any(settled)
+
+    # Last, because from here on `list` is this method in annotations of the class.
+
+    async def list(
+        self, tenant: str, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
+    ) -> Page[Item]:
+        """Deferred requests without their answers. Raises RequestError if there is no `after`."""
+
+        def work(c: sqlite3.Connection) -> Page[Item]:
+            where = ["batch IS NULL", "tenant = ?"]
+            return page(c, "items", where, [tenant], after=after, limit=limit, order=order, read=_bare)
+
+        return await self._store.read(work)
 
 
-def one_line(body: bytes) -> bytes:
-    """A JSON body as part of a line. Inside of JSON strings there are no raw line breaks."""
+def _as_line(reply: Reply) -> Reply:
+    """The answer with its JSON on one line: inside of JSON strings there are no raw line breaks. What is no JSON at all
+    becomes an error, because nothing else could be told to who asked."""
+    body = reply.body
     if b"\n" in body or b"\r" in body:
         body = body.replace(b"\n", b" ").replace(b"\r", b" ")
     try:
         msgspec.json.decode(body, type=msgspec.Raw)
-    except msgspec.DecodeError as error:
-        raise EngineError(f"The answer is no JSON ({error}).") from None
-    return body
+    except (msgspec.DecodeError, RecursionError) as error:
+        detail = {"message": f"The answer is no JSON ({error}).", "type": "server_error", "param": None, "code": None}
+        return msgspec.structs.replace(reply, status=500, body=msgspec.json.encode({"error": detail}))
+    return msgspec.structs.replace(reply, body=body)
 
 
 def request_name(row: sqlite3.Row, owner: str) -> str:

@@ -127,18 +127,23 @@ batch are how far its input has been read: requests that have become items, and 
 
 
 class Signal:
-    """Tells those who wait on this event loop that there may be news."""
+    """Tells those who wait on this event loop that there may be news. `count` grows with every telling, so that none
+    is missed between looking and waiting."""
 
     def __init__(self) -> None:
+        self.count = 0
         self._waiting: set[asyncio.Future[None]] = set()
 
     def tell(self) -> None:
+        self.count += 1
         for one in self._waiting:
             if not one.done():
                 one.set_result(None)
 
-    async def wait(self, seconds: float | None) -> None:
-        """Return at the next `tell`, or after so many seconds."""
+    async def wait(self, since: int, seconds: float | None) -> None:
+        """Return as soon as `count` is not `since`, or after so many seconds."""
+        if self.count != since:
+            return
         news = asyncio.get_running_loop().create_future()
         self._waiting.add(news)
         try:

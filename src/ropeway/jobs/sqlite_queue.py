@@ -1,0 +1,89 @@
+"""The queue that needs no server: the table of items itself, for the processes that work on one directory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Final
+
+from ropeway.contract import Urgency
+from ropeway.errors import StorageError
+from ropeway.jobs.presence import Presence
+from ropeway.jobs.store import JobStore
+from ropeway.jobs.work import Depth, Reply, Work
+
+_LOOK_SECONDS: Final = 1.0
+"""How often somebody who waits looks for what other processes have put into the tables: what this one puts wakes it."""
+
+_DEAD_SECONDS: Final = 5.0
+"""How often it looks for workers that have died."""
+
+_TURNS: Final = 8
+"""Every so many items, one is taken from the other end: LOW moves on however much MEDIUM there is."""
+
+
+class SqliteQueue:
+    """Hands out the items of `store`. See `JobQueue` for the methods."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+        self._presence = Presence(store.folder)
+        self._handed_out = 0
+        self._looked = -_DEAD_SECONDS
+
+    async def lease(self, most: int, *, wait: float) -> list[Work]:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait
+        while True:
+            seen = self._store.work.count
+            if self._store.exists:
+                await self._take_over(loop.time())
+                if await self._store.items.waiting():
+                    found = await self._claim(most)
+                    if found:
+                        return found
+            left = until - loop.time()
+            if left <= 0:
+                return []
+            await self._store.work.wait(seen, min(left, _LOOK_SECONDS))
+
+    async def extend(self, held: Sequence[Work]) -> list[Work]:
+        return await self._store.items.extend(held)
+
+    async def finish(self, work: Work, reply: Reply) -> bool:
+        return await self._store.items.finish(work.item, work.attempt, reply)
+
+    async def release(self, work: Work, *, delay: float = 0.0) -> None:
+        await self._store.items.release(work.item, work.attempt, delay=delay)
+
+    async def depth(self) -> Depth:
+        return await self._store.items.depth()
+
+    async def close(self) -> None:
+        if self._store.exists:
+            # Also what was leased in the moment in which nobody waited for it any more.
+            with contextlib.suppress(StorageError):
+                await self._store.items.leave(self._presence.name)
+        self._presence.close()
+
+    async def _claim(self, most: int) -> list[Work]:
+        name, items = self._presence.name, self._store.items
+        backward = (self._handed_out + most) // _TURNS - self._handed_out // _TURNS
+        found: list[Work] = []
+        if backward:
+            found = await items.claim(name, backward, first=tuple(reversed(Urgency)))
+        if len(found) < most:
+            found += await items.claim(name, most - len(found))
+        self._handed_out += len(found)
+        return found
+
+    async def _take_over(self, now: float) -> None:
+        """Put back what dead workers held."""
+        if now - self._looked < _DEAD_SECONDS:
+            return
+        self._looked = now
+        self._presence.enter()
+        for name in self._presence.dead():
+            await self._store.items.abandon(name)
+            self._presence.bury(name)
