@@ -141,6 +141,13 @@ def best_pace(connection: sqlite3.Connection, since: int, model: str | None = No
     return None if row is None else (row["tokens"] / row["busy"], row["busy"])
 
 
+def first_hour(connection: sqlite3.Connection, since: int, model: str | None = None) -> int | None:
+    """The first hour since a time in which something was used."""
+    query = "SELECT MIN(hour) AS hour FROM usage WHERE hour >= ? AND (? IS NULL OR model = ?)"
+    row = connection.execute(query, (since // HOUR, model, model)).fetchone()
+    return None if row["hour"] is None else int(row["hour"])
+
+
 class Ledger:
     """Counts usage, and writes it a moment later. Lives on one event loop.
 
