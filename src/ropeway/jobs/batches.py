@@ -124,7 +124,7 @@ class Keeper:
         progress = self._store.progress
         while True:
             seen = progress.count
-            pause: float | None = None
+            pause = _LOOK_SECONDS
             if self._store.exists:
                 try:
                     following = await self.round()

@@ -118,23 +118,17 @@ class Batches:
         return batch
 
     async def ahead(self, batch: Batch) -> int:
-        """Open items that are served before the last one of `batch`, itself included; 0 if none of its are open."""
+        """Open items that are served before the last one of `batch`, itself included; 0 unless it is in progress."""
 
         def work(c: sqlite3.Connection) -> int:
-            row = c.execute(
-                "SELECT max(id) AS last, (SELECT total - lines FROM batches WHERE number = ?1) AS more "
-                "FROM items WHERE batch = ?1 AND state IN (0, 1)",
-                (batch.number,),
-            ).fetchone()
-            if batch.status is not BatchState.IN_PROGRESS or (row["last"] is None and not row["more"]):
+            if batch.status is not BatchState.IN_PROGRESS:
                 return 0
-            last = 2**62 if row["more"] else row["last"]
-            before = c.execute(
-                "SELECT (SELECT count(*) FROM items WHERE state = 1) + (SELECT count(*) FROM items WHERE state = 0 "
-                "AND (urgency < ?1 OR (urgency = ?1 AND id <= ?2)))",
-                (batch.urgency, last),
-            ).fetchone()
-            return int(before[0]) + int(row["more"])
+            at = _progress(c, batch.number)
+            sql = "SELECT max(id) FROM items WHERE batch = ? AND state IN (0, 1)"
+            last: int | None = c.execute(sql, (batch.number,)).fetchone()[0]
+            if at.lines < at.total:
+                return in_line(c, batch.urgency, 2**62) + at.total - at.lines
+            return 0 if last is None else in_line(c, batch.urgency, last)
 
         return await self._store.read(work)
 
@@ -325,12 +319,22 @@ def settle(c: sqlite3.Connection, number: int, now: int) -> bool:
     """A running batch all of whose requests have ended goes on to its files, in the transaction that ended the last."""
     return (
         c.execute(
-            "UPDATE batches SET status = 'finalizing', finalizing_at = ?1 WHERE number = ?2 AND status = 'in_progress' "
-            "AND lines = total AND NOT EXISTS (SELECT 1 FROM items WHERE batch = ?2 AND state IN (0, 1))",
-            (now, number),
+            "UPDATE batches SET status = 'finalizing', finalizing_at = ? WHERE number = ? AND status = 'in_progress' "
+            "AND lines = total AND NOT EXISTS (SELECT 1 FROM items WHERE batch = ? AND state IN (0, 1))",
+            (now, number, number),
         ).rowcount
         > 0
     )
+
+
+def in_line(c: sqlite3.Connection, urgency: Urgency, last: int) -> int:
+    """Open items up to the one with the id `last`, in the order in which items of that urgency are served."""
+    row = c.execute(
+        "SELECT (SELECT count(*) FROM items WHERE state = 1) + (SELECT count(*) FROM items WHERE state = 0 "
+        "AND (urgency < ? OR (urgency = ? AND id <= ?)))",
+        (urgency, urgency, last),
+    ).fetchone()
+    return int(row[0])
 
 
 def output_lives(batch: Batch) -> int:

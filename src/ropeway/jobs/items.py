@@ -15,7 +15,7 @@ import msgspec
 from ropeway.contract import Urgency
 from ropeway.jobs.failpoints import failpoint
 from ropeway.jobs.files import page
-from ropeway.jobs.groups import settle
+from ropeway.jobs.groups import in_line, settle
 from ropeway.jobs.records import Item, ItemError, ItemState, Page, derived_id, is_id, new_id
 from ropeway.jobs.work import Call, Depth, Reply, Work
 
@@ -67,7 +67,6 @@ class Items:
 
         item = msgspec.structs.replace(item, id=await self._store.write(work))
         self._store.work.tell()
-        self._store.progress.tell()
         return item
 
     async def get(self, tenant: str, name: str) -> Item | None:
@@ -109,12 +108,8 @@ class Items:
         def work(c: sqlite3.Connection) -> int:
             if item.state.ended:
                 return 0
-            row = c.execute(
-                "SELECT (SELECT count(*) FROM items WHERE state = 1) + (SELECT count(*) FROM items WHERE state = 0 "
-                "AND (urgency < ?1 OR (urgency = ?1 AND id < ?2))) AS n",
-                (item.urgency, item.id),
-            ).fetchone()
-            return max(1, int(row["n"]) + (item.state is ItemState.WAITING))
+            before = in_line(c, item.urgency, item.id)
+            return before if item.state is ItemState.WAITING else 1
 
         return await self._store.read(work)
 
