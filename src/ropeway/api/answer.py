@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -25,6 +25,9 @@ from ropeway.api.state import Api, disconnected
 from ropeway.errors import EngineError, RopewayError
 
 _log = logging.getLogger(__name__)
+CHECK_ONLY: Final = "check_only"
+"""In a scope's state: whoever asks wants to know whether the request could be answered, and no answer."""
+
 NumberOfTokens = Callable[[], UsageBody]
 """Counts what has been generated so far, which takes a moment: call it for events that show it, and for no others."""
 
@@ -94,6 +97,9 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._api.check_open()
+        if scope["state"].get(CHECK_ONLY):
+            await Response(status_code=204)(scope, receive, send)
+            return
         out = _Output(send)
         self._api.enter()
         events = self._plan.events
