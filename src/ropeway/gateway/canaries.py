@@ -32,14 +32,14 @@ _SAVE_SECONDS: Final = 5.0
 class Canaries:
     """Keeps canaries in the database at `path`, which is made when the first one is started.
 
-    `routes` says to which deployment each public name leads; `deployments` are those that may be tried. Methods belong
-    to the event loop. Raises StorageError where the file cannot be read.
+    `routes` says which deployments share the load of each public name; `deployments` are those that may be tried.
+    Methods belong to the event loop. Raises StorageError where the file cannot be read.
     """
 
     def __init__(
         self,
         path: Path,
-        routes: Mapping[str, str],
+        routes: Mapping[str, Collection[str]],
         deployments: Collection[str],
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -73,8 +73,15 @@ class Canaries:
         if present is not None and present.record.state == "running":
             message = f"{present.record.canary} is being tried on {route}. Promote it or roll it back first."
             raise HttpError(409, message, code="canary_running")
-        leads = self._routes[route] if present is None else present.choose("")
-        control = leads if wanted.control is None else wanted.control
+        control = wanted.control
+        if control is None:
+            leads = self._routes[route] if present is None else [present.choose("")]
+            if len(leads) > 1:
+                message = (
+                    f"{route} is shared by {', '.join(leads)}. Name one of them: it gets what the canary does not."
+                )
+                raise RequestError(message, param="control")
+            control = next(iter(leads))
         for param, name in (("control", control), ("canary", wanted.canary)):
             if name not in self._deployments:
                 raise _unknown(param, name, self._deployments)
