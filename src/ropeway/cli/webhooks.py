@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -67,8 +69,8 @@ def list_events(
     from ropeway.jobs import outbox
 
     chosen = _state(state)
-    database = _open(_load(flags, config))
-    entries = database.read_now(lambda c: outbox.listing(c, limit=limit, state=chosen)) if database else []
+    with _opened(_load(flags, config)) as database:
+        entries = database.read_now(lambda c: outbox.listing(c, limit=limit, state=chosen)) if database else []
     if as_json:
         import msgspec
 
@@ -95,8 +97,8 @@ def retry(
 
     if (event is None) != failed:
         raise ConfigError("Name an event (see `ropeway webhooks list`), or give --failed for all that have failed.")
-    database = _open(_load(flags, config))
-    count = database.write_now(lambda c: outbox.retry(c, event=event, now=time.time())) if database else 0
+    with _opened(_load(flags, config)) as database:
+        count = database.write_now(lambda c: outbox.retry(c, event=event, now=time.time())) if database else 0
     if event is not None and not count:
         raise RequestError(f"There is no event {event}. `ropeway webhooks list` shows those there are.", param="event")
     typer.echo(f"{count} to send again")
@@ -104,7 +106,7 @@ def retry(
 
 @webhooks.command("test")
 @with_settings(JobsConfig, only=("data_dir", "webhook_secret", *_RULES))
-def test(
+def send_test(
     url: Annotated[str, typer.Argument(metavar="URL", help="The receiver.")],
     *,
     config: Config = None,
@@ -138,13 +140,21 @@ def _load(flags: dict[str, Any], file: Path | None) -> ServerConfig:
     return load(ServerConfig, flags, file=file, also=(EngineConfig,))[0]
 
 
-def _open(config: ServerConfig) -> Database | None:
-    """The tables, if a server has ever made them."""
+@contextlib.contextmanager
+def _opened(config: ServerConfig) -> Iterator[Database | None]:
+    """The tables, if a server has ever made them. It may be running."""
     from ropeway.jobs import outbox
     from ropeway.store import Database
 
     path = config.data_path / "jobs.db"
-    return Database(path, [outbox.SCHEMA]) if path.exists() else None
+    if not path.exists():
+        yield None
+        return
+    database = Database(path, [outbox.SCHEMA])
+    try:
+        yield database
+    finally:
+        database.close()
 
 
 def _state(text: str | None) -> Literal["pending", "delivered", "failed"] | None:

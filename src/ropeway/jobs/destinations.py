@@ -93,11 +93,12 @@ def take_apart(url: str) -> Target | None:
     found = _URL.fullmatch(url) if len(url) <= _MAX_URL else None
     if found is None:
         return None
-    scheme, path = found["scheme"].lower(), found["target"] or "/"
+    scheme, host, path = found["scheme"].lower(), found["host"].lower(), found["target"] or "/"
     port = int(found["port"] or _PORTS[scheme])
-    if not 0 < port < 65536:
+    target = Target(scheme, host.strip("[]"), port, path if path.startswith("/") else "/" + path)
+    if not 0 < port < 65536 or (host.startswith("[") and not isinstance(target.literal, IPv6Address)):
         return None
-    return Target(scheme, found["host"].lower().strip("[]"), port, path if path.startswith("/") else "/" + path)
+    return target
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Rules:
         mapped: Address = getattr(address, "ipv4_mapped", None) or address
         if target.host in self.names or any(mapped in network for network in self.networks):
             return
-        if not is_public(address) or _is_mine(mapped):
+        if not is_public(address) or is_own(mapped):
             raise RequestError(
                 f"{param} leads to {address}, which is not a public address of another machine. The operator can allow "
                 "it with --webhook-allow.",
@@ -175,7 +176,7 @@ class Rules:
             )
 
 
-def _is_mine(address: Address) -> bool:
+def is_own(address: Address) -> bool:
     """Whether this machine itself has `address`: then the kernel takes it as the source as well. Sends nothing."""
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -13,13 +13,13 @@ import ssl
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
 from functools import cached_property
 from ipaddress import ip_address
 from typing import Final, NamedTuple
 
 import httpcore2
 
-from ropeway.config.jobs import JobsConfig
 from ropeway.errors import RequestError
 from ropeway.jobs.destinations import Address, Rules, Target
 
@@ -27,7 +27,6 @@ Resolver = Callable[[str], Sequence[Address]]
 
 _MAX_ANSWER: Final = 64 * 1024
 _CONNECT_SECONDS: Final = 5.0
-_BROKEN: Final = (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException, OSError)
 
 
 class Answer(NamedTuple):
@@ -36,13 +35,6 @@ class Answer(NamedTuple):
     status: int | None = None
     retry_after: str = ""
     error: str = ""
-
-
-def check_url(url: str, config: JobsConfig) -> str:
-    """`url`, if events may be sent there as far as that can be said before its name is resolved, which only happens at
-    each delivery. Raises RequestError."""
-    Rules.of(config).check_url(url)
-    return url
 
 
 def resolve(host: str) -> list[Address]:
@@ -90,7 +82,7 @@ class Egress:
             error = refusal.message
         except TimeoutError:
             error = f"No answer within {self._timeout:g} s."
-        except _BROKEN as broken:
+        except Exception as broken:  # whatever went wrong, this was an attempt
             error = f"{type(broken).__name__}: {broken}"[:500]
         # A status that has arrived stands, whatever became of the rest.
         return answer if answer.status is not None else Answer(error=error)
@@ -137,10 +129,11 @@ class _Way(httpcore2.AsyncNetworkBackend):
 async def _read_a_little(response: httpcore2.Response) -> None:
     """The receiver can finish a short answer in peace; a long one is cut off. Nobody looks at either."""
     size = 0
-    async for piece in response.aiter_stream():
-        size += len(piece)
-        if size > _MAX_ANSWER:
-            return
+    async with aclosing(response.aiter_stream()) as pieces:
+        async for piece in pieces:
+            size += len(piece)
+            if size > _MAX_ANSWER:
+                return
 
 
 def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str:

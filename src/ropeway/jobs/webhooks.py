@@ -123,7 +123,6 @@ class Dispatcher:
         self._most, self._each = most, each
         self._running: dict[asyncio.Task[None], str] = {}
         self._last_host = ""
-        self._freed = False
         self._trouble = ""
         self._prune_at = 0.0
 
@@ -136,7 +135,7 @@ class Dispatcher:
         """Deliver until cancelled. Attempts under way get a few seconds then; one that is cut off is made again."""
         try:
             while True:
-                self._freed = False
+                seen = self._store.ended.count
                 try:
                     await self.dispatch()
                     trouble = ""
@@ -145,9 +144,8 @@ class Dispatcher:
                 if trouble and trouble != self._trouble:
                     _log.error("webhooks have to wait: %s", trouble)
                 self._trouble = trouble
-                if not self._freed:
-                    # `retry` on the command line is another process, and nothing tells of what was due later.
-                    await self._store.ended.wait(_POLL)
+                # Nothing tells of what falls due, nor of `ropeway webhooks retry` in another process.
+                await self._store.ended.wait(seen, _POLL)
         finally:
             await self.idle(_GRACE)
             for task in list(self._running):
@@ -191,7 +189,6 @@ class Dispatcher:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         host = self._running.pop(task)
-        self._freed = True
-        self._store.ended.tell()
+        self._store.ended.tell()  # there is room again
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("webhook to %s: the attempt was not written down: %s", host, error)
