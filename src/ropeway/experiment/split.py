@@ -10,8 +10,9 @@ from hashlib import blake2b
 def pick(key: str, weights: Mapping[str, float], salt: str = "") -> str:
     """The name that `key` belongs to, each name with the probability weight / sum of weights.
 
-    Weighted rendezvous hashing: when weights move, only keys of the share that moved change, and those go to where the
-    share went. Another `salt` splits the same keys independently. Raises ValueError if no weight is positive.
+    Weighted rendezvous hashing: when one weight grows, keys move to that name alone, and between two names no more of
+    them than the share that moved. Another `salt` splits the same keys independently. Raises ValueError if no weight is
+    positive.
     Source: Schindelhauer and Schomaker, "Weighted distributed hash tables", SPAA 2005.
     """
     chosen, soonest = None, math.inf

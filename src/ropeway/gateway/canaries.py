@@ -17,7 +17,7 @@ from ropeway.api.canary_schema import CanaryEvent, CanaryStart, CanaryState
 from ropeway.api.errors import HttpError
 from ropeway.errors import RequestError, StorageError
 from ropeway.experiment import Guard, analyze
-from ropeway.gateway.canary import Canary, Record
+from ropeway.gateway.canary import Canary, Event, Record
 from ropeway.gateway.outcome import Splitter
 from ropeway.store import Database, Schema
 
@@ -100,6 +100,7 @@ class Canaries:
                 min_samples=wanted.min_samples,
             ),
             since=self._wall(),
+            events=[Event(self._wall(), f"started, weight {wanted.weight:.3%}")],
         )
         self._canaries[route] = canary = self._made(record)
         try:
