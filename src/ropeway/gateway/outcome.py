@@ -15,9 +15,9 @@ class Outcome(Struct, frozen=True, kw_only=True):
 
     `status` is the HTTP status that the deployment answered; 502 if it could not be reached or broke off, 504 if it was
     too slow, 499 if the client left. `began`: bytes of its answer went to the client, so `broken` means that a client
-    has seen half an answer. `ttft_s` is when the first byte of the answer came, None if none did; `itl_s` the mean
-    time between the events of a stream, None for an answer in one piece. `tokens` is what the answer says it has
-    generated, and where it does not say, the number of events.
+    has seen half an answer. `ttft_s` is when the first text of a stream came, `itl_s` the mean time between its texts;
+    both are None for an answer in one piece. `tokens` is what the answer says it has generated, and where it does not
+    say, the number of texts.
     """
 
     status: int
@@ -48,5 +48,5 @@ class Splitter(Protocol):
         """The deployment that requests with this key (a user, a session, an API key) go to. Cheap and without I/O."""
 
     def observe(self, deployment: str, outcome: Outcome, key: str) -> None:
-        """Hear of every attempt at one of its deployments, also of those that other rules sent there. `key` is the
-        request's: answers to the same one resemble each other, which whoever counts them has to know."""
+        """Hear of every attempt at a request that it has chosen for, also of one elsewhere after the first has failed.
+        `key` is the request's: answers to the same one resemble each other, which whoever counts them has to know."""
