@@ -56,8 +56,9 @@ class _Out(msgspec.Struct):
     error: ItemError | None
 
 
-class _Cached(msgspec.Struct):
+class _Details(msgspec.Struct):
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class _Tokens(msgspec.Struct):
@@ -65,8 +66,10 @@ class _Tokens(msgspec.Struct):
     completion_tokens: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
-    prompt_tokens_details: _Cached | None = None
-    input_tokens_details: _Cached | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
 
 
 class _Used(msgspec.Struct):
@@ -256,9 +259,11 @@ def _more(usage: Usage, body: bytes) -> Usage:
         return usage  # usage of another shape is not counted
     if found is None:
         return usage
-    details = found.prompt_tokens_details or found.input_tokens_details
+    read = found.prompt_tokens_details or found.input_tokens_details
+    written = found.completion_tokens_details or found.output_tokens_details
     return Usage(
         usage.input_tokens + found.prompt_tokens + found.input_tokens,
         usage.output_tokens + found.completion_tokens + found.output_tokens,
-        usage.cached_tokens + (details.cached_tokens if details else 0),
+        usage.cached_tokens + (read.cached_tokens if read else 0),
+        usage.reasoning_tokens + (written.reasoning_tokens if written else 0),
     )
