@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import httpx2
@@ -84,6 +84,27 @@ class Client:
             return response.json()
         except ValueError:
             return None
+
+    def upload(self, path: str, name: str, file: BinaryIO, fields: dict[str, str]) -> Any:
+        """Send `file` in a form with `fields`, as it is read. The JSON of the answer. Raises RopewayError."""
+        try:
+            response = self._http.post(self.url + path, files={"file": (name, file, "application/jsonl")}, data=fields)
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from None
+        if response.status_code != 200:
+            raise _refusal(response.status_code, response.content)
+        return response.json()
+
+    def download(self, path: str, to: BinaryIO) -> None:
+        """Write the bytes at `path` into `to` as they come. Raises RopewayError."""
+        try:
+            with self._http.stream("GET", self.url + path) as response:
+                if response.status_code != 200:
+                    raise _refusal(response.status_code, response.read())
+                for piece in response.iter_bytes():
+                    to.write(piece)
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from None
 
     def stream(self, path: str, fields: dict[str, Any], timing: Timing) -> Generator[str, None, None]:
         """The texts of one answer as they arrive; `timing` is filled in on the way. Raises RopewayError."""
