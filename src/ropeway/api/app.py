@@ -20,6 +20,7 @@ from ropeway.api import (
     anthropic_errors,
     chat,
     completions,
+    deployments,
     docs,
     embeddings,
     health,
@@ -42,6 +43,7 @@ from ropeway.api.embedding_schema import (
 )
 from ropeway.api.errors import HttpError
 from ropeway.api.middleware import ADMIN, PUBLIC, Gate, refusal
+from ropeway.api.refusals import Refusals
 from ropeway.api.registry import RequestList, RequestState
 from ropeway.api.response_store import ResponseStore
 from ropeway.api.responses_schema import DeletedResponse, InputItems, ResponseBody, ResponseRequest, TokenCount
@@ -54,18 +56,29 @@ _DESCRIPTION = "OpenAI's API and Anthropic's Messages for the model that this se
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 
-def create_app(service: TextService, config: ServerConfig, metrics: Metrics) -> FastAPI:
-    """The application around `service`. Its `state.api` is the shared `Api`."""
+def create_app(
+    service: TextService, config: ServerConfig, metrics: Metrics, *, front: FastAPI | None = None
+) -> FastAPI:
+    """The application around `service`. Its `state.api` is the shared `Api`.
+
+    With `front` it answers for one more model of that application's server. It shares the count of answers, the known
+    requests and the stored responses with it, and has no gate: whatever comes here has passed that of `front`.
+    """
     app = FastAPI(
         title="Ropeway", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None, openapi_url=None
     )
-    app.state.api = Api(service, config, metrics)
-    app.state.responses = ResponseStore(
-        count=config.response_store_count,
-        size=int(config.response_store_mib * 1024 * 1024),
-        ttl=config.response_store_ttl,
-    )
-    app.add_middleware(Gate, config=config, metrics=metrics)
+    if front is not None:
+        app.state.api = front.state.api.beside(service, metrics, config)
+        app.state.responses = front.state.responses
+        app.add_middleware(Refusals)
+    else:
+        app.state.api = Api(service, config, metrics)
+        app.state.responses = ResponseStore(
+            count=config.response_store_count,
+            size=int(config.response_store_mib * 1024 * 1024),
+            ttl=config.response_store_ttl,
+        )
+        app.add_middleware(Gate, config=config, metrics=metrics)
     app.add_exception_handler(HTTPException, _not_here)
     _add_routes(app)
     return app
@@ -129,6 +142,10 @@ def _add_routes(app: FastAPI) -> None:
     add("GET", "/admin/pins", admin.get_pins, op(schema.PinList))
     add("PUT", "/admin/pins/{name}", admin.put_pin, op(schema.PinList, schema.PinRequest))
     add("DELETE", "/admin/pins/{name}", admin.delete_pin, op(schema.PinList))
+    state = deployments.DeploymentState
+    add("GET", "/admin/deployments", deployments.list_deployments, op(deployments.DeploymentList))
+    add("POST", "/admin/deployments/{name}/start", deployments.start_deployment, op(state))
+    add("POST", "/admin/deployments/{name}/stop", deployments.stop_deployment, op(state))
     app.add_api_route("/openapi.json", _openapi, methods=["GET"], include_in_schema=False)
     app.add_api_route("/docs", _docs, methods=["GET"], include_in_schema=False)
 

@@ -12,6 +12,7 @@ from ropeway.api import anthropic_schema as anthropic
 from ropeway.api import embedding_schema as embedding
 from ropeway.api import replies, schema
 from ropeway.api import responses_schema as responses
+from ropeway.api.deployments import DeploymentList, DeploymentState
 from ropeway.api.errors import ErrorEnvelope
 from ropeway.api.registry import RequestList, RequestState
 from ropeway.api.translate import EXTRAS
@@ -26,7 +27,7 @@ _COMPONENTS = (
     anthropic.InputTokens, anthropic.MessageErrorEnvelope,
     embedding.EmbeddingRequest, embedding.EmbeddingList, embedding.ScoreRequest, embedding.ScoreList,
     embedding.RerankRequest, embedding.RerankList,
-    schema.WaitState, RequestList, RequestState, ErrorEnvelope,
+    schema.WaitState, RequestList, RequestState, DeploymentList, DeploymentState, ErrorEnvelope,
 )  # fmt: skip
 _REF = "#/components/schemas/"
 _STYLE = """

@@ -7,22 +7,27 @@ from starlette.responses import Response
 
 from ropeway.api.health import json_response
 from ropeway.api.schema import ModelCard, ModelList
-from ropeway.api.state import Api, api_of
+from ropeway.api.state import Api, api_of, unknown_model
 
 
-def _card(api: Api) -> ModelCard:
+def cards(api: Api) -> list[ModelCard]:
+    """What is served."""
+    if api.cards is not None:
+        return api.cards()
     service, info = api.service, api.service.info
     root = info.model if info is not None else service.model_name
-    return ModelCard(id=service.model_name, created=api.created, root=root, max_model_len=service.max_model_len)
+    return [ModelCard(id=service.model_name, created=api.created, root=root, max_model_len=service.max_model_len)]
 
 
 async def list_models(request: Request) -> Response:
     """The served models."""
-    return json_response(ModelList(data=[_card(api_of(request))]))
+    return json_response(ModelList(data=cards(api_of(request))))
 
 
 async def get_model(request: Request) -> Response:
     """One model; 404 for a name that is not served."""
-    api = api_of(request)
-    api.check_model(request.path_params["model"])
-    return json_response(_card(api))
+    api, name = api_of(request), request.path_params["model"]
+    found = next((card for card in cards(api) if card.id == name), None)
+    if found is None:
+        raise unknown_model(name, [card.id for card in cards(api)])
+    return json_response(found)

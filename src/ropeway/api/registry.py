@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -72,7 +73,7 @@ class Tracked:
         self.answer_id = answer_id
         self.tenant = tenant
         self.over = asyncio.Event()
-        self._service = service
+        self.service = service
         self._forget = forget
         self._created = int(time.time())
         self._begun = time.monotonic()
@@ -85,7 +86,7 @@ class Tracked:
     ) -> TextStream:
         """Submit one of its sequences, to the text service or another `door`. Those of the same `prompt` read it once
         in the account."""
-        stream = await (door or self._service.submit)(request)
+        stream = await (door or self.service.submit)(request)
         self._parts.append((prompt, stream))
         if self._cancelled:
             stream.cancel()
@@ -147,7 +148,7 @@ class Tracked:
         return RequestState(
             id=self.id,
             answer_id=self.answer_id,
-            model=self._service.model_name,
+            model=self.service.model_name,
             tenant=self.tenant,
             created=self._created,
             state=state,
@@ -181,6 +182,12 @@ class Registry:
         self._ended: deque[tuple[float, Tracked]] = deque(maxlen=keep)
         self._seconds = seconds
         self._clock = clock
+
+    def beside(self, service: TextService) -> Registry:
+        """The same registry, for requests that another service answers."""
+        other = copy.copy(self)
+        other._service = service
+        return other
 
     def track(self, id: str, *, answer_id: str | None = None, tenant: str = "") -> Tracked:
         """Begin a request, for whoever submits its sequences and calls `end`."""

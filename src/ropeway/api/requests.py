@@ -13,8 +13,10 @@ from starlette.responses import Response
 from ropeway.api.errors import HttpError
 from ropeway.api.health import json_response
 from ropeway.api.registry import RequestList, RequestState, State, Tracked
-from ropeway.api.state import Api, api_of
+from ropeway.api.state import api_of
+from ropeway.contract import Why
 from ropeway.errors import RequestError, RopewayError
+from ropeway.service.request import TextService
 
 _log = logging.getLogger(__name__)
 MAX_LISTED: Final = 1000
@@ -39,15 +41,14 @@ async def list_requests(request: Request) -> Response:
         raise RequestError(f"state must be one of {', '.join(_STATES)}.", param="state")
     if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= MAX_LISTED):
         raise RequestError(f"limit must be a whole number from 1 to {MAX_LISTED}.", param="limit")
-    api = api_of(request)
-    found = await _states(api, api.requests.newest(_tenant(request)))
+    found = await _states(api_of(request).requests.newest(_tenant(request)))
     wanted = [one for one in found if state in (None, one.state)]
     return json_response(RequestList(data=wanted[: int(limit)], has_more=len(wanted) > int(limit)))
 
 
 async def get_request(request: Request) -> Response:
     """One request, by the `x-request-id` or the `id` of its answer."""
-    [found] = await _states(api_of(request), [_wanted(request)])
+    [found] = await _states([_wanted(request)])
     return json_response(found)
 
 
@@ -62,14 +63,21 @@ async def cancel_request(request: Request) -> Response:
     return json_response(tracked.state([]))
 
 
-async def _states(api: Api, requests: list[Tracked]) -> list[RequestState]:
+async def _states(requests: list[Tracked]) -> list[RequestState]:
     """How requests stand. If the engine cannot say why they wait, they are told as running."""
-    rids = [rid for tracked in requests for rid in tracked.rids]
-    reasons = []
-    if rids:
-        with contextlib.suppress(RopewayError, TimeoutError):
-            reasons = await asyncio.wait_for(api.service.why(*rids), _PATIENCE)
-    return [tracked.state(reasons) for tracked in requests]
+    rids: dict[TextService, list[int]] = {}
+    for tracked in requests:
+        if tracked.rids:
+            rids.setdefault(tracked.service, []).extend(tracked.rids)
+    answers = await asyncio.gather(*(_why(service, numbers) for service, numbers in rids.items()))
+    reasons = dict(zip(rids, answers, strict=True))
+    return [tracked.state(reasons.get(tracked.service, [])) for tracked in requests]
+
+
+async def _why(service: TextService, rids: list[int]) -> list[Why]:
+    with contextlib.suppress(RopewayError, TimeoutError):
+        return await asyncio.wait_for(service.why(*rids), _PATIENCE)
+    return []
 
 
 def _tenant(request: Request) -> str | None:

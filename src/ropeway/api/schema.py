@@ -317,7 +317,7 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     owned_by: str = "ropeway"
     root: str
     parent: str | None = None
-    max_model_len: int
+    max_model_len: int | None
 
 
 class ModelList(Struct, frozen=True, kw_only=True):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -13,54 +15,87 @@ from starlette.types import Receive
 from ropeway._version import __version__
 from ropeway.api.errors import HttpError
 from ropeway.api.registry import Registry
+from ropeway.api.schema import ModelCard
 from ropeway.config import ServerConfig
 from ropeway.errors import DrainingError, RopewayError, UnknownModelError
 from ropeway.observe.metrics import Metrics
 from ropeway.service.request import TextService
 
+MAX_SHOWN = 128
+"""Characters of a name that a client sent, in an answer."""
+
+MAX_LISTED = 20
+"""Names of models in an error."""
+
+
+@dataclass
+class _Answers:
+    """The answers in the making of a server, whichever of its models makes them."""
+
+    draining: bool = False
+    active: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    cut: asyncio.Future[RopewayError] | None = None
+
 
 @dataclass
 class Api:
-    """The parts an endpoint works with, and the count of answers in the making."""
+    """The parts an endpoint works with, and the count of answers in the making.
+
+    `cards` are the models of a server that has several; without it there is the one of `service`.
+    """
 
     service: TextService
     config: ServerConfig
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
-    draining: bool = False
     requests: Registry = field(init=False)
-    _active: int = 0
-    _idle: asyncio.Event = field(default_factory=asyncio.Event)
-    _cut: asyncio.Future[RopewayError] | None = None
+    cards: Callable[[], list[ModelCard]] | None = None
+    _answers: _Answers = field(default_factory=_Answers)
 
     def __post_init__(self) -> None:
         self.requests = Registry(self.service)
 
+    def beside(self, service: TextService, metrics: Metrics, config: ServerConfig) -> Api:
+        """The parts for one more model of the same server."""
+        other = copy.copy(self)
+        other.service, other.metrics, other.config = service, metrics, config
+        other.requests = self.requests.beside(service)
+        return other
+
     @property
     def active(self) -> int:
         """Generating requests that have not been answered completely."""
-        return self._active
+        return self._answers.active
+
+    @property
+    def draining(self) -> bool:
+        return self._answers.draining
+
+    @draining.setter
+    def draining(self, now: bool) -> None:
+        self._answers.draining = now
 
     @property
     def cut(self) -> asyncio.Future[RopewayError]:
         """Done when no answer may go on; its result is what to tell the clients."""
-        if self._cut is None:
-            self._cut = asyncio.get_running_loop().create_future()
-        return self._cut
+        if self._answers.cut is None:
+            self._answers.cut = asyncio.get_running_loop().create_future()
+        return self._answers.cut
 
     def enter(self) -> None:
-        self._active += 1
-        self._idle.clear()
+        self._answers.active += 1
+        self._answers.idle.clear()
 
     def leave(self) -> None:
-        self._active -= 1
-        if not self._active:
-            self._idle.set()
+        self._answers.active -= 1
+        if not self._answers.active:
+            self._answers.idle.set()
 
     async def idle(self) -> None:
         """Return as soon as nothing is being answered."""
-        if self._active:
-            await self._idle.wait()
+        if self._answers.active:
+            await self._answers.idle.wait()
 
     def drain(self) -> None:
         """Refuse newcomers; answers in the making go on."""
@@ -80,12 +115,7 @@ class Api:
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModelError unless `name` is the served model or was left out."""
         if name is not None and name != self.service.model_name:
-            shown = name if len(name) <= 128 else name[:128] + "..."
-            raise UnknownModelError(
-                f"The model `{shown}` does not exist or you do not have access to it. "
-                f"This server serves `{self.service.model_name}`.",
-                param="model",
-            )
+            raise unknown_model(name, [self.service.model_name])
 
     @property
     def fingerprint(self) -> str:
@@ -95,6 +125,16 @@ class Api:
         if info is not None:
             parts += [info.model, info.device, info.dtype, info.attention]
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def unknown_model(name: str, served: Sequence[str]) -> UnknownModelError:
+    """What to raise for a model that is not among those `served`."""
+    shown = name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "..."
+    names = [f"`{one}`" for one in served[:MAX_LISTED]] + ["..."] * (len(served) > MAX_LISTED)
+    return UnknownModelError(
+        f"The model `{shown}` does not exist or you do not have access to it. This server serves {', '.join(names)}.",
+        param="model",
+    )
 
 
 def api_of(request: Request) -> Api:

@@ -86,6 +86,14 @@ class EngineConfig:
         high=1.0,
     )
 
+    memory_gib: float | None = option(
+        None,
+        "Memory",
+        "GiB for weights, workspace and KV cache together, which then takes all that the others leave (default: what "
+        "the device has).",
+        low=0.001,
+    )
+
     preset: Literal["balanced", "latency", "throughput"] = option(
         "balanced", "Scheduling", "A set of settings for those not given themselves; start-up lists them with reasons."
     )

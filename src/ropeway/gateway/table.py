@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ropeway.api.state import unknown_model
 from ropeway.config import EngineConfig, ServerConfig
-from ropeway.errors import RequestError, UnknownModelError
+from ropeway.errors import RequestError
 from ropeway.gateway.balance import Policy
-
-MAX_SHOWN = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,22 +114,10 @@ class Table:
 
     def route(self, model: str | None) -> Route:
         """Raises RequestError if one must be named and is not, UnknownModelError if there is none of that name."""
+        if model is None and len(self.routes) == 1:
+            return next(iter(self.routes.values()))
         if model is None:
-            if len(self.routes) == 1:
-                return next(iter(self.routes.values()))
-            message = f"This server has several models; name one of them: {self._names}."
-            raise RequestError(message, param="model")
-        found = self.routes.get(model)
-        if found is None:
-            shown = model if len(model) <= MAX_SHOWN else model[:MAX_SHOWN] + "..."
-            raise UnknownModelError(
-                f"The model `{shown}` does not exist or you do not have access to it. "
-                f"This server serves {self._names}.",
-                param="model",
-            )
-        return found
-
-    @property
-    def _names(self) -> str:
-        shown = [f"`{name}`" for name in list(self.routes)[:20]]
-        return ", ".join(shown) + (", ..." if len(self.routes) > len(shown) else "")
+            raise RequestError("This server has several models; name one of them. See /v1/models.", param="model")
+        if model not in self.routes:
+            raise unknown_model(model, list(self.routes))
+        return self.routes[model]

@@ -63,8 +63,9 @@ class StatsLine:
     It needs no timer: without steps there is nothing to say.
     """
 
-    def __init__(self, interval: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, interval: float, *, engine: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._interval = interval
+        self._engine = engine
         self._clock = clock
         self._since: float | None = None
         self._first: EngineStats | None = None
@@ -79,18 +80,18 @@ class StatsLine:
         idle = not stats.running and not stats.waiting
         if now - self._since < self._interval:
             return
-        _log.info("%s", self.line(self._first, stats, now - self._since))
+        _log.info("%s", self.line(self._first, stats, now - self._since, self._engine))
         self._since, self._first = (None, None) if idle else (now, stats)
 
     @staticmethod
-    def line(first: EngineStats, last: EngineStats, seconds: float) -> str:
+    def line(first: EngineStats, last: EngineStats, seconds: float, engine: int = 0) -> str:
         """Averages between two steps, and the state after the second. Tokens are counted when they are computed."""
         prompt = (last.prompt_tokens - first.prompt_tokens) / seconds
         generation = (last.generation_tokens - first.generation_tokens) / seconds
         usage = 100 * last.blocks_used / last.blocks_total if last.blocks_total else 0.0
         hits = 100 * last.cache_hits / last.cache_queries if last.cache_queries else 0.0
         return (
-            f"Engine 000: Avg prompt throughput: {prompt:.1f} tokens/s, "
+            f"Engine {engine:03}: Avg prompt throughput: {prompt:.1f} tokens/s, "
             f"Avg generation throughput: {generation:.1f} tokens/s, "
             f"Running: {last.running} reqs, Waiting: {last.waiting} reqs, "
             f"GPU KV cache usage: {usage:.1f}%, Prefix cache hit rate: {hits:.1f}%"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Final
 
 from prometheus_client import CollectorRegistry
@@ -101,9 +102,13 @@ class Histogram:
 
 
 class Metrics:
-    """All metrics of one server. Subscribe `on_report` to the engine's reports; the HTTP floor adds its own."""
+    """All metrics of one server. Subscribe `on_report` to the engine's reports; the HTTP floor adds its own.
 
-    def __init__(self, model_name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    A server with several models has one without a `model_name`, and one more for each model, whose `families` it is to
+    `include`.
+    """
+
+    def __init__(self, model_name: str | None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.model_name = model_name
         self._clock = clock
         self._info: ExecutorInfo | None = None
@@ -123,7 +128,8 @@ class Metrics:
         self.step = Histogram("ropeway_step_seconds", "Time that the executor needed for a step", STEP_BUCKETS)
         self.http_seconds = Histogram("http_request_duration_seconds", "Time to answer an HTTP request", HTTP_BUCKETS)
         self._registry = CollectorRegistry()
-        self._registry.register(_Source(self._families))
+        self._sources: list[Callable[[], Iterable[Metric]]] = [self.families] if model_name is not None else []
+        self._registry.register(_Source(self._all_families))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 
@@ -134,6 +140,10 @@ class Metrics:
         elif isinstance(report, Ready):
             self._info = report.info
             self._last_token.clear()
+
+    def include(self, source: Callable[[], Iterable[Metric]]) -> None:
+        """Show also the families that `source` makes. Those of one name are shown as one."""
+        self._sources.append(source)
 
     def rejected(self, code: str) -> None:
         """Count a request that was refused at the door, by the code of its error."""
@@ -183,8 +193,9 @@ class Metrics:
         if usage.first_token_s is not None:
             self.ttft.observe(usage.first_token_s)
 
-    def _families(self) -> Iterator[Metric]:
-        labels, values = ("model_name", "engine"), (self.model_name, "0")
+    def families(self) -> Iterator[Metric]:
+        """Those of the model, without HTTP's."""
+        labels, values = ("model_name", "engine"), (self.model_name or "", "0")
         yield from _engine_families(self._stats or _NOTHING_YET, labels, values)
         finished = CounterMetricFamily("vllm:request_success", "Finished requests", labels=(*labels, "finished_reason"))
         for reason, count in self._finished.items():
@@ -203,6 +214,14 @@ class Metrics:
             yield histogram.family(labels, values)
         if self._info is not None:
             yield _cache_config(self._info, values)
+
+    def _all_families(self) -> Iterator[Metric]:
+        found: dict[str, Metric] = {}
+        for family in chain.from_iterable(source() for source in self._sources):
+            first = found.setdefault(family.name, family)
+            if first is not family:
+                first.samples.extend(family.samples)
+        yield from found.values()
         requests = CounterMetricFamily("http_requests", "HTTP requests", labels=("method", "handler", "status"))
         for key, count in self._http.items():
             requests.add_metric(key, count)

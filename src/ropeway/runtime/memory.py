@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,7 @@ def workspace_bytes(config: EngineConfig, spec: ModelSpec, dtype: str) -> int:
 def plan_budget(config: EngineConfig, spec: ModelSpec, dtype: str, device: str, memory: MemoryState) -> Budget:
     """Divide `memory` before anything is loaded. Raises MemoryBudgetError with the numbers and a value that would work,
     or ConfigError for a length beyond the model."""
+    config, memory = _within(config, memory)
     if not spec.kv_bytes_per_token(dtype):
         return _plan_without_cache(config, spec, dtype, memory)
     weights = spec.weight_bytes(dtype, config.quantization, config.quantization_group)
@@ -157,6 +159,21 @@ def plan_budget(config: EngineConfig, spec: ModelSpec, dtype: str, device: str, 
         disk_blocks=slots_in(int((config.kv_disk_gib or 0) * GIB), block),
         notes=tuple(notes),
     )
+
+
+def _within(config: EngineConfig, memory: MemoryState) -> tuple[EngineConfig, MemoryState]:
+    """The same as if the device had no more than `memory_gib`, all of it for this engine. Raises MemoryBudgetError."""
+    if config.memory_gib is None:
+        return config, memory
+    size = int(config.memory_gib * GIB)
+    if size > memory.free:
+        raise MemoryBudgetError(
+            f"memory_gib is {config.memory_gib:g}, but {gib(memory.free)} {memory.limit} are free. "
+            "Lower --memory-gib, or free memory.",
+            param="memory_gib",
+        )
+    share = 1.0 if config.gpu_memory_utilization is None else config.gpu_memory_utilization
+    return dataclasses.replace(config, gpu_memory_utilization=share), MemoryState(size, size, "of --memory-gib")
 
 
 def _plan_without_cache(config: EngineConfig, spec: ModelSpec, dtype: str, memory: MemoryState) -> Budget:
