@@ -10,7 +10,7 @@ from ropeway.experiment import Analysis
 
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1, description="Share of the keys that the canary gets, 0 to 1.")]
-Outcome: TypeAlias = Literal["running", "stopped", "rolled_back", "promoted"]
+Phase: TypeAlias = Literal["running", "stopped", "rolled_back", "promoted"]
 
 
 class CanaryStart(Struct, frozen=True, kw_only=True):
@@ -34,7 +34,7 @@ class CanaryStart(Struct, frozen=True, kw_only=True):
     ] = 0.01
     min_samples: Annotated[
         int, Meta(ge=30, le=1_000_000, description="Answers of each side before times and rates are judged.")
-    ] = 100
+    ] = 50
 
 
 class CanaryChange(Struct, frozen=True, kw_only=True):
@@ -64,7 +64,7 @@ class CanaryState(Struct, frozen=True, kw_only=True):
     route: str
     control: str
     canary: str
-    state: Outcome
+    state: Phase
     weight: float
     trial: int
     since: float

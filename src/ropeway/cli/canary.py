@@ -49,7 +49,7 @@ def start(
         str, typer.Option(metavar="SHARE", help="Stop it if proven to fail more, by this share of answers or more.")
     ] = "1%",
     alpha: Annotated[str, typer.Option(metavar="SHARE", help="Chance to ever stop one that is no worse.")] = "1%",
-    min_samples: Annotated[int, typer.Option(help="Answers of each side before times are judged.", min=30)] = 100,
+    min_samples: Annotated[int, typer.Option(help="Answers of each side before times are judged.", min=30)] = 50,
     url: Url = URL,
     api_key: Key = None,
     as_json: Json = False,

@@ -9,6 +9,7 @@ Source: Deng, Knoblich and Lu, "Applying the Delta method in metric analytics", 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
@@ -159,7 +160,7 @@ class Trial:
     def __init__(self, share: float, sums: Sums | None = None) -> None:
         self.share = share
         self.sums = Sums() if sums is None else sums
-        self._rows: tuple[dict[int, list[float]], dict[int, list[float]]] = ({}, {})
+        self._rows: tuple[OrderedDict[int, list[float]], ...] = (OrderedDict(), OrderedDict())
 
     def observe(self, canary: bool, key: str, sample: Sample) -> None:
         """One answer of the canary or of the control, to `key`."""
@@ -176,10 +177,10 @@ class Trial:
     def _row(self, canary: bool, key: str) -> list[float]:
         """N and Y of failures and of each measure."""
         rows, name = self._rows[canary], hash(key)
-        row = rows.pop(name, None)
+        row = rows.get(name)
         if row is None:
-            row = [0.0] * (2 + 2 * len(MEASURES))
-            if len(rows) >= _MAX_KEYS:
-                del rows[next(iter(rows))]
-        rows[name] = row
+            row = rows[name] = [0.0] * (2 + 2 * len(MEASURES))
+            if len(rows) > _MAX_KEYS:
+                rows.popitem(last=False)
+        rows.move_to_end(name)
         return row

@@ -42,7 +42,7 @@ class Guard:
     alpha: float = 0.01
     max_regression: float = 0.1
     max_error_increase: float = 0.01
-    min_samples: int = 100
+    min_samples: int = 50
 
 
 @dataclass(frozen=True)
