@@ -135,9 +135,9 @@ class Items:
         Leases that have lapsed go back into the line before, and whoever has been leased too often in silence ends.
         """
         owner = await self._store.owner()
-        now = self._store.clock()
 
         def work(c: sqlite3.Connection) -> tuple[list[Work], int]:
+            now = self._store.clock()
             ended = self._return_lapsed(c, now)
             found: list[Work] = []
             for urgency in first:
@@ -162,9 +162,9 @@ class Items:
     async def extend(self, held: Iterable[Work]) -> list[Work]:
         """Lease what is held anew. Returns what has been lost: ended, or leased to somebody else."""
         held = list(held)
-        until = self._store.clock() + LEASE_SECONDS
 
         def work(c: sqlite3.Connection) -> list[Work]:
+            until = self._store.clock() + LEASE_SECONDS
             return [
                 one
                 for one in held
@@ -198,18 +198,6 @@ class Items:
             self._store.ended.tell()
             self._store.progress.tell()
         return committed
-
-    async def give_up(self, item: int, attempt: int, code: str, message: str) -> bool:
-        """End this attempt's item without an answer, with an error. False if refused."""
-
-        def work(c: sqlite3.Connection) -> int:
-            which = "id = ? AND attempt = ? AND state = 1"
-            return self._end(c, which, (item, attempt), ItemState.FAILED, code, message)
-
-        ended = await self._store.write(work)
-        self._store.ended.tell()
-        self._store.progress.tell()
-        return ended > 0
 
     async def release(self, item: int, attempt: int, *, delay: float = 0.0) -> bool:
         """Put this attempt's item back into the line for `delay` seconds later. Whoever gives back lives: its lease
@@ -251,12 +239,10 @@ class Items:
 
     async def depth(self) -> Depth:
         def work(c: sqlite3.Connection) -> Depth:
-            rows = c.execute("SELECT urgency, state, count(*) AS n FROM items WHERE state < 2 GROUP BY 1, 2").fetchall()
-            counts = {(row["urgency"], row["state"]): int(row["n"]) for row in rows}
-            return Depth(
-                waiting={u: counts.get((u, ItemState.WAITING), 0) for u in Urgency},
-                leased={u: counts.get((u, ItemState.LEASED), 0) for u in Urgency},
-            )
+            # Two questions with constants in them, because each has an index of its own.
+            waiting = c.execute("SELECT urgency, count(*) FROM items WHERE state = 0 GROUP BY urgency")
+            leased = c.execute("SELECT urgency, count(*) FROM items WHERE state = 1 GROUP BY urgency")
+            return Depth(waiting=_by_urgency(waiting), leased=_by_urgency(leased))
 
         return await self._store.read(work)
 
@@ -336,6 +322,10 @@ def _as_line(reply: Reply) -> Reply:
         detail = {"message": f"The answer is no JSON ({error}).", "type": "server_error", "param": None, "code": None}
         return msgspec.structs.replace(reply, status=500, body=msgspec.json.encode({"error": detail}))
     return msgspec.structs.replace(reply, body=body)
+
+
+def _by_urgency(rows: Iterable[sqlite3.Row]) -> dict[Urgency, int]:
+    return dict.fromkeys(Urgency, 0) | {Urgency(urgency): int(count) for urgency, count in rows}
 
 
 def request_name(row: sqlite3.Row, owner: str) -> str:

@@ -156,7 +156,8 @@ class Database:
             with _translated(self.path):
                 result = work(self._writer)
         except Exception as error:
-            # A full disk may already have rolled back everything; then the whole transaction fails.
+            if not self._writer.in_transaction:
+                raise  # a full disk has taken back everything, also what went well before
             self._writer.execute("ROLLBACK TO one")
             self._writer.execute("RELEASE one")
             return None, error
