@@ -7,16 +7,20 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from json import JSONDecodeError
 from typing import Any, Final
 
 from ropeway.client.endpoint import Endpoint
 from ropeway.client.limits import Pace
 from ropeway.client.results import Asked, Batch, Failure, Item, Kind, Progress, Result, Totals, Usage
-from ropeway.errors import ConfigError, RopewayError
+from ropeway.errors import ConfigError, RequestError, RopewayError
 
 Report = Callable[[Progress], None]
 
 CONCURRENCY: Final = 20
+
+_OURS: Final = {"model", "stream", "stream_options"}
+"""Fields that are not passed on as they are: whether an answer is streamed is said by the method that is called."""
 
 
 class AsyncClient:
@@ -72,7 +76,7 @@ class AsyncClient:
             async with self._admitted(asked, turn), asyncio.timeout(self.endpoint.timeout):
                 result = _result(asked, await self._create(asked))
                 turn.used = result.usage.total_tokens
-        except (RopewayError, TimeoutError, _openai_error()) as error:
+        except (RopewayError, TimeoutError, JSONDecodeError, _openai_error()) as error:
             result = Result(id=id, error=failure(error, self.endpoint.timeout))
         result = replace(result, latency_ms=turn.ms)
         self.totals.add(result)
@@ -98,7 +102,7 @@ class AsyncClient:
 
     async def _create(self, asked: Asked, **options: Any) -> Any:
         body: Any = {"model": asked.fields.get("model") or await self.model(), **options}
-        extra = {name: value for name, value in asked.fields.items() if name != "model"}
+        extra = {name: value for name, value in asked.fields.items() if name not in _OURS}
         if asked.messages is not None:
             messages: Any = asked.messages
             return await self.openai.chat.completions.create(messages=messages, extra_body=extra, **body)
@@ -148,7 +152,7 @@ class Stream:
                     if text:
                         yield text
                 turn.used = found.usage.total_tokens or None
-        except (TimeoutError, _openai_error()) as raised:
+        except (RopewayError, JSONDecodeError, _openai_error()) as raised:
             error = failure(raised, client.endpoint.timeout)
             raise
         finally:
@@ -240,7 +244,7 @@ def failure(error: Exception, timeout: float) -> Failure:
         return Failure(_kind(error.status_code), error.message, error.status_code, error.code)
     if isinstance(error, openai.APIConnectionError):
         return Failure("connection", f"{error.message} ({error.__cause__ or 'no reason given'})")
-    if isinstance(error, RopewayError):
+    if isinstance(error, RequestError):
         return Failure("invalid_request", error.message)
     return Failure("server", str(error))
 
@@ -268,18 +272,19 @@ def _openai_error() -> type[Exception]:
 
 def _result(asked: Asked, answer: Any) -> Result:
     """Raises ConfigError for what is no answer, as of an address that is something else."""
-    choices = getattr(answer, "choices", None)
-    if not choices:
-        raise ConfigError("The answer has no choices: is this an OpenAI-compatible server?")
-    text = choices[0].message.content if asked.messages is not None else choices[0].text
-    return Result(
-        id=asked.id,
-        content=text or "",
-        model=answer.model,
-        finish_reason=choices[0].finish_reason,
-        usage=_usage(answer) or Usage(),
-        raw=answer,
-    )
+    try:
+        choice = answer.choices[0]
+        return Result(
+            id=asked.id,
+            content=(choice.message.content if asked.messages is not None else choice.text) or "",
+            model=answer.model,
+            finish_reason=choice.finish_reason,
+            usage=_usage(answer) or Usage(),
+            raw=answer,
+        )
+    except (AttributeError, LookupError, TypeError):
+        message = "The answer is none to what was asked: is this an OpenAI-compatible server?"
+        raise ConfigError(message, param="base_url") from None
 
 
 def _usage(answer: Any) -> Usage | None:
