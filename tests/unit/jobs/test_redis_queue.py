@@ -1,0 +1,400 @@
+"""Servers that share a real Redis, each with its own tables. What is asserted of an item is what its own row says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobkit import TENANT, quick_folder
+from redisserver import RedisServer, redis_running
+from ropeway.contract import Urgency
+from ropeway.errors import ConfigError
+from ropeway.jobs.records import Item, ItemState
+from ropeway.jobs.redis_broker import Broker, check
+from ropeway.jobs.redis_metrics import families
+from ropeway.jobs.redis_queue import RedisQueue
+from ropeway.jobs.sqlite_queue import SqliteQueue
+from ropeway.jobs.store import JobStore
+from ropeway.jobs.work import Call, Reply, Work
+
+BEAT = 0.2
+ANSWER_SECONDS = 0.3
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    """For tests that leave it as it is; each takes a prefix of its own."""
+    with redis_running() as server:
+        yield server
+
+
+@pytest.fixture
+def doomed() -> Iterator[RedisServer]:
+    """For tests that hurt it."""
+    with redis_running() as server:
+        yield server
+
+
+class Peer:
+    """A server's share in a queue, without its worker: the test leases and answers itself."""
+
+    def __init__(self, url: str, prefix: str, folder: Path, owner: str, **options: Any) -> None:
+        self.store = JobStore(folder)
+        self.owner = owner
+        self.broker = Broker(url, prefix, answer_s=ANSWER_SECONDS)
+        settings = {"window": 16, "beat_s": BEAT, **options}
+        self.queue = RedisQueue(self.broker, SqliteQueue(self.store), owner, **settings)
+        self.queue.start()
+
+    async def defer(self, count: int, urgency: Urgency = Urgency.LOW) -> list[str]:
+        """Accept so many items; returns their ids."""
+        calls = [Call(url="/v1/x", body=b'{"n": %d}' % n, urgency=urgency, tenant=TENANT) for n in range(count)]
+        return [(await self.store.items.defer(call)).name for call in calls]
+
+    async def item(self, name: str) -> Item:
+        found = await self.store.items.get(TENANT, name)
+        assert found is not None
+        return found
+
+    async def ended(self, names: list[str], seconds: float = 10.0) -> list[Item]:
+        """The items, as soon as all of them have ended."""
+        limit = asyncio.get_running_loop().time() + seconds
+        while True:
+            items = [await self.item(name) for name in names]
+            if all(item.state.ended for item in items):
+                return items
+            assert asyncio.get_running_loop().time() < limit, [item.state for item in items]
+            await asyncio.sleep(0.02)
+
+    async def die(self) -> None:
+        """End as a process ends that is killed: nobody is told."""
+        tasks, self.queue._tasks = self.queue._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.broker.link.close()
+
+
+class Peers:
+    def __init__(self, url: str, stack: AsyncExitStack) -> None:
+        self.prefix = f"test-{uuid.uuid4().hex[:8]}"
+        self._url = url
+        self._stack = stack
+
+    async def add(self, folder: Path | None = None, **options: Any) -> Peer:
+        folder = folder or self._stack.enter_context(quick_folder())
+        store = JobStore(folder)
+        owner = await store.owner()
+        store.close()
+        peer = Peer(self._url, self.prefix, folder, owner, **options)
+        self._stack.callback(peer.store.close)
+        self._stack.push_async_callback(peer.queue.close)
+        return peer
+
+
+@asynccontextmanager
+async def peers(server: RedisServer) -> AsyncIterator[Peers]:
+    async with AsyncExitStack() as stack:
+        yield Peers(server.url, stack)
+
+
+def reply(text: str) -> Reply:
+    return Reply(status=200, body=json.dumps({"by": text}).encode(), request_id="r")
+
+
+async def until(reached: Callable[[], bool], seconds: float = 10.0) -> None:
+    limit = asyncio.get_running_loop().time() + seconds
+    while not reached():
+        assert asyncio.get_running_loop().time() < limit, "not reached"
+        await asyncio.sleep(0.02)
+
+
+async def lease(peer: Peer, most: int, *, wait: float = 5.0) -> list[Work]:
+    """Exactly so many, in as many turns as it takes."""
+    found: list[Work] = []
+    while len(found) < most:
+        some = await peer.queue.lease(most - len(found), wait=wait)
+        assert some, f"only {len(found)} of {most}"
+        found += some
+    return found
+
+
+async def test_what_one_server_accepts_another_computes(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, helper = await all_of_them.add(), await all_of_them.add()
+        names = await owner.defer(40)
+        works = await lease(helper, 16)
+        assert {work.owner for work in works} == {owner.owner}
+        assert await helper.queue.lease(1, wait=0.5) == [], "more is on offer than the window allows"
+        for work in works:
+            assert await helper.queue.finish(work, reply(str(work.item)))
+        for work in await lease(helper, 24):
+            assert await helper.queue.finish(work, reply(str(work.item)))
+        for item in await owner.ended(names):
+            assert item.reply is not None
+            assert (item.state, item.reply.body) == (ItemState.DONE, reply(str(item.id)).body)
+        with redis.client as client:
+            await until(lambda: not any(client.xlen(key) for key in client.keys(f"{all_of_them.prefix}:calls:*")))
+            assert not client.exists(f"{all_of_them.prefix}:tickets:{owner.owner}")
+
+
+async def test_what_is_more_than_the_window_is_there_for_its_own_server(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, helper = await all_of_them.add(window=4), await all_of_them.add()
+        names = await owner.defer(6)
+        for work in [*await lease(helper, 4), *await lease(owner, 2)]:
+            peer = helper if work.item <= 4 else owner
+            assert await peer.queue.finish(work, reply("x"))
+        assert all(item.state is ItemState.DONE for item in await owner.ended(names))
+
+
+async def test_urgent_calls_come_first_and_none_waits_for_ever(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, helper = await all_of_them.add(window=32), await all_of_them.add()
+        await owner.defer(3, Urgency.LOW)
+        await owner.defer(20, Urgency.MEDIUM)
+        await until(lambda: sum(owner.queue.tally.waiting.values()) == 23)
+        assert owner.queue.tally.waiting == {Urgency.HIGH: 0, Urgency.MEDIUM: 20, Urgency.LOW: 3}
+        urgencies = [(await lease(helper, 1))[0].call.urgency for _ in range(10)]
+        assert Urgency.LOW in urgencies
+        assert urgencies.count(Urgency.MEDIUM) >= 8
+
+
+async def test_a_worker_that_is_silent_loses_its_work_and_answers_too_late(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, frozen, helper = [await all_of_them.add() for _ in range(3)]
+        [name] = await owner.defer(1)
+        [late] = await lease(frozen, 1)
+        [work] = await lease(helper, 1)
+        assert (work.item, work.attempt) == (late.item, late.attempt)
+        assert helper.queue.tally.redelivered == 1
+        assert await helper.queue.finish(work, reply("helper"))
+        [item] = await owner.ended([name])
+        assert not await frozen.queue.finish(late, reply("frozen"))
+        await until(lambda: owner.queue.tally.refused == 1)
+        item = await owner.item(name)
+        assert item.reply is not None
+        assert item.reply.body == reply("helper").body
+
+
+async def test_a_worker_that_keeps_its_work_is_left_alone(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, helper, idle = [await all_of_them.add() for _ in range(3)]
+        await owner.defer(1)
+        works = await lease(helper, 1)
+
+        async def keep() -> None:
+            while True:
+                assert await helper.queue.extend(works) == []
+                await asyncio.sleep(BEAT)
+
+        keeping = asyncio.create_task(keep())
+        assert await idle.queue.lease(1, wait=8 * BEAT) == []
+        keeping.cancel()
+        assert (await lease(idle, 1))[0].item == works[0].item
+        assert await helper.queue.extend(works) == works
+
+
+async def test_a_cancelled_item_is_taken_from_whoever_computes_it(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, helper = await all_of_them.add(), await all_of_them.add()
+        [name, other] = await owner.defer(2)
+        works = await lease(helper, 2)
+        await owner.store.items.cancel(TENANT, name)
+        limit = asyncio.get_running_loop().time() + 5
+        while not (lost := await helper.queue.extend(works)):
+            assert asyncio.get_running_loop().time() < limit
+            await asyncio.sleep(BEAT / 2)
+        assert lost == [works[0]]
+        assert not await helper.queue.finish(works[0], reply("x"))
+        assert await helper.queue.finish(works[1], reply("x"))
+        assert [item.state for item in await owner.ended([name, other])] == [ItemState.CANCELLED, ItemState.DONE]
+
+
+async def test_what_is_given_back_is_offered_anew(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, helper = await all_of_them.add(), await all_of_them.add()
+        [name] = await owner.defer(1)
+        [first] = await lease(helper, 1)
+        await helper.queue.release(first, delay=0.3)
+        begun = asyncio.get_running_loop().time()
+        [second] = await lease(helper, 1)
+        assert second.attempt == first.attempt + 1
+        assert asyncio.get_running_loop().time() - begun > 0.25
+        assert not await helper.queue.finish(first, reply("first"))
+        assert await helper.queue.finish(second, reply("second"))
+        [item] = await owner.ended([name])
+        assert item.reply is not None
+        assert item.reply.body == reply("second").body
+
+
+async def test_a_server_that_ends_leaves_its_work_to_others_at_once(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, leaving = await all_of_them.add(beat_s=60.0), await all_of_them.add(beat_s=60.0)
+        [name] = await owner.defer(1)
+        [work] = await lease(leaving, 1)
+        await leaving.queue.close()
+        helper = await all_of_them.add(beat_s=0.02)  # which is how long ago the other one would have to be heard of
+        [again] = await lease(helper, 1)
+        assert again.item == work.item
+        await helper.queue.finish(again, reply("helper"))
+        await owner.ended([name])
+
+
+async def test_a_call_that_kills_its_workers_ends_as_a_dead_letter(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, victim = await all_of_them.add(), await all_of_them.add()
+        [name] = await owner.defer(1)
+        await until(lambda: sum(owner.queue.tally.waiting.values()) == 1)
+        streams = list(victim.broker.streams.values())
+        for _ in range(5):
+            taken, _ = await victim.broker.take(1, streams, idle_s=0.001, deliveries=5)
+            assert len(taken) == 1
+            await asyncio.sleep(0.01)
+        assert (await victim.broker.take(1, streams, idle_s=0.001, deliveries=5))[0] == []
+        [item] = await owner.ended([name])
+        assert item.state is ItemState.FAILED
+        assert item.reply is not None
+        assert json.loads(item.reply.body)["error"]["code"] == "gave_up"
+        assert victim.queue.tally.buried == 1
+        await until(lambda: owner.queue.tally.dead == 1)
+
+
+@pytest.mark.parametrize("how", ["killed", "flushed"])
+async def test_what_redis_loses_is_offered_anew(doomed: RedisServer, how: str) -> None:
+    async with peers(doomed) as all_of_them:
+        owner, helper = await all_of_them.add(), await all_of_them.add()
+        names = await owner.defer(12)
+        held = await lease(helper, 4)
+        if how == "killed":
+            doomed.kill()
+            doomed.start()
+        else:
+            with doomed.client as client:
+                client.flushall()
+        for work in held:  # their entries are lost as well, and they will be computed again
+            await helper.queue.finish(work, reply("before"))
+        done = 0
+        while done < 12:
+            for work in await helper.queue.lease(8, wait=0.2):
+                await helper.queue.finish(work, reply("after"))
+            done = sum([(await owner.item(name)).state.ended for name in names])
+        assert all(item.state is ItemState.DONE for item in await owner.ended(names))
+        assert owner.queue.tally.requeued >= 8
+
+
+async def test_without_redis_each_server_works_on_its_own(
+    doomed: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ropeway.jobs")
+    async with peers(doomed) as all_of_them:
+        owner, helper = await all_of_them.add(), await all_of_them.add()
+        names = await owner.defer(5)
+        await until(lambda: sum(owner.queue.tally.waiting.values()) == 5)
+        doomed.freeze()
+        for work in await lease(owner, 5):
+            assert await owner.queue.finish(work, reply("owner"))
+        assert all(item.state is ItemState.DONE for item in await owner.ended(names))
+        assert owner.queue.degraded
+        doomed.thaw()
+        await until(lambda: owner.queue.up and helper.queue.up)
+        with doomed.client as client:
+            await until(lambda: not client.exists(f"{all_of_them.prefix}:tickets:{owner.owner}"))
+        assert await helper.queue.lease(8, wait=3 * BEAT) == [], "old offers have outlived their items"
+        assert owner.queue.losses == 1
+        said = [record.getMessage() for record in caplog.records if "redis at" in record.getMessage()]
+        assert len(said) == 6, said  # two servers: there, away, there
+
+
+async def test_an_answer_waits_for_redis(doomed: RedisServer) -> None:
+    async with peers(doomed) as all_of_them:
+        owner, helper = await all_of_them.add(beat_s=20.0), await all_of_them.add(beat_s=20.0)
+        names = await owner.defer(2)
+        works = await lease(helper, 2)
+        doomed.freeze()
+        assert await helper.queue.extend(works) == []
+        for work in works:
+            assert await helper.queue.finish(work, reply("helper"))
+        assert not helper.queue.up
+        doomed.thaw()
+        for item in await owner.ended(names):
+            assert (item.state, item.attempt) == (ItemState.DONE, 1)
+
+
+async def test_an_owner_that_was_killed_takes_its_answers_up_again(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, helper = await all_of_them.add(), await all_of_them.add()
+        names = await owner.defer(3)
+        works = await lease(helper, 3)
+        await owner.die()
+        assert await helper.queue.finish(works[0], reply("helper"))
+        owner = await all_of_them.add(owner.store.folder)
+        assert await helper.queue.finish(works[1], reply("helper"))
+        await owner.ended(names[:2])
+        assert await helper.queue.extend(works[2:]) == []
+        assert await helper.queue.finish(works[2], reply("helper"))
+        for item in await owner.ended(names):
+            assert (item.state, item.attempt) == (ItemState.DONE, 1)
+
+
+async def test_an_answer_that_cannot_be_read_ends_the_item(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, helper = await all_of_them.add(), await all_of_them.add()
+        names = await owner.defer(2)
+        first, second = await lease(helper, 2)
+        await helper.queue.finish(first, Reply(status=200, body=b"no JSON"))
+        with redis.client as client:
+            fields = {"item": second.item, "attempt": second.attempt, "kind": "reply", "payload": b"\xc1"}
+            client.xadd(f"{all_of_them.prefix}:answers:{owner.owner}", fields)
+        for item in await owner.ended(names):
+            assert item.reply is not None
+            assert (item.state, item.reply.status) == (ItemState.FAILED, 500)
+
+
+async def test_metrics_say_how_it_stands(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner = await all_of_them.add()
+        await owner.defer(2)
+        await until(lambda: sum(owner.queue.tally.waiting.values()) == 2)
+        samples = {(s.name, *s.labels.values()): s.value for family in families(owner.queue) for s in family.samples}
+        assert samples["ropeway_redis_up",] == 1
+        assert samples["ropeway_redis_waiting", "low"] == 2
+        assert samples["ropeway_redis_losses_total",] == 0
+
+
+@contextmanager
+def refused(*told: str) -> Iterator[None]:
+    with pytest.raises(ConfigError) as error:
+        yield
+    assert all(part in error.value.message for part in told)
+    assert "secret" not in error.value.message
+
+
+def test_what_is_malformed_is_refused_without_its_password() -> None:
+    pytest.importorskip("redis")
+    for url in ("http://:secret@host", "redis://:secret@host:port", "host:6379", "", "unix://"):
+        with refused("redis://"):
+            check(url, "ropeway")
+    for prefix in ("", "two words", "a" * 65, "caf\u00e9"):
+        with refused("redis_prefix"):
+            check("redis://:secret@host/0", prefix)
+
+
+async def test_the_log_shows_no_password(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("redis")
+    caplog.set_level(logging.INFO, "ropeway.jobs")
+    link = Broker("redis://user:secret@127.0.0.1:1/0", "ropeway").link
+    running = asyncio.create_task(link.run())
+    await asyncio.wait_for(link.tried.wait(), 10)
+    running.cancel()
+    await link.close()
+    assert "127.0.0.1:1 is away" in caplog.text
+    assert "secret" not in caplog.text
