@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ropeway._version import __version__
 from ropeway.config import ServerConfig
 from ropeway.contract import ExecutorInfo
 from ropeway.service.loader import ModelText
+
+if TYPE_CHECKING:
+    from ropeway.api.deployments import DeploymentList
 
 QUESTION = "What is continuous batching?"
 ANSWERS = ["Requests join and leave the batch at every step.", "A cable car never stops."]
@@ -26,8 +30,12 @@ def curl_line(url: str, model: str, info: ExecutorInfo, *, chat: bool, key: bool
         path, fields["messages"] = "/v1/chat/completions", [{"role": "user", "content": QUESTION}]
     else:
         path, fields["prompt"], fields["max_tokens"] = "/v1/completions", "Once upon a time", 64
-    # The key itself is never printed: a banner ends up in logs.
-    lines = [f"curl -N {url}{path}", "-H 'content-type: application/json'"]
+    return curl(url + path, fields, key=key)
+
+
+def curl(address: str, fields: Mapping[str, object], *, key: bool) -> str:
+    """A command that posts `fields`. The key itself is never printed: a banner ends up in logs."""
+    lines = [f"curl -N {address}", "-H 'content-type: application/json'"]
     if key:
         lines.append('-H "authorization: Bearer $ROPEWAY_API_KEY"')
     return " \\\n    ".join([*lines, f"-d {shlex.quote(json.dumps(fields))}"])
@@ -55,3 +63,26 @@ def banner(
         f"  {f'or: {chat}    ' if info.generates else ''}API page: {url}/docs    Ctrl-C stops.",
     ]
     return "\n".join(lines)
+
+
+def table_banner(
+    url: str, deployments: DeploymentList, routes: Sequence[str], server: ServerConfig, phases: Mapping[str, float]
+) -> str:
+    """Address, models and where they lead, and a first request. `routes` are the public names."""
+    lines = [f"Ropeway {__version__} serves {len(routes)} models at {url}", ""]
+    for name in routes:
+        led = [one for one in deployments.data if name in one.routes]
+        lines.append(f"  {name}: " + ", ".join(f"{one.name} ({one.kind}, {one.model}, {one.phase})" for one in led))
+    if deployments.memory_gib is not None:
+        lines.append(f"  Memory: {deployments.memory_used_gib:g} of {deployments.memory_gib:g} GiB.")
+    question = {"model": routes[0], "messages": [{"role": "user", "content": QUESTION}], "stream": True}
+    return "\n".join(
+        [
+            *lines,
+            f"  Start-up: HTTP after {phases['http']:.1f} s, models ready after {phases['ready']:.1f} s.",
+            "",
+            "  " + curl(f"{url}/v1/chat/completions", question, key=server.api_key is not None),
+            "",
+            f"  API page: {url}/docs    Deployments: {url}/admin/deployments    Ctrl-C stops.",
+        ]
+    )

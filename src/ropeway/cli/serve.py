@@ -12,6 +12,7 @@ import typer
 
 from ropeway.cli.options import ENVIRONMENT_NOTE, with_settings
 from ropeway.config import EngineConfig, ServerConfig, check, load, settings
+from ropeway.errors import ConfigError
 
 _OTHER_VARIABLES = {"ROPEWAY_CACHE_DIR"}
 
@@ -36,6 +37,9 @@ def serve(
         typer.echo(warning, err=True)
     engine, origins = load(EngineConfig, given, file=config, also=(ServerConfig,))
     server, more = load(ServerConfig, given, file=config, also=(EngineConfig,))
+    if server.routes is not None and (model is not None or server.served_model_name is not None):
+        which = "MODEL" if model is not None else "--served-model-name"
+        raise ConfigError(f"{which} is given with --routes, whose file names the models. Leave one of them out.")
     from ropeway.cli.server import run_server
 
     where = {**origins, **more, **({"model": "MODEL"} if model is not None else {})}

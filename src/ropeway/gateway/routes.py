@@ -33,15 +33,18 @@ _RULE: Final = ("tenants", "min_prompt_tokens", "max_prompt_tokens", "targets")
 _POLICIES: Final = ("least_load", "weighted", "affinity")
 
 
-def read_table(path: Path, server: ServerConfig, environ: Mapping[str, str] | None = None) -> Table:
-    """The table in the YAML file at `path`. `server` has what holds where a deployment says nothing of its own.
+def read_table(
+    path: Path, server: ServerConfig, engine: Mapping[str, Any] = {}, environ: Mapping[str, str] | None = None
+) -> Table:
+    """The table in the YAML file at `path`. `server`, and `engine` by the names of settings, have what holds where a
+    deployment says nothing of its own.
 
     Keys of remote servers come from variables of `environ` (default: the process's). Raises ConfigError.
     """
     environ = os.environ if environ is None else environ
     top = _mapping(_load(path), str(path), _TOP)
     deployments = {
-        name: _deployment(spec, f"deployments.{name}", name, server, environ)
+        name: _deployment(spec, f"deployments.{name}", name, server, engine, environ)
         for name, spec in _named(top.get("deployments"), "deployments").items()
     }
     memory = _number(top, "memory_gib", "", 0.001, 1e6)
@@ -80,13 +83,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _deployment(value: Any, where: str, name: str, server: ServerConfig, environ: Mapping[str, str]) -> Spec:
+def _deployment(
+    value: Any, where: str, name: str, server: ServerConfig, defaults: Mapping[str, Any], environ: Mapping[str, str]
+) -> Spec:
+    value = {} if value is None else value
     if isinstance(value, dict) and "url" in value:
         return _remote(_mapping(value, where, _REMOTE), where, environ)
     engine = {setting.name: setting for setting in settings(EngineConfig)}
     own = {setting.name: setting for setting in settings(ServerConfig) if setting.name in _OF_MODEL}
     given = _mapping(value, where, (*engine, *own, *_LOCAL, "url"))
-    values = {n: engine[n].parse(v, f"{where}.{n}") for n, v in given.items() if n in engine and v is not None}
+    said = {n: engine[n].parse(v, f"{where}.{n}") for n, v in given.items() if n in engine and v is not None}
+    values = {**defaults, **said}
     start = given.get("start", "eager")
     if start not in ("eager", "lazy"):
         _wrong(f"{where}.start", start, "eager or lazy")
