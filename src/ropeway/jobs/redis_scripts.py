@@ -6,8 +6,11 @@ stream of dead letters (`dead`).
 
 A ticket says which entry is the valid one of an item: "attempt stream entry". It is written with the entry, and an
 entry without its ticket is dropped wherever it is met: so to cancel an item, or to dispatch it anew, is to change its
-ticket. Entries are deleted only after they were delivered, which keeps the group's `lag` exact.
-Sources: https://redis.io/docs/latest/develop/data-types/streams/ and the pages of the X* commands.
+ticket. An entry is deleted when it has ended, but the newest one that was delivered only when it is that no longer:
+otherwise Redis would not know the group's `lag` (null in XINFO GROUPS where the range after the last delivered entry,
+itself included, has a deleted one).
+Sources: https://redis.io/docs/latest/develop/data-types/streams/, the pages of the X* commands, and
+`streamRangeHasTombstones` in Redis' src/t_stream.c.
 """
 
 from __future__ import annotations
@@ -22,9 +25,16 @@ local function fields(list)
     for i = 1, #list, 2 do found[list[i]] = list[i + 1] end
     return found
 end
+local function delivered(stream, group)
+    for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+        local about = fields(info)
+        if about['name'] == group then return about['last-delivered-id'] end
+    end
+end
 local function drop(stream, group, id)
-    redis.call('XACK', stream, group, id)
-    return redis.call('XDEL', stream, id)
+    local first = redis.call('XACK', stream, group, id)
+    if first == 1 and id ~= delivered(stream, group) then redis.call('XDEL', stream, id) end
+    return first
 end
 """
 
@@ -86,14 +96,15 @@ for n, stream in ipairs(KEYS) do
         cursor = claimed[1]
         if cursor == '0-0' then break end
     end
+    local before = delivered(stream, group)
     while #taken < most do
         local read = redis.call('XREADGROUP', 'GROUP', group, me, 'COUNT', most - #taken, 'STREAMS', stream, '>')
         if not read then break end
         for _, entry in ipairs(read[1][2]) do consider(stream, entry, 1) end
     end
-    for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-        local about = fields(info)
-        if about['name'] == group then last[n] = about['last-delivered-id'] end
+    last[n] = delivered(stream, group)
+    if last[n] ~= before and #redis.call('XPENDING', stream, group, before, before, 1) == 0 then
+        redis.call('XDEL', stream, before)
     end
 end
 return {taken, last, again, buried}
