@@ -124,11 +124,11 @@ class Batches:
             if batch.status is not BatchState.IN_PROGRESS:
                 return 0
             at = _progress(c, batch.number)
-            sql = "SELECT max(id) FROM items WHERE batch = ? AND state IN (0, 1)"
-            last: int | None = c.execute(sql, (batch.number,)).fetchone()[0]
             if at.lines < at.total:
-                return in_line(c, batch.urgency, 2**62) + at.total - at.lines
-            return 0 if last is None else in_line(c, batch.urgency, last)
+                return in_line(c, batch.urgency, 2**62, 0) + at.total - at.lines
+            sql = "SELECT rank, id FROM items WHERE batch = ? ORDER BY line DESC LIMIT 1"
+            last = c.execute(sql, (batch.number,)).fetchone()
+            return in_line(c, batch.urgency, last["rank"], last["id"])
 
         return await self._store.read(work)
 
@@ -191,13 +191,13 @@ class Batches:
                 state = ItemState.EXPIRED
             if state.ended:
                 code, message = NOT_RUN[state]
-            for line in lines:
+            for rank, line in enumerate(lines, next_rank(c, batch.tenant, batch.urgency, now)):
                 number = c.execute(
-                    "INSERT INTO items (batch, line, custom_id, tenant, key, url, urgency, state, created_at, "
-                    "ended_at, expires_at, code, message) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO items (batch, line, custom_id, tenant, key, url, urgency, rank, state, created_at, "
+                    "ended_at, expires_at, code, message) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         batch.number, line.number, line.custom_id, batch.tenant, batch.key, batch.endpoint,
-                        batch.urgency, state, now, now if state.ended else None, batch.expires_at, code, message,
+                        batch.urgency, rank, state, now, now if state.ended else None, batch.expires_at, code, message,
                     ),
                 ).lastrowid  # fmt: skip
                 if not state.ended:
@@ -327,12 +327,33 @@ def settle(c: sqlite3.Connection, number: int, now: int) -> bool:
     )
 
 
-def in_line(c: sqlite3.Connection, urgency: Urgency, last: int) -> int:
-    """Open items up to the one with the id `last`, in the order in which items of that urgency are served."""
+def next_rank(c: sqlite3.Connection, tenant: str, urgency: Urgency, now: float) -> int:
+    """The rank of the next item of `tenant` among those of `urgency`: behind its own, and beside those that are served
+    now, so that tenants take turns and nobody waits for all that another one has brought.
+
+    Start-time fair queueing (Goyal, Vin, Cheng, 1996) with all items taken for equally large.
+    """
+    served = c.execute(
+        "SELECT max(rank) AS rank, max(CASE WHEN tenant = ? THEN rank END) AS own FROM items "
+        "WHERE state = 1 AND urgency = ?",
+        (tenant, urgency),
+    ).fetchone()
+    first = served["rank"]
+    if first is None:
+        sql = "SELECT min(rank) FROM items WHERE state = 0 AND urgency = ? AND due <= ?"
+        first = c.execute(sql, (urgency, now)).fetchone()[0]
+    sql = "SELECT max(rank) FROM items WHERE state = 0 AND tenant = ? AND urgency = ?"
+    waiting = c.execute(sql, (tenant, urgency)).fetchone()[0]
+    own = (rank + 1 for rank in (served["own"], waiting) if rank is not None)
+    return max(first or 0, *own, 0)
+
+
+def in_line(c: sqlite3.Connection, urgency: Urgency, rank: int, item: int) -> int:
+    """Open items up to the one of that rank and id, in the order in which items of that urgency are served."""
     row = c.execute(
         "SELECT (SELECT count(*) FROM items WHERE state = 1) + (SELECT count(*) FROM items WHERE state = 0 "
-        "AND (urgency < ? OR (urgency = ? AND id <= ?)))",
-        (urgency, urgency, last),
+        "AND urgency < ?) + (SELECT count(*) FROM items WHERE state = 0 AND urgency = ? AND (rank, id) <= (?, ?))",
+        (urgency, urgency, rank, item),
     ).fetchone()
     return int(row[0])
 

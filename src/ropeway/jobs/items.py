@@ -15,7 +15,7 @@ import msgspec
 from ropeway.contract import Urgency
 from ropeway.jobs.failpoints import failpoint
 from ropeway.jobs.files import page
-from ropeway.jobs.groups import in_line, settle
+from ropeway.jobs.groups import in_line, next_rank, settle
 from ropeway.jobs.records import Item, ItemError, ItemState, Page, derived_id, is_id, new_id
 from ropeway.jobs.work import Call, Depth, Reply, Work
 
@@ -57,10 +57,11 @@ class Items:
         )  # fmt: skip
 
         def work(c: sqlite3.Connection) -> int:
+            rank = next_rank(c, call.tenant, call.urgency, now)
             number = c.execute(
-                "INSERT INTO items (name, tenant, key, url, urgency, callback_url, state, created_at, expires_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
-                (item.name, call.tenant, call.key, call.url, call.urgency, callback_url, now, item.expires_at),
+                "INSERT INTO items (name, tenant, key, url, urgency, callback_url, rank, state, created_at, "
+                "expires_at) VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?)",
+                (item.name, call.tenant, call.key, call.url, call.urgency, callback_url, rank, now, item.expires_at),
             ).lastrowid
             c.execute("INSERT INTO bodies VALUES (?, ?)", (number, call.body))
             return number or 0
@@ -108,8 +109,10 @@ class Items:
         def work(c: sqlite3.Connection) -> int:
             if item.state.ended:
                 return 0
-            before = in_line(c, item.urgency, item.id)
-            return before if item.state is ItemState.WAITING else 1
+            if item.state is ItemState.LEASED:
+                return 1
+            row = c.execute("SELECT rank FROM items WHERE id = ?", (item.id,)).fetchone()
+            return in_line(c, item.urgency, row["rank"], item.id) if row else 0
 
         return await self._store.read(work)
 
@@ -130,7 +133,8 @@ class Items:
         return await self._store.read(work)
 
     async def claim(self, worker: str, most: int, *, first: Sequence[Urgency] = tuple(Urgency)) -> list[Work]:
-        """Lease up to `most` waiting items to `worker`, in the order of urgencies `first`, of equal ones the oldest.
+        """Lease up to `most` waiting items to `worker`, in the order of urgencies `first`, tenants in turns, of each
+        the oldest first.
 
         Leases that have lapsed go back into the line before, and whoever has been leased too often in silence ends.
         """
@@ -144,10 +148,10 @@ class Items:
                 rows = c.execute(
                     "UPDATE items SET state = 1, attempt = attempt + 1, silent = silent + 1, worker = ?, until = ?, "
                     "started_at = ? WHERE id IN (SELECT id FROM items WHERE state = 0 AND urgency = ? AND due <= ? "
-                    "AND expires_at > ? ORDER BY id LIMIT ?) RETURNING *",
+                    "AND expires_at > ? ORDER BY rank, id LIMIT ?) RETURNING *",
                     (worker, now + LEASE_SECONDS, now, urgency, now, now, most - len(found)),
                 ).fetchall()
-                found += [_work(c, owner, row) for row in sorted(rows, key=lambda row: int(row["id"]))]
+                found += [_work(c, owner, row) for row in sorted(rows, key=lambda row: (row["rank"], row["id"]))]
                 if len(found) == most:
                     break
             return found, ended

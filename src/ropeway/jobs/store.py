@@ -88,6 +88,7 @@ SCHEMA: Final = Schema(
             url TEXT NOT NULL,
             urgency INTEGER NOT NULL,
             callback_url TEXT NOT NULL DEFAULT '',
+            rank INTEGER NOT NULL,
             state INTEGER NOT NULL,
             attempt INTEGER NOT NULL DEFAULT 0,
             silent INTEGER NOT NULL DEFAULT 0,
@@ -103,7 +104,8 @@ SCHEMA: Final = Schema(
             UNIQUE (batch, line),
             UNIQUE (batch, custom_id)
         );
-        CREATE INDEX items_waiting ON items (urgency, id) WHERE state = 0;
+        CREATE INDEX items_waiting ON items (urgency, rank, id) WHERE state = 0;
+        CREATE INDEX items_waiting_of ON items (tenant, urgency, rank) WHERE state = 0;
         CREATE INDEX items_leased ON items (until) WHERE state = 1;
         CREATE INDEX items_of ON items (batch, state) WHERE batch IS NOT NULL;
         CREATE INDEX jobs_of ON items (tenant, id) WHERE batch IS NULL;

@@ -58,7 +58,7 @@ class Caller(Protocol):
 
 
 class JobQueue(Protocol):
-    """Hands out work. Urgent items first, of equal ones the oldest."""
+    """Hands out work. Urgent items first; tenants take turns, and of each the oldest comes first."""
 
     async def lease(self, most: int, *, wait: float) -> list[Work]:
         """Up to `most` items, as soon as there is one; none after `wait` seconds."""
