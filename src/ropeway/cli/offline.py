@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,12 +14,9 @@ from ropeway.api.app import create_app
 from ropeway.cli.engine import COMMAND
 from ropeway.config import EngineConfig, ServerConfig
 from ropeway.errors import RopewayError
+from ropeway.gateway.local import LocalModel
 from ropeway.observe.metrics import Metrics
-from ropeway.remote.host import EngineHost
-from ropeway.service.loader import load_text
-from ropeway.service.service import EngineTextService
 
-_STOP_SECONDS = 5.0
 _A_WEEK = 7 * 86400.0
 
 
@@ -40,38 +36,12 @@ async def offline(engine: EngineConfig, server: ServerConfig) -> AsyncIterator[O
     if it cannot be."""
     # Nobody waits for a single answer, so none is ended because it takes long.
     server = dataclasses.replace(server, request_timeout=_A_WEEK)
-    host = EngineHost(engine, COMMAND, max_restarts=server.max_restarts, timeout=server.engine_timeout)
-    starting = asyncio.create_task(host.start())
+    metrics = Metrics(server.served_model_name or engine.model)
+    model = await LocalModel.begin(engine, server, COMMAND, metrics)
     try:
-        text = await asyncio.to_thread(
-            load_text,
-            engine.model,
-            revision=engine.revision,
-            download_dir=engine.download_dir,
-            model_impl=engine.model_impl,
-            tokenizer=engine.tokenizer,
-            chat_template=server.chat_template,
-            max_model_len=engine.max_model_len,
-            tool_call_parser=server.tool_call_parser,
-            reasoning_parser=server.reasoning_parser,
-        )
-        service = EngineTextService(
-            host,
-            text,
-            model_name=server.served_model_name,
-            seed=engine.seed,
-            default_priority=engine.default_priority,
-            max_logprobs=engine.max_logprobs,
-        )
-        try:
-            app = create_app(service, server, Metrics(service.model_name))
-            await starting
-            assert host.info is not None, "a host that has started knows its engine"
-            yield Offline(app, host.info.max_slots, host.gone)
-        finally:
-            service.close()
+        app = create_app(model.service, server, metrics)
+        await model.ready
+        assert model.host.info is not None, "a host that has started knows its engine"
+        yield Offline(app, model.host.info.max_slots, model.gone)
     finally:
-        starting.cancel()
-        with contextlib.suppress(asyncio.CancelledError, RopewayError):
-            await starting
-        await host.stop(_STOP_SECONDS if host.info is not None else 0.0)
+        await model.end()
