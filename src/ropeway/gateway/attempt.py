@@ -9,11 +9,13 @@ from typing import Final
 from starlette.types import Message, Send
 
 from ropeway.api.errors import classify
-from ropeway.errors import RopewayError
+from ropeway.errors import BudgetError, RateLimitError, RopewayError, TokenLimitError
 from ropeway.gateway.outcome import CLIENT_GONE, Outcome
 
 RETRIED: Final = frozenset({429, 500, 502, 503, 504})
 """Statuses after which another deployment may do better."""
+
+_OF_ACCOUNT: Final = frozenset({RateLimitError.code, TokenLimitError.code, BudgetError.code})
 
 _MAX_HELD: Final = 64 * 1024
 """Bytes of an error's body that are held back; a larger one goes to the client as it comes."""
@@ -53,6 +55,7 @@ class Attempt:
         self.began = False
         self.complete = False
         self.retry_after: float | None = None
+        self.code = ""
 
     async def send(self, message: Message) -> None:
         """The `send` of the deployment's application."""
@@ -61,6 +64,7 @@ class Attempt:
             headers = {name.lower(): value for name, value in message.get("headers", ())}
             self.streamed = headers.get(b"content-type", b"").startswith(b"text/event-stream")
             self.retry_after = seconds_of(headers)
+            self.code = headers.get(b"x-ropeway-error", b"").decode("latin-1")
             return
         body = message.get("body", b"")
         self._measure(body)
@@ -86,6 +90,11 @@ class Attempt:
         """End an answer that broke off with the last words `body`."""
         self.complete = True
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    @property
+    def about_account(self) -> bool:
+        """Whether a model of this server refused because the client's key has had enough: no other one may answer."""
+        return not self.began and self.code in _OF_ACCOUNT
 
     @property
     def texts(self) -> int:

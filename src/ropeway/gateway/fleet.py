@@ -69,11 +69,8 @@ class Fleet:
         self.service = FrontService(next(iter(table.routes)), self.deployments)
         self.metrics = Metrics(None)
         self.gone: asyncio.Future[RopewayError | None] = asyncio.get_running_loop().create_future()
-        self.canaries = Canaries(
-            server.data_path / "canary.db",
-            {route.name: route.main for route in table.routes.values()},
-            table.deployments,
-        )
+        targets = {route.name: list(route.targets) for route in table.routes.values()}
+        self.canaries = Canaries(server.data_path / "canary.db", targets, table.deployments)
         self._server = server
         self._command = command
         self._ways = {name: Way(route) for name, route in table.routes.items()}

@@ -98,10 +98,8 @@ class Router:
             state["meter"].model = route.name
         self._api.check_open()
         going = await self._going(route, asked, state["tenant"])
-        if state.get(CHECK_ONLY) and not self._any_in_memory(going):
-            # What only a model that is not in memory, or another server, could say will be said when it is asked.
-            await send({"type": "http.response.start", "status": 204, "headers": []})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if state.get(CHECK_ONLY):
+            await self._check(going, scope, receive, send)
             return
         state["streams"] = asked.streams
         going.way.budget.request()
@@ -159,7 +157,7 @@ class Router:
                     error = HttpError(500, f"{type(found).__name__} at the deployment {deployment.name}.")
         finally:
             deployment.backend.give_back()
-            if attempt.asked:
+            if attempt.asked and not attempt.about_account:
                 # Also when this task is cancelled: then the outcome is that of an answer without an end.
                 outcome = attempt.outcome(error, broken=isinstance(error, UpstreamError) and error.began)
                 going.end(deployment, life, outcome, attempt.retry_after)
@@ -173,9 +171,20 @@ class Router:
         service = next((one.service for one in backends if one.service is not None), None)
         return asked.estimate if service is None else await count(asked, service)
 
-    @staticmethod
-    def _any_in_memory(going: Going) -> bool:
-        return any(going.deployments[name].backend.service is not None for name in going.names)
+    async def _check(self, going: Going, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that is only to be checked by a model in memory. If there is none, take it as it is: what
+        another server would say, or a model that has to be loaded, will be said when the request is sent there."""
+        backends = (going.deployments[name].backend for name in going.names)
+        backend = next((one for one in backends if one.service is not None and one.phase == "ready"), None)
+        if backend is None:
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
+        app = await backend.take()
+        try:
+            await app(scope, replayed(going.asked.body(backend.model), receive), send)
+        finally:
+            backend.give_back()
 
     async def _administer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ask a local model that is in memory. It is not loaded for that."""
@@ -252,7 +261,12 @@ def _charged(meter: Meter | None, asked: Asked, attempt: Attempt) -> Iterator[No
 
 def _better_elsewhere(attempt: Attempt, error: RopewayError | None) -> bool:
     """Whether nothing of an answer has come, and another deployment may do better."""
-    if attempt.began or isinstance(error, DrainingError) or (isinstance(error, UpstreamError) and error.began):
+    if (
+        attempt.began
+        or attempt.about_account
+        or isinstance(error, DrainingError)
+        or (isinstance(error, UpstreamError) and error.began)
+    ):
         return False
     return (attempt.status if error is None else classify(error)[0]) in RETRIED
 
