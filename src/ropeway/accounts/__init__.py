@@ -3,6 +3,6 @@
 from ropeway.accounts.account import Account, Limits
 from ropeway.accounts.accounts import Accounts
 from ropeway.accounts.meter import Meter
-from ropeway.accounts.prices import Prices
+from ropeway.accounts.prices import Prices, read_prices
 
-__all__ = ["Account", "Accounts", "Limits", "Meter", "Prices"]
+__all__ = ["Account", "Accounts", "Limits", "Meter", "Prices", "read_prices"]

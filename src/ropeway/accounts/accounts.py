@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -158,3 +159,11 @@ class Accounts:
 def open_accounts(folder: Path) -> Database:
     """The database of keys and usage in `folder`, made if it is missing. Raises StorageError."""
     return Database(folder / FILE, [keys.SCHEMA])
+
+
+def weights_in(folder: Path) -> dict[str, float]:
+    """The weights of tenants that keys in `folder` give them, those alone that are not 1. Raises StorageError."""
+    if not (folder / FILE).exists():
+        return {}
+    with closing(open_accounts(folder)) as store:
+        return keys.weights(store.read_now(keys.every))

@@ -55,7 +55,7 @@ class Meter:
         if self._standing is not None and self._limited:
             self._standing.afford(1, 1, self._now())
             self._standing.enter(self._clock())
-            self._join()
+        self._join()
 
     def leave(self) -> None:
         """The request has been answered. Call it once for each `enter` that raised nothing."""
@@ -101,15 +101,15 @@ class Meter:
         prefix cache, and of answers. Nothing at all means that it was refused. Call it once for each `begin` that
         raised nothing."""
         self._ledger.stop(self._served)
-        self.cost = self._prices.cost(self._served, prompt, cached, answer)
         standing, used = self._standing, prompt + answer
+        self.cost = self._prices.cost(self._served, prompt, cached, answer) if used else None
         if standing is not None:
             if self._limited:
                 standing.settle(self._reserved, used, self._clock())
             if answer and self._sequences:
                 standing.learn(answer / self._sequences)
             standing.spend(self._held, (used, self.cost or 0), self._now())
-        self._reserved, self._held = 0, (0, 0)
+        self._sequences, self._reserved, self._held = 0, 0, (0, 0)
         if used:
             unpriced = used if self.cost is None else 0
             key = standing.account.id if standing is not None else ""
@@ -141,7 +141,7 @@ def check_model(account: Account, model: str) -> None:
         shown = model if len(model) <= 128 else model[:128] + "..."
         raise UnknownModelError(
             f"The model `{shown}` does not exist or you do not have access to it. "
-            f"This key may use {', '.join(account.limits.models)}.",
+            f"Your key may use {', '.join(account.limits.models)}.",
             param="model",
         )
 

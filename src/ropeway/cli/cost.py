@@ -75,7 +75,7 @@ def cost(
 
     def take(name: str, given: Any, found: Any, where: str, option: str) -> Any:
         if given is None and found is None:
-            raise ConfigError(f"{name} is not known: nothing was measured. Give {option}.", param=option)
+            raise ConfigError(f"{name} is not known, and was not measured. Give {option}.", param=option)
         origins[name] = "given" if given is not None else where
         return given if given is not None else found
 

@@ -26,6 +26,21 @@ ChatMessage = dict[str, Any]
 """One message of a conversation as the template sees it: role, content (text), and whatever else the client sent."""
 
 
+class Meter(Protocol):
+    """Counts what one answer takes of what its client may have."""
+
+    def begin(self, model: str) -> None:
+        """An answer of `model` is asked for. Raises RopewayError if the client may not have it."""
+
+    def reserve(self, prompt: int, answer: int | None) -> None:
+        """One of its sequences is about to run, with so many tokens of prompt and at most so many of answer; None if
+        as many as fit. The engine has not heard of it. Raises RopewayError if the client may not have so many."""
+
+    def end(self, prompt: int, cached: int, answer: int) -> None:
+        """The answer is over, however it ended. It took so many tokens of prompts, of which `cached` were in the prefix
+        cache, and of answers; none at all if it was refused. Comes once after a `begin` that raised nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextRequest:
     """One sequence to generate. Exactly one of `text`, `tokens`, `messages` is given.
@@ -35,7 +50,7 @@ class TextRequest:
     many tokens, at its end or, with `truncate_left`, at its beginning; -1 is as many as the model takes. Special tokens
     around a text stay. `cache`, `pooling`, `second` and `urgency` as in `GenerateRequest`. `grammar` makes
     `sampling.grammar` of the prompt's tokens, where it depends on how the prompt ends. `shown` are special tokens that
-    the text has although it skips special tokens.
+    the text has although it skips special tokens. `meter`, if there is one, is shared by all sequences of an answer.
     """
 
     request_id: str
@@ -58,6 +73,7 @@ class TextRequest:
     pooling: str = ""
     second: int = 0
     urgency: Urgency = Urgency.HIGH
+    meter: Meter | None = None
     grammar: Callable[[Sequence[int]], str] | None = None
     shown: frozenset[int] = frozenset()
 
