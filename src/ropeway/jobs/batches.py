@@ -139,17 +139,24 @@ class Keeper:
             await progress.wait(seen, pause)
 
     async def round(self) -> float:
-        """Do everything that is due. Returns when there is more of it, in seconds of the wall clock."""
+        """Do everything that is due. Returns when there is more of it, in seconds of the wall clock. Raises the first
+        of what went wrong, after everything else was done."""
         store = self._store
         now = store.clock()
         following = [await store.batches.expire(), await store.items.sweep(self._keep_s), await store.files.sweep()]
         if now >= self._orphans:
             await store.files.sweep_orphans()
             self._orphans = now + _ORPHAN_SECONDS
+        troubles: list[Exception] = []
         for batch in await store.batches.todo():
-            await self._carry_on(batch)
+            try:
+                await self._carry_on(batch)
+            except Exception as error:  # one whose file cannot be read must not hold up the others
+                troubles.append(error)
         if await store.batches.clear():
             following.append(now)
+        if troubles:
+            raise troubles[0]
         return min((time for time in following if time is not None), default=now + _LOOK_SECONDS)
 
     async def _carry_on(self, batch: Batch) -> None:

@@ -183,7 +183,7 @@ class Worker:
                 continue
             try:
                 lost = await self._queue.extend(list(held.values()))
-            except (RopewayError, OSError) as error:
+            except Exception as error:  # the next beat may come in time
                 self._say(error)
                 continue
             gone = {(one.owner, one.item, one.attempt) for one in lost}
