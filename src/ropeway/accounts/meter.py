@@ -51,9 +51,8 @@ class Meter:
         return self._standing.account if self._standing is not None else None
 
     def enter(self) -> None:
-        """Count the request. Raises RateLimitError, or BudgetError if nothing is left to spend."""
+        """Count the request. Raises RateLimitError."""
         if self._standing is not None and self._limited:
-            self._standing.afford(1, 1, self._now())
             self._standing.enter(self._clock())
         self._join()
 

@@ -99,11 +99,6 @@ class Standing:
     def hold(self, tokens: int, cost: int, at: float) -> None:
         """Set aside what a sequence may cost, in tokens and billionths of the currency's unit. `at` is in Unix seconds.
         Raises BudgetError if less is left than that."""
-        self.afford(tokens, cost, at)
-        self._held = (self._held[0] + tokens, self._held[1] + cost)
-
-    def afford(self, tokens: int, cost: int, at: float) -> None:
-        """Raises BudgetError if less is left."""
         self.turn(at)
         limits = self.account.limits
         bounds = (
@@ -115,9 +110,10 @@ class Standing:
                 left = max(0.0, budget - (self._spent[place] + self._held[place]) / unit)
                 when = "This month's" if limits.budget_period == "month" else "The"
                 raise BudgetError(
-                    f"{when} budget of this key is {budget:g} {what}; {left:g} are left, and this request may take "
-                    f"{amount / unit:g}. Ask whoever runs the server for more."
+                    f"{when} budget of this key is {_decimal(budget)} {what}; {_decimal(left)} are left, and this "
+                    f"request may take {_decimal(amount / unit)}. Ask whoever runs the server for more."
                 )
+        self._held = (self._held[0] + tokens, self._held[1] + cost)
 
     def spend(self, held: tuple[int, int], used: tuple[int, int], at: float) -> None:
         """What was set aside has turned out to be `used`."""
@@ -170,6 +166,10 @@ def seconds(nanoseconds: int) -> str:
     hours, minutes = divmod(minutes, 60)
     text = f"{ms // 1000}.{ms % 1000:03}".rstrip("0").rstrip(".") + "s"
     return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + text
+
+
+def _decimal(number: float) -> str:
+    return f"{number:,.9f}".rstrip("0").rstrip(".")
 
 
 def _resized(bucket: Bucket | None, limit: int | None, now: int) -> Bucket | None:
