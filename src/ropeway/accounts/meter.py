@@ -75,25 +75,25 @@ class Meter:
         self._join()
         self._ledger.start(self._served)
 
-    def reserve(self, prompt: int, answer: int | None) -> None:
+    def reserve(self, prompt: int, answer: int | None, longest: int | None = None) -> None:
         """A sequence is about to run: so many tokens of prompt, and at most so many of answer, or as many as it likes.
-        Raises RopewayError if that is more than the key may have."""
+        For several at once `longest` is the longest prompt. Raises RopewayError if the key may not have so many."""
         standing = self._standing
         self._sequences += 1
         if standing is None:
             return
         most = standing.account.limits.max_prompt_tokens
-        if most is not None and prompt > most:
-            raise ContextLengthError(
-                f"A prompt of this key may have {most} tokens. However, yours has {prompt}. Shorten it.", param="prompt"
-            )
+        longest = prompt if longest is None else longest
+        if most is not None and longest > most:
+            message = f"A prompt of this key may have {most} tokens. However, yours has {longest}. Shorten it."
+            raise ContextLengthError(message, param="prompt")
         likely = standing.expected if answer is None else answer
         if standing.account.limits.has_budget:
             cost = self._prices.cost(self._served, prompt, 0, likely) or 0
             standing.hold(prompt + likely, cost, self._now())
             self._held = (self._held[0] + prompt + likely, self._held[1] + cost)
         if self._limited:
-            self._reserved += standing.reserve(prompt, answer, self._clock())
+            self._reserved += standing.reserve(prompt, answer, self._clock(), self._reserved)
 
     def end(self, prompt: int, cached: int, answer: int) -> None:
         """The answer is over, however it ended, and has used so many tokens: of prompts, of which `cached` were in the

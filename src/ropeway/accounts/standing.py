@@ -55,29 +55,29 @@ class Standing:
                 retry_after=wait / SECOND_NS,
             )
 
-    def reserve(self, prompt: int, answer: int | None, now: int) -> int:
+    def reserve(self, prompt: int, answer: int | None, now: int, already: int = 0) -> int:
         """Take the tokens that a sequence may need; returns how many were taken. Raises TokenLimitError.
 
         One whose answer is not bounded needs as many as the account's answers have had lately. What it uses beyond that
-        is a debt, paid before anything else runs.
+        is a debt, paid before anything else runs. `already` are taken for other sequences of the same request.
         """
-        need = prompt + (self.expected if answer is None else answer)
         if self._tokens is None:
             return 0
-        limit = self._tokens.per_minute
+        limit, need = self._tokens.per_minute, prompt + (self.expected if answer is None else answer)
         if answer is None:
-            need = max(prompt, min(need, limit))
-        wait = self._tokens.take(need, now)
-        if wait is None:
+            need = max(prompt, min(need, limit - already))
+        total = already + need
+        if total > limit:
             raise TokenLimitError(
-                f"This request may use {need} tokens ({prompt} of its prompt), and its key {limit} a minute. Shorten "
-                "the prompt, or ask for fewer with max_tokens."
+                f"This request may use {total} tokens or more, and its key {limit} a minute. Shorten the prompt, ask "
+                "for fewer tokens with max_tokens, or split it."
             )
+        wait = self._tokens.take(need, now)
         if wait:
-            left = self._tokens.left(now)
+            left = self._tokens.left(now) + already
             raise TokenLimitError(
-                f"This request may use {need} tokens, and its key has {left} left of {limit} a minute. Send it "
-                f"again in {seconds(wait)}.",
+                f"This request may use {total} tokens, and its key has {left} left of {limit} a minute. Send it again "
+                f"in {seconds(wait)}.",
                 retry_after=wait / SECOND_NS,
             )
         return need

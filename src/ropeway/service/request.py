@@ -32,9 +32,10 @@ class Meter(Protocol):
     def begin(self, model: str) -> None:
         """An answer of `model` is asked for. Raises RopewayError if the client may not have it."""
 
-    def reserve(self, prompt: int, answer: int | None) -> None:
+    def reserve(self, prompt: int, answer: int | None, longest: int | None = None) -> None:
         """One of its sequences is about to run, with so many tokens of prompt and at most so many of answer; None if
-        as many as fit. The engine has not heard of it. Raises RopewayError if the client may not have so many."""
+        as many as fit. The engine has not heard of it. For several sequences at once, `longest` is the longest prompt.
+        Raises RopewayError if the client may not have so many."""
 
     def end(self, prompt: int, cached: int, answer: int) -> None:
         """The answer is over, however it ended. It took so many tokens of prompts, of which `cached` were in the prefix
