@@ -104,7 +104,8 @@ class Router:
         state["streams"] = asked.streams
         going.way.budget.request()
         deadline = self._clock() + self._api.config.request_timeout
-        deployment, tried = going.first(), ()
+        deployment = going.first()
+        tried: tuple[str, ...] = ()
         while True:
             attempt = Attempt(_with_header(send, deployment.name), self._clock)
             error = await self._attempt(going, deployment, attempt, scope, receive)

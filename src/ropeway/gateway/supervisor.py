@@ -131,13 +131,15 @@ class Supervisor:
         left = place.retry_at - self._clock()
         return _failure(place, left) if place.phase == "failed" and left > 0 else ""
 
-    def begin(self, place: Place) -> None:
-        """Start loading it, without waiting for that and without making room."""
+    def begin(self, place: Place) -> bool:
+        """Start loading it if there is room, without waiting for that. Returns whether it has been started."""
         place.leaving = False
-        if place.phase in ("stopped", "failed") and self._free() >= place.gib and not self._closed:
-            self._line.pop(place, None)
-            place.phase = "starting"
-            self._run(place, self._start(place))
+        if place.loaded or self._closed or self._free() < place.gib:
+            return False
+        self._line.pop(place, None)
+        place.phase = "starting"
+        self._run(place, self._start(place))
+        return True
 
     def stop_when_idle(self, place: Place) -> None:
         """Take it out of memory as soon as nobody uses it, unless it is wanted again by then."""
@@ -168,8 +170,7 @@ class Supervisor:
         if place.phase not in ("stopped", "failed"):
             return
         self._line.setdefault(place)
-        self.begin(place)
-        if place.phase != "starting" and next(iter(self._line)) is place:
+        if not self.begin(place) and next(iter(self._line)) is place:
             self._make_room(place.gib)
 
     def _make_room(self, gib: float) -> None:
