@@ -106,8 +106,8 @@ def test_inputs_are_cut_where_that_is_asked_for(server: Server) -> None:
     [
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
-        ({"input": ["a", ""]}, "input"),
-        ({"input": [[1], []]}, "input"),
+        ({"input": ["a", ""]}, "input[1]"),
+        ({"input": [[1], []]}, "input[1]"),
         ({"input": {"a": 1}}, "input"),
         ({"input": [1, "a"]}, "input[1]"),
         ({"input": [300]}, "input"),

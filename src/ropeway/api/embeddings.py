@@ -86,7 +86,8 @@ def parse_inputs(raw: msgspec.Raw, longest: int | None) -> list[dict[str, Any]]:
         raise HttpError(400, message, param="input")
     for number, one in enumerate(inputs if len(inputs) > 1 else ()):
         if not (one.get("text") or one.get("tokens")):
-            raise RequestError(f"input[{number}] is empty; send at least one character or token id.", param="input")
+            name = f"input[{number}]"
+            raise RequestError(f"{name} is empty; send at least one character or token id.", param=name)
     return inputs
 
 
