@@ -49,7 +49,7 @@ class _Tries:
     failed: int = 0
 
 
-class _Detail(msgspec.Struct):
+class _Detail(msgspec.Struct, frozen=True):
     code: object = None
 
 
