@@ -82,9 +82,11 @@ class Server:
 @contextmanager
 def serving(*flags: str, model: str = "bundled", small: Sequence[str] = SMALL) -> Iterator[Server]:
     """Start `ropeway serve` on a free port, wait until it is ready, and check that it leaves no process behind."""
-    command = [sys.executable, "-m", "ropeway.cli.main", "serve", model, "--port", "0", *small, *flags]
+    named = [] if "--routes" in flags else [model]
+    command = [sys.executable, "-m", "ropeway.cli.main", "serve", *named, "--port", "0", *small, *flags]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ROPEWAY_") or k == "ROPEWAY_CACHE_DIR"}
     with tempfile.TemporaryDirectory() as folder:
+        environment["ROPEWAY_DATA_DIR"] = str(Path(folder) / "data")  # unless a flag names one that lasts
         log = Path(folder) / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
