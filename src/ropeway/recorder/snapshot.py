@@ -16,7 +16,7 @@ from typing import Any, get_origin
 
 from msgspec import Struct
 
-ROOMS = ("ropeway.scheduler.", "ropeway.kv.", "ropeway.contract.", "ropeway.engine.", "ropeway.config:")
+ROOMS = ("ropeway.scheduler.", "ropeway.kv.", "ropeway.contract.", "ropeway.engine.", "ropeway.config.")
 _PURE = ("ropeway.scheduler.", "ropeway.kv.")
 _CALL = "call "
 _PLAIN = {type(None), bool, int, float, str, bytes}
