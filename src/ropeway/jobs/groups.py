@@ -345,7 +345,7 @@ def next_rank(c: sqlite3.Connection, tenant: str, urgency: Urgency, now: float) 
     sql = "SELECT max(rank) FROM items WHERE state = 0 AND tenant = ? AND urgency = ?"
     waiting = c.execute(sql, (tenant, urgency)).fetchone()[0]
     own = (rank + 1 for rank in (served["own"], waiting) if rank is not None)
-    return max(first or 0, *own, 0)
+    return max(int(first or 0), *own, 0)
 
 
 def in_line(c: sqlite3.Connection, urgency: Urgency, rank: int, item: int) -> int:

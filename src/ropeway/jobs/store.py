@@ -185,21 +185,13 @@ class JobStore:
         """Whether there is anything at all: a server on which nobody asks for durable work makes no files."""
         return self._database is not None or self.path.exists()
 
-    @property
-    def database(self) -> Database:
-        """The tables, opened now if need be. Raises StorageError."""
-        with self._opening:
-            if self._database is None:
-                self._database = Database(self.path, [SCHEMA, outbox.SCHEMA])
-            return self._database
-
     async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """`work` in a transaction of its own, see `Database.write`."""
-        return await (self._database or await asyncio.to_thread(lambda: self.database)).write(work)
+        return await (self._database or await asyncio.to_thread(self._open)).write(work)
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """`work` on one snapshot."""
-        return await (self._database or await asyncio.to_thread(lambda: self.database)).read(work)
+        return await (self._database or await asyncio.to_thread(self._open)).read(work)
 
     async def owner(self) -> str:
         """The id of this directory, made once: what it accepted is known by it wherever it is handed out."""
@@ -223,3 +215,9 @@ class JobStore:
         with self._opening:
             if self._database is not None:
                 self._database.close()
+
+    def _open(self) -> Database:
+        with self._opening:
+            if self._database is None:
+                self._database = Database(self.path, [SCHEMA, outbox.SCHEMA])
+            return self._database

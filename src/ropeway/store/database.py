@@ -14,6 +14,7 @@ import os
 import queue
 import sqlite3
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -84,6 +85,9 @@ class Database:
             connection.execute("BEGIN")
             try:
                 return work(connection)
+            except BaseException as error:
+                _let_go(error)
+                raise
             finally:
                 connection.execute("ROLLBACK")
 
@@ -158,11 +162,18 @@ class Database:
         except Exception as error:
             if not self._writer.in_transaction:
                 raise  # a full disk has taken back everything, also what went well before
+            _let_go(error)
             self._writer.execute("ROLLBACK TO one")
             self._writer.execute("RELEASE one")
             return None, error
         self._writer.execute("RELEASE one")
         return result, None
+
+
+def _let_go(error: BaseException) -> None:
+    """Close the cursors of what has failed. One that was not read to its end would hold its connection to the moment
+    that it has seen, for as long as somebody keeps the error."""
+    traceback.clear_frames(error.__traceback__)
 
 
 def _migrate(connection: sqlite3.Connection, schema: Schema, path: Path) -> None:
