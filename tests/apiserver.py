@@ -61,6 +61,11 @@ class Server:
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(10)
 
+    @property
+    def answering(self) -> int:
+        """Requests on which a task of the server still works."""
+        return self.call(lambda: sum("run_asgi" in repr(task) for task in asyncio.all_tasks()))
+
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 

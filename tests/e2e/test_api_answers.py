@@ -12,6 +12,7 @@ import httpx2
 import pytest
 
 from apiserver import Server, running
+from ropeway.contract import Urgency
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextRequest, TextStream
 
@@ -348,7 +349,7 @@ def test_prompts_are_cut_on_demand(server: Server) -> None:
     assert long["usage"]["prompt_tokens"] == 4000
 
 
-def test_tiers_are_priorities_around_the_servers_own(server: Server, asked: list[TextRequest]) -> None:
+def test_tiers_are_classes_and_places_in_them(server: Server, asked: list[TextRequest]) -> None:
     server.service.default_priority = 5
     try:
         for fields in ({"service_tier": "auto"}, {"service_tier": "priority"}, {"service_tier": "flex"}):
@@ -356,7 +357,8 @@ def test_tiers_are_priorities_around_the_servers_own(server: Server, asked: list
         answer = post(server, "/v1/completions", prompt="x", service_tier="flex", priority=-7).json()
     finally:
         server.service.default_priority = 0
-    assert [request.priority for request in asked] == [None, 4, 6, -7]
+    assert [request.priority for request in asked] == [None, 4, None, -7]
+    assert [request.urgency for request in asked] == [Urgency.HIGH, Urgency.HIGH, Urgency.MEDIUM, Urgency.MEDIUM]
     assert answer["service_tier"] == "flex"
 
 

@@ -75,10 +75,11 @@ class Key:
 
 
 @pytest.fixture(scope="module")
-def echo() -> Iterator[Server]:
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     template = ChatTemplate("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}")
     dialect = choose(ByteTokenizer(), "", tool_call_parser="hermes")
-    with running(EchoService(template=template, dialect=dialect), admin_key=ADMIN) as up:
+    data = str(tmp_path_factory.mktemp("data"))
+    with running(EchoService(template=template, dialect=dialect), admin_key=ADMIN, data_dir=data) as up:
         yield up
     template.close()
 

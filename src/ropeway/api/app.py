@@ -18,11 +18,14 @@ from ropeway.api import (
     admin,
     anthropic,
     anthropic_errors,
+    batches,
     chat,
     completions,
+    deferred,
     deployments,
     docs,
     embeddings,
+    files,
     health,
     models,
     replies,
@@ -33,6 +36,7 @@ from ropeway.api import (
     tokens,
 )
 from ropeway.api.anthropic_schema import CountRequest, InputTokens, MessageBody, MessageErrorEnvelope, MessageRequest
+from ropeway.api.deferred import Deferring
 from ropeway.api.embedding_schema import (
     EmbeddingList,
     EmbeddingRequest,
@@ -49,6 +53,7 @@ from ropeway.api.response_store import ResponseStore
 from ropeway.api.responses_schema import DeletedResponse, InputItems, ResponseBody, ResponseRequest, TokenCount
 from ropeway.api.state import Api, api_of
 from ropeway.config import ServerConfig
+from ropeway.jobs.running import Jobs
 from ropeway.observe.metrics import Metrics
 from ropeway.service.request import TextService
 
@@ -78,6 +83,10 @@ def create_app(
             size=int(config.response_store_mib * 1024 * 1024),
             ttl=config.response_store_ttl,
         )
+        longest = int(config.max_body_mib * 1024 * 1024)
+        app.state.jobs = Jobs(config, longest=longest, serves=app.state.api.serves)
+        metrics.include(app.state.jobs.families)
+        app.add_middleware(Deferring)
         app.add_middleware(Gate, config=config, metrics=metrics)
     app.add_exception_handler(HTTPException, _not_here)
     _add_routes(app)
@@ -85,10 +94,13 @@ def create_app(
 
 
 def _add_routes(app: FastAPI) -> None:
+    taken: set[str] = set()
+
     def add(method: str, path: str, endpoint: Callable[..., Any], entry: dict[str, Any]) -> None:
         name = re.sub(r"\W+", "_", path.removeprefix("/v1").replace(":path", "")).strip("_")
-        if method not in ("GET", "POST"):  # of which no path here has both
+        if method not in ("GET", "POST") or name in taken:
             name = f"{method.lower()}_{name}"
+        taken.add(name)
         named = [
             {"name": found, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
             for found in re.findall(r"{(\w+)", path)
@@ -102,10 +114,11 @@ def _add_routes(app: FastAPI) -> None:
             app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
     op = docs.operation
+    both = {"streams": True, "deferrable": True}
     chat_body, text_body = schema.ChatCompletionRequest, schema.CompletionRequest
-    add("POST", "/v1/chat/completions", chat.chat_completions, op(replies.ChatCompletion, chat_body, streams=True))
-    add("POST", "/v1/completions", completions.completions, op(replies.Completion, text_body, streams=True))
-    add("POST", "/v1/responses", responses.create_response, op(ResponseBody, ResponseRequest, streams=True))
+    add("POST", "/v1/chat/completions", chat.chat_completions, op(replies.ChatCompletion, chat_body, **both))
+    add("POST", "/v1/completions", completions.completions, op(replies.Completion, text_body, **both))
+    add("POST", "/v1/responses", responses.create_response, op(ResponseBody, ResponseRequest, **both))
     add("POST", "/v1/responses/input_tokens", responses.count_tokens, op(TokenCount, ResponseRequest))
     one, parameters = "/v1/responses/{response_id}", responses.GET_PARAMETERS
     add("GET", one, responses.get_response, op(ResponseBody, streams=True, parameters=parameters))
@@ -114,11 +127,11 @@ def _add_routes(app: FastAPI) -> None:
     items = op(InputItems, parameters=responses.ITEM_PARAMETERS)
     add("GET", one + "/input_items", responses.list_input_items, items)
     wrong, path = MessageErrorEnvelope, anthropic_errors.PATH
-    add("POST", path, anthropic.create_message, op(MessageBody, MessageRequest, streams=True, error=wrong))
+    add("POST", path, anthropic.create_message, op(MessageBody, MessageRequest, error=wrong, **both))
     add("POST", path + "/count_tokens", anthropic.count_tokens, op(InputTokens, CountRequest, error=wrong))
-    add("POST", "/v1/embeddings", embeddings.embeddings, op(EmbeddingList, EmbeddingRequest))
-    add("POST", "/v1/score", scores.score, op(ScoreList, ScoreRequest))
-    add("POST", "/v1/rerank", scores.rerank, op(RerankList, RerankRequest))
+    add("POST", "/v1/embeddings", embeddings.embeddings, op(EmbeddingList, EmbeddingRequest, deferrable=True))
+    add("POST", "/v1/score", scores.score, op(ScoreList, ScoreRequest, deferrable=True))
+    add("POST", "/v1/rerank", scores.rerank, op(RerankList, RerankRequest, deferrable=True))
     for path, endpoint in (("/score", scores.score), ("/rerank", scores.rerank), ("/v2/rerank", scores.rerank)):
         app.add_api_route(path, endpoint, methods=["POST"], include_in_schema=False, response_class=Response)
     add("GET", "/v1/models", models.list_models, op(schema.ModelList))
@@ -129,6 +142,7 @@ def _add_routes(app: FastAPI) -> None:
     add("GET", "/v1/requests", requests.list_requests, listing)
     add("GET", "/v1/requests/{id}", requests.get_request, op(RequestState))
     add("DELETE", "/v1/requests/{id}", requests.cancel_request, op(RequestState))
+    _add_durable(add)
     add("GET", "/health", health.health, op(None))
     add("GET", "/ping", health.health, op(None))
     add("GET", "/livez", health.livez, op(None))
@@ -148,6 +162,27 @@ def _add_routes(app: FastAPI) -> None:
     add("POST", "/admin/deployments/{name}/stop", deployments.stop_deployment, op(state))
     app.add_api_route("/openapi.json", _openapi, methods=["GET"], include_in_schema=False)
     app.add_api_route("/docs", _docs, methods=["GET"], include_in_schema=False)
+
+
+def _add_durable(add: Callable[[str, str, Callable[..., Any], dict[str, Any]], None]) -> None:
+    """Files, batches, and the jobs that deferred requests become."""
+    op = docs.operation
+    path, one = files.PATH, files.PATH + "/{file_id}"
+    add("POST", path, files.upload_file, op(files.FileBody) | {"requestBody": files.UPLOAD})
+    add("GET", path, files.list_files, op(files.FileList, parameters=files.LIST_PARAMETERS))
+    add("GET", one, files.get_file, op(files.FileBody))
+    add("DELETE", one, files.delete_file, op(files.DeletedFile))
+    add("GET", one + "/content", files.get_content, docs.download())
+    path, one = "/v1/batches", "/v1/batches/{batch_id}"
+    add("POST", path, batches.create_batch, op(batches.BatchBody, batches.BatchRequest))
+    add("GET", path, batches.list_batches, op(batches.BatchList, parameters=batches.LIST_PARAMETERS))
+    add("GET", one, batches.get_batch, op(batches.BatchBody))
+    add("POST", one + "/cancel", batches.cancel_batch, op(batches.BatchBody))
+    path, one = deferred.PATH, deferred.PATH + "/{job_id}"
+    add("GET", path, deferred.list_jobs, op(deferred.JobList, parameters=deferred.LIST_PARAMETERS))
+    add("GET", one, deferred.get_job, op(deferred.Job))
+    add("DELETE", one, deferred.delete_job, op(deferred.DeletedJob))
+    add("POST", one + "/cancel", deferred.cancel_job, op(deferred.Job))
 
 
 def describe(app: FastAPI) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,8 @@ from ropeway.api.making import Choice
 from ropeway.api.parse import decode_field, left_out
 from ropeway.api.schema import CommonFields
 from ropeway.api.state import Api
-from ropeway.contract import SamplingParams
+from ropeway.api.urgency import place_of, urgency_of
+from ropeway.contract import SamplingParams, Urgency
 from ropeway.errors import RequestError
 from ropeway.service.request import TextRequest
 from ropeway.text.grammar import from_response_format, from_structured_outputs
@@ -34,10 +34,6 @@ _RESERVED_KWARGS = frozenset(
 )  # fmt: skip
 _MAX_KWARG_TEXT = 4096
 Scalar = bool | int | float | str | None
-
-
-_TIERS = {"auto": "default", "default": "default", "scale": "scale", "flex": "flex", "priority": "priority"}
-_EARLIER = {"priority": -1, "flex": 1}
 
 
 def answer_id(prefix: str, name: str | None = None) -> str:
@@ -60,7 +56,7 @@ def check_together(body: CommonFields) -> None:
 
 def service_tier(body: CommonFields) -> Any:
     """The tier to answer with; None if the request did not ask for one."""
-    return _TIERS[body.service_tier] if body.service_tier is not None else None
+    return "default" if body.service_tier == "auto" else body.service_tier
 
 
 def form_of(body: CommonFields) -> str:
@@ -137,9 +133,10 @@ def fan_out(
         message = f"{len(prompts)} prompts times n={count} is more than {MAX_SEQUENCES} answers. Split the request."
         raise HttpError(400, message, param="n" if count > 1 else param)
     ttft_deadline_ms = body.ttft_deadline_ms or api.config.ttft_deadline_ms
-    priority = body.priority
-    if priority is None and body.service_tier in _EARLIER:
-        priority = api.service.default_priority + _EARLIER[body.service_tier]
+    urgency = urgency_of(request, body.priority, body.service_tier)
+    priority = place_of(body.priority)
+    if body.priority is None and body.service_tier == "priority":
+        priority = api.service.default_priority - 1
     truncate = body.truncate_prompt_tokens
     if truncate == -1:
         truncate = api.service.max_model_len - max(sampling.max_tokens, 1)
@@ -154,9 +151,10 @@ def fan_out(
                 sampling=msgspec.structs.replace(sampling, seed=seed) if i else sampling,
                 add_special_tokens=body.add_special_tokens,
                 priority=priority,
+                urgency=urgency,
                 tenant=str(request.state.tenant),
                 salt=body.cache_salt or "",
-                deadline_s=min(api.config.request_timeout, (body.deadline_ms or math.inf) / 1000),
+                deadline_s=deadline(api, urgency, body.deadline_ms),
                 ttft_deadline_s=ttft_deadline_ms / 1000 if ttft_deadline_ms else None,
                 truncate=truncate,
                 truncate_left=body.truncation_side != "right",
@@ -165,6 +163,14 @@ def fan_out(
             interval = body.stream_interval or 1
             choices.append(Choice(text_request, len(choices), number, interval=interval, **choice))
     return choices
+
+
+def deadline(api: Api, urgency: Urgency, asked_ms: float | None) -> float | None:
+    """Seconds for a whole answer: what the request allows, and what the server does where somebody waits."""
+    bounds = [] if asked_ms is None else [asked_ms / 1000]
+    if urgency is Urgency.HIGH:
+        bounds.append(api.config.request_timeout)
+    return min(bounds, default=None)
 
 
 def template_kwargs(raw: Mapping[str, msgspec.Raw] | None, where: str = "chat_template_kwargs") -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from ropeway.api import anthropic_schema as anthropic
+from ropeway.api import batches, deferred, files, replies, schema
 from ropeway.api import embedding_schema as embedding
-from ropeway.api import replies, schema
 from ropeway.api import responses_schema as responses
 from ropeway.api.deployments import DeploymentList, DeploymentState
 from ropeway.api.errors import ErrorEnvelope
@@ -27,6 +27,8 @@ _COMPONENTS = (
     anthropic.InputTokens, anthropic.MessageErrorEnvelope,
     embedding.EmbeddingRequest, embedding.EmbeddingList, embedding.ScoreRequest, embedding.ScoreList,
     embedding.RerankRequest, embedding.RerankList,
+    files.FileBody, files.FileList, files.DeletedFile, batches.BatchRequest, batches.BatchBody, batches.BatchList,
+    deferred.Job, deferred.JobList, deferred.DeletedJob,
     schema.WaitState, RequestList, RequestState, DeploymentList, DeploymentState, ErrorEnvelope,
 )  # fmt: skip
 _REF = "#/components/schemas/"
@@ -61,6 +63,7 @@ def operation(
     body: type | None = None,
     *,
     streams: bool = False,
+    deferrable: bool = False,
     parameters: Sequence[dict[str, Any]] = (),
     error: type = ErrorEnvelope,
 ) -> dict[str, Any]:
@@ -85,10 +88,21 @@ def operation(
             },
         }
     }
+    if deferrable:
+        job = {"application/json": {"schema": reference(deferred.Job)}}
+        entry["responses"]["202"] = {"description": "Deferred", "content": job}
     if parameters:
         entry["parameters"] = list(parameters)
     if body is not None:
         entry["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference(body)}}}
+    return entry
+
+
+def download() -> dict[str, Any]:
+    """The entry of a route whose answer is the bytes of a file."""
+    entry = operation(None)
+    content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    entry["responses"]["200"]["content"] = content
     return entry
 
 
@@ -121,7 +135,8 @@ def _endpoint(method: str, path: str, entry: dict[str, Any]) -> str:
     lines = []
     body = entry.get("requestBody")
     if body:
-        lines.append(f"<p>Body: {_kind(body['content']['application/json']['schema'])}</p>")
+        [(media, sent)] = body["content"].items()
+        lines.append(f"<p>Body: {_kind(sent['schema'])} <span class=dim>{escape(media)}</span></p>")
     for status, response in entry.get("responses", {}).items():
         kinds = [
             f"{_kind(media['schema'])} <span class=dim>{escape(name)}</span>" if "$ref" in media["schema"]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Raw, Struct
 
-from ropeway.api.schema import Label, Milliseconds
+from ropeway.api.schema import CALLBACK, DEFERRED, PRIORITY, CallbackUrl, Label, Milliseconds, Priority
 
 MAX_INPUTS: Final = 2048
 """Texts in one body, as at OpenAI."""
@@ -50,9 +50,10 @@ class PooledFields(Struct, frozen=True, kw_only=True):
     truncation_side: Annotated[
         Literal["left", "right"] | None, Meta(description="Which end of an input is cut off (default: right).")
     ] = None
-    priority: Annotated[
-        Annotated[int, Meta(ge=-_INT32, lt=_INT32)] | None, Meta(description="Lower is served earlier.")
-    ] = None
+    priority: Annotated[Priority | None, Meta(description=PRIORITY)] = None
+    deferred: Annotated[bool | None, Meta(description=DEFERRED)] = None
+    background: Annotated[bool | None, Meta(description="Another word for `deferred`.")] = None
+    callback_url: Annotated[CallbackUrl | None, Meta(description=CALLBACK)] = None
     deadline_ms: Annotated[
         Milliseconds | None, Meta(description="Time for the whole answer, after which it ends with a timeout.")
     ] = None

@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from ropeway._version import __version__
 from ropeway.api.schema import Load, Readiness, Version
-from ropeway.api.state import Api, api_of
+from ropeway.api.state import Api, api_of, jobs_of
 
 _REASONS = {
     "starting": "The engine is loading the model.",
@@ -62,6 +62,7 @@ async def load(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
     api = api_of(request)
+    await jobs_of(request).look()
     body, content_type = api.metrics.render(api.service.stats)
     return Response(body, media_type=content_type)
 

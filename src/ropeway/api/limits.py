@@ -42,6 +42,9 @@ MAX_TEMPLATE_KWARGS: Final = 16
 BODY_SECONDS: Final = 60.0
 """A body must have arrived after this time."""
 
+FILE_SECONDS: Final = 3600.0
+"""An uploaded file must have; of it too something must arrive every `BODY_SECONDS`."""
+
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _OPENING = frozenset(b"[{")
 

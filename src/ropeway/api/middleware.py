@@ -24,7 +24,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ropeway.api import anthropic_errors
 from ropeway.api.errors import HttpError, error_response
-from ropeway.api.limits import BODY_SECONDS
+from ropeway.api.files import FORM_BYTES
+from ropeway.api.files import PATH as FILES
+from ropeway.api.files import too_large as file_too_large
+from ropeway.api.inside import CALL
+from ropeway.api.limits import BODY_SECONDS, FILE_SECONDS
+from ropeway.api.urgency import HEADER, from_header
 from ropeway.config import ServerConfig
 from ropeway.errors import EngineError, RopewayError
 from ropeway.observe.metrics import Metrics
@@ -75,6 +80,7 @@ class Gate:
         self._tenant_header = (config.tenant_header or "").lower().encode()
         self._hosts = allowed_hosts(config)
         self._max_body = int(config.max_body_mib * 1024 * 1024)
+        self._max_file = int(config.max_file_mib * 1024 * 1024)
         self._date = (0, b"")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,7 +91,9 @@ class Gate:
         started = time.perf_counter()
         headers = _Headers(scope["headers"])
         request_id = _request_id(headers)
-        scope.setdefault("state", {}).update(request_id=request_id, tenant="", operator=False)
+        call = scope.get(CALL)
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, tenant="", operator=False, urgency=None)
         status = 0
 
         async def tell(message: Message) -> None:
@@ -97,8 +105,12 @@ class Gate:
             await send(message)
 
         try:
+            if call is not None:
+                state.update(tenant=call.tenant, urgency=call.urgency)
+                await self._app(scope, receive, tell)
+                return
             self._check(scope, headers)
-            await self._app(scope, self._bounded(receive, headers), tell)
+            await self._app(scope, self._bounded(scope, receive, headers), tell)
         except RopewayError as error:
             if status == 0:
                 await refusal(scope, error)(scope, receive, tell)
@@ -112,7 +124,8 @@ class Gate:
                 raise
         finally:
             seconds = time.perf_counter() - started
-            self._metrics.http_request(scope["method"], _route(scope), status, seconds)
+            if call is None:
+                self._metrics.http_request(scope["method"], _route(scope), status, seconds)
             where = (scope["method"], scope["path"], status or "-", seconds * 1000, request_id)
             _log.debug("%s %s %s %.1f ms %s", *where)
 
@@ -145,9 +158,10 @@ class Gate:
             scope["state"]["tenant"] = named
         if headers.one(b"content-encoding").lower() not in (b"", b"identity"):
             raise HttpError(415, "Compressed bodies are not accepted. Send it without Content-Encoding.", close=True)
-        length = headers.one(b"content-length")
-        if length.isdigit() and int(length) > self._max_body:
-            raise self._too_large()
+        scope["state"]["urgency"] = from_header(headers.one(HEADER.encode()))
+        length, most = headers.one(b"content-length"), self._most(scope)
+        if length.isdigit() and int(length) > most:
+            raise self._too_large(scope)
 
     def _check_host(self, host: bytes) -> None:
         """A page on the web can make a browser call this server under a name that the page's owner controls (DNS
@@ -176,33 +190,40 @@ class Gate:
             message = "Requests from pages of another origin are refused. Call the server from your own back end."
             raise HttpError(403, message, code="cross_origin")
 
-    def _bounded(self, receive: Receive, headers: _Headers) -> Receive:
+    def _bounded(self, scope: Scope, receive: Receive, headers: _Headers) -> Receive:
         """`receive` that counts a body while it arrives, and does not wait for it for ever."""
         if not headers.one(b"content-length") and not headers.one(b"transfer-encoding"):
             return receive
-        seen, complete = 0, False
-        deadline = time.monotonic() + BODY_SECONDS
+        seen, complete, most = 0, False, self._most(scope)
+        allowed = FILE_SECONDS if _uploads(scope) else BODY_SECONDS
+        deadline = time.monotonic() + allowed
 
         async def bounded() -> Message:
             nonlocal seen, complete
             if complete:
                 return await receive()
             try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                async with asyncio.timeout(min(max(0.0, deadline - time.monotonic()), BODY_SECONDS)):
                     message = await receive()
             except TimeoutError:
-                message_text = f"The body had not arrived completely after {BODY_SECONDS:g} s."
+                message_text = f"The body had not arrived completely after {allowed:g} s, or nothing came for long."
                 raise HttpError(408, message_text, close=True) from None
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
-                if seen > self._max_body:
-                    raise self._too_large()
+                if seen > most:
+                    raise self._too_large(scope)
             return message
 
         return bounded
 
-    def _too_large(self) -> HttpError:
+    def _most(self, scope: Scope) -> int:
+        """Bytes that a body may have; a file's own limit holds for the file alone."""
+        return self._max_file + FORM_BYTES if _uploads(scope) else self._max_body
+
+    def _too_large(self, scope: Scope) -> HttpError:
+        if _uploads(scope):
+            return file_too_large(self._max_file)
         mib = self._max_body / 1024 / 1024
         return HttpError(
             413,
@@ -276,6 +297,10 @@ def _host_name(host: str) -> str:
     """The name in a Host header, without port, brackets and letter case; '' if it is not one."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::\d{1,5})?", host)
     return (match[1] or match[2]).lower().rstrip(".") if match else ""
+
+
+def _uploads(scope: Scope) -> bool:
+    return bool(scope["path"] == FILES and scope["method"] == "POST")
 
 
 def _is_address(name: str) -> bool:

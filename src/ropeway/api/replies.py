@@ -97,7 +97,7 @@ class ChatCompletion(Struct, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     usage: UsageBody
     system_fingerprint: str
-    service_tier: Literal["default", "flex", "priority", "scale"] | None = None
+    service_tier: Literal["batch", "default", "flex", "priority", "scale"] | None = None
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
@@ -123,4 +123,4 @@ class Completion(Struct, frozen=True, kw_only=True):
     choices: list[CompletionChoice]
     usage: UsageBody
     system_fingerprint: str
-    service_tier: Literal["default", "flex", "priority", "scale"] | None = None
+    service_tier: Literal["batch", "default", "flex", "priority", "scale"] | None = None

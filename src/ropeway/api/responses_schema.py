@@ -9,6 +9,7 @@ from msgspec import Meta, Raw, Struct, field
 from ropeway.api.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
 from ropeway.api.loose import TOOL_NAME
 from ropeway.api.schema import Count, Label
+from ropeway.api.urgency import Tier
 
 _STRING: dict[str, Any] = {"type": "string"}
 
@@ -171,8 +172,8 @@ class ResponseRequest(Struct, frozen=True, kw_only=True):
         Meta(description="`auto` drops the oldest items of a conversation that is too long."),
     ] = None
     service_tier: Annotated[
-        Literal["auto", "default", "flex", "priority", "scale"] | None,
-        Meta(description="`priority` is served earlier, `flex` later, unless `priority` says it. Echoed."),
+        Tier | None,
+        Meta(description="`flex` is the class `medium`, `batch` is `low`; `priority` goes first in `high`. Echoed."),
     ] = None
     metadata: Annotated[Metadata | None, Meta(description="Returned with the response.")] = None
     user: Annotated[Label | None, Meta(description="Returned with the response.")] = None

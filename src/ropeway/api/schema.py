@@ -34,6 +34,7 @@ from ropeway.api.loose import (
     ToolChoice,
     Tools,
 )
+from ropeway.api.urgency import Tier, Word
 
 _INT64 = 2**63
 _INT32 = 2**31
@@ -43,6 +44,11 @@ TokenId = Annotated[int, Meta(ge=0, lt=_INT32)]
 Count = Annotated[int, Meta(ge=1, lt=_INT32)]
 Milliseconds = Annotated[float, Meta(ge=1, le=86_400_000)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Priority = Annotated[int, Meta(ge=-_INT32, lt=_INT32)] | Word
+PRIORITY = "A class: `high` (somebody waits), `medium` or `low`; or a number: inside a class, lower is served earlier."
+DEFERRED = "Answer 202 with a job at once, and compute it in the background: see `/v1/jobs`."
+CallbackUrl = Annotated[str, Meta(max_length=2048)]
+CALLBACK = "Where the end of a deferred request is announced."
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
@@ -169,13 +175,14 @@ class CommonFields(Struct, frozen=True, kw_only=True):
         bool | None,
         Meta(description="Put the prompt before the answer; in a chat, the last message that is continued."),
     ] = None
-    priority: Annotated[
-        Annotated[int, Meta(ge=-_INT32, lt=_INT32)] | None, Meta(description="Lower is served earlier.")
-    ] = None
+    priority: Annotated[Priority | None, Meta(description=PRIORITY)] = None
     service_tier: Annotated[
-        Literal["auto", "default", "flex", "priority", "scale"] | None,
-        Meta(description="`priority` is served earlier, `flex` later, unless `priority` says it. Echoed."),
+        Tier | None,
+        Meta(description="`flex` is the class `medium`, `batch` is `low`; `priority` goes first in `high`. Echoed."),
     ] = None
+    deferred: Annotated[bool | None, Meta(description=DEFERRED)] = None
+    background: Annotated[bool | None, Meta(description="Another word for `deferred`.")] = None
+    callback_url: Annotated[CallbackUrl | None, Meta(description=CALLBACK)] = None
     deadline_ms: Annotated[
         Milliseconds | None, Meta(description="Time for the whole answer, after which it ends with a timeout.")
     ] = None

@@ -16,11 +16,14 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from ropeway.api.inside import Inside
 from ropeway.api.middleware import is_loopback, split_list
 from ropeway.api.protocol import BoundedProtocol
 from ropeway.api.state import Api
 from ropeway.config import ServerConfig
+from ropeway.contract.channel import LinkState
 from ropeway.errors import ConfigError, DrainingError, RopewayError
+from ropeway.jobs.running import Jobs
 from ropeway.service.request import TextService
 
 _log = logging.getLogger(__name__)
@@ -52,8 +55,10 @@ async def serve(
         leaving: asyncio.Future[RopewayError | None] = asyncio.get_running_loop().create_future()
         forced = asyncio.Event()
         api: Api = app.state.api
+        jobs: Jobs = app.state.jobs
         with _signals(leaving, forced):
             await server.begin(listener)
+            jobs.start(Inside(app), lambda: _seats(service))
             try:
                 if on_ready is not None:
                     told = on_ready(address(config.host, listener))
@@ -62,6 +67,7 @@ async def serve(
                 waiting = [leaving] if stop is None else [leaving, stop]
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 error = stop.result() if stop is not None and stop.done() else None
+                await jobs.stop()
                 if error is None:
                     await _drain(api, config.shutdown_timeout, forced, stop)
                     error = stop.result() if stop is not None and stop.done() else None
@@ -70,9 +76,17 @@ async def serve(
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(api.idle(), _FLUSH_SECONDS)
             finally:
+                await jobs.close()
                 await server.end(0.0 if forced.is_set() else _FLUSH_SECONDS)
     if error is not None:
         raise error
+
+
+def _seats(service: TextService) -> int | None:
+    """Sequences that run at once, 0 if that cannot be said, None before there is an engine."""
+    if service.info is not None:
+        return service.info.max_slots
+    return 0 if service.state is LinkState.READY else None
 
 
 def check_bind(config: ServerConfig) -> None:

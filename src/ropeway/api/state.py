@@ -18,6 +18,7 @@ from ropeway.api.registry import Registry
 from ropeway.api.schema import ModelCard
 from ropeway.config import ServerConfig
 from ropeway.errors import DrainingError, RopewayError, UnknownModelError
+from ropeway.jobs.running import Jobs
 from ropeway.observe.metrics import Metrics
 from ropeway.service.request import TextService
 
@@ -117,6 +118,11 @@ class Api:
         if name is not None and name != self.service.model_name:
             raise unknown_model(name, [self.service.model_name])
 
+    def serves(self, name: str) -> bool:
+        """Whether there is a model of that name."""
+        names = [card.id for card in self.cards()] if self.cards is not None else [self.service.model_name]
+        return name in names
+
     @property
     def fingerprint(self) -> str:
         """Changes when the same seed may give another answer: other code, model, or arithmetic."""
@@ -141,6 +147,12 @@ def api_of(request: Request) -> Api:
     api = request.app.state.api
     assert isinstance(api, Api)
     return api
+
+
+def jobs_of(request: Request) -> Jobs:
+    jobs = request.app.state.jobs
+    assert isinstance(jobs, Jobs)
+    return jobs
 
 
 async def read_body(request: Request) -> bytes:

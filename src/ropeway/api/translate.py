@@ -29,7 +29,7 @@ EXTRAS: Final = (
     "min_tokens", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
     "allowed_token_ids", "bad_words", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
     "skip_special_tokens", "structured_outputs", "chat_template_kwargs", "documents", "include_reasoning", "priority",
-    "deadline_ms", "ttft_deadline_ms", "cache_salt",
+    "deadline_ms", "ttft_deadline_ms", "cache_salt", "deferred", "callback_url",
 )  # fmt: skip
 """Fields of a chat completion that every dialect takes as they are, besides its own."""
 

@@ -7,7 +7,6 @@ time that its seats are always taken and its queue is left to others.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,10 +15,12 @@ import msgspec
 from starlette.requests import Request
 
 from ropeway.api.answer import Answer, Plan
+from ropeway.api.build import deadline
 from ropeway.api.embedding_schema import MAX_INPUT_TOKENS, PooledFields, PooledUsage
 from ropeway.api.making import Choice, Making, check_finish, stop_all
 from ropeway.api.registry import Tracked
 from ropeway.api.state import Api
+from ropeway.api.urgency import place_of, urgency_of
 from ropeway.contract import ExecutorInfo, Pooling, SamplingParams
 from ropeway.errors import (
     ContextLengthError,
@@ -137,13 +138,15 @@ def served(api: Api) -> tuple[ExecutorInfo, Pooling]:
 
 def common(request: Request, api: Api, body: PooledFields) -> dict[str, Any]:
     """The fields of a `TextRequest` that all inputs of a body share."""
+    urgency = urgency_of(request, body.priority)
     return {
         "request_id": str(request.state.request_id),
         "sampling": _NOTHING,
-        "priority": body.priority,
+        "priority": place_of(body.priority),
+        "urgency": urgency,
         "tenant": str(request.state.tenant),
         "salt": body.cache_salt or "",
-        "deadline_s": min(api.config.request_timeout, (body.deadline_ms or math.inf) / 1000),
+        "deadline_s": deadline(api, urgency, body.deadline_ms),
     }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import typer
 
 from ropeway.cli import (
+    batches,
     bench,
     calibrate,
     chat,
@@ -19,6 +20,7 @@ from ropeway.cli import (
     quantize,
     replay,
     requests,
+    run_batch,
     serve,
     sim,
     version,
@@ -41,6 +43,8 @@ for verb in (
     chat,
     complete,
     requests,
+    batches,
+    run_batch,
     bench,
     sim,
     calibrate,

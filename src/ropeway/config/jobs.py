@@ -20,6 +20,28 @@ class JobsConfig:
         "which is ~/.local/share if unset).",
     )
 
+    max_file_mib: float = option(200.0, "Jobs", "Largest file that may be uploaded, in MiB.", low=0.001)
+    max_batch_requests: int = option(50_000, "Jobs", "Requests that a batch may have.", low=1)
+    job_concurrency: int | None = option(
+        None, "Jobs", "Requests of jobs that are computed at a time (default: as many as the engine has seats).", low=1
+    )
+    job_retention: float = option(72.0, "Jobs", "Hours that a deferred request is kept after it has ended.", low=0.0)
+
+    webhook_url: str | None = option(
+        None, "Webhooks", "URL that hears of everything that ends, besides the callback_url of requests and batches."
+    )
+    webhook_secret: str | None = option(
+        None,
+        "Webhooks",
+        "Secrets to sign events with (whsec_...), the newest first, by commas (default: one in --data-dir, made at the "
+        "first need).",
+    )
+    webhook_allow: str | None = option(
+        None, "Webhooks", "Host names, addresses and networks that events may go to though they are not public."
+    )
+    webhook_allow_http: bool = option(False, "Webhooks", "Send events to http URLs too.")
+    webhook_ports: str = option("80,443,8443", "Webhooks", "Ports and ranges of them that events may go to.")
+
     @property
     def data_path(self) -> Path:
         """`data_dir` with its default."""

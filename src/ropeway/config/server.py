@@ -40,7 +40,9 @@ class ServerConfig(JobsConfig, AccountsConfig, RoutesConfig):
         None, "Server", "Extra Host headers to accept, by commas (always: loopback names and the bound host)."
     )
     max_body_mib: float = option(16.0, "Server", "Largest request body, in MiB.", low=0.001)
-    request_timeout: float = option(600.0, "Server", "Seconds after which a request ends with a timeout.", low=0.001)
+    request_timeout: float = option(
+        600.0, "Server", "Seconds after which an answer that somebody waits for ends with a timeout.", low=0.001
+    )
     ttft_deadline_ms: float | None = option(
         None, "Server", "When the first token is wanted by requests that do not say so (policy deadline).", low=0.001
     )
