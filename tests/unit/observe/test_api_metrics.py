@@ -147,6 +147,19 @@ def test_two_servers_in_one_process_do_not_share_anything() -> None:
     assert read(second)["vllm:request_success_total", (("finished_reason", "stop"),)] == 0
 
 
+def test_models_of_one_server_share_families() -> None:
+    server, models = Metrics(None), [Metrics("a"), Metrics("b")]
+    for model in models:
+        server.include(model.families)
+    server.http_request("GET", "/health", 200, 0.1)
+    text = server.render()[0].decode()
+    found = {family.name: family.samples for family in text_string_to_metric_families(text)}
+    assert text.count("# TYPE vllm:num_requests_running") == 1
+    assert [s.labels["model_name"] for s in found["vllm:num_requests_running"]] == ["a", "b"]
+    assert {s.labels["model_name"] for s in found["vllm:time_to_first_token_seconds"]} == {"a", "b"}
+    assert len(found["http_requests"]) == 1
+
+
 def test_histogram_bounds_are_inclusive_and_cumulative() -> None:
     histogram = Histogram("h", "", (1.0, 2.0))
     for value in (0.5, 1.0, 1.5, 2.5):

@@ -55,6 +55,19 @@ def test_gpu_takes_a_share_of_the_total() -> None:
     assert "all that is free" in crowded.why
 
 
+def test_all_together_may_be_bounded() -> None:
+    taken = SPEC.weight_bytes("bfloat16") + workspace_bytes(EngineConfig(), SPEC, "bfloat16")
+    for device in ("cpu", "cuda"):
+        bounded = budget(40, device, memory_gib=8.0)
+        assert bounded.num_blocks == (8 * GIB - taken) // BLOCK
+        assert bounded.weight_bytes + bounded.workspace_bytes + bounded.kv_bytes <= 8 * GIB
+    assert budget(40, memory_gib=8.0, num_kv_blocks=9000, max_model_len=4096).num_blocks == 9000
+    with pytest.raises(MemoryBudgetError, match=r"memory_gib is 8, but 6.00 GiB of the machine's RAM are free"):
+        budget(6, memory_gib=8.0)
+    with pytest.raises(MemoryBudgetError, match="1.00 GiB of --memory-gib are free"):
+        budget(40, memory_gib=1.0)
+
+
 def test_explicit_sizes() -> None:
     assert budget(40, num_kv_blocks=9000).num_blocks == 9000
     assert budget(40, num_kv_blocks=9000, kv_cache_gib=1.0).num_blocks == 9000
