@@ -1,0 +1,176 @@
+"""The keeper: what it does by itself, what it goes on with after a crash, and what it does in trouble."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from jobkit import again, jsonl, lines_of, quick_folder, results, submit
+from ropeway.errors import StorageError
+from ropeway.jobs import batches
+from ropeway.jobs.batches import Keeper
+from ropeway.jobs.records import Batch, BatchState
+from ropeway.jobs.store import JobStore
+from ropeway.jobs.work import Reply
+
+
+@pytest.fixture
+async def store() -> AsyncIterator[JobStore]:
+    with quick_folder() as folder:
+        made = JobStore(folder / "data")
+        yield made
+        made.close()
+
+
+async def answer_all(store: JobStore) -> None:
+    while works := await store.items.claim("w", 100):
+        replies = (store.items.finish(work.item, work.attempt, Reply(status=200, body=b"{}")) for work in works)
+        assert all(await asyncio.gather(*replies))
+
+
+async def until(reached: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            if await reached():
+                return
+            await asyncio.sleep(0.01)
+
+
+async def until_is(store: JobStore, batch: Batch, state: BatchState) -> None:
+    async def reached() -> bool:
+        return (await again(store, batch)).status is state
+
+    await until(reached)
+
+
+async def test_it_carries_batches_on_as_they_come(store: JobStore) -> None:
+    keeper = Keeper(store)
+    keeper.start()
+    await asyncio.sleep(0)
+    assert not store.exists
+    first = await submit(store, jsonl(3))
+    await until_is(store, first, BatchState.IN_PROGRESS)
+    await answer_all(store)
+    await until_is(store, first, BatchState.COMPLETED)
+    second = await submit(store, b"nonsense")
+    await until_is(store, second, BatchState.FAILED)
+    await keeper.stop()
+    await keeper.stop()
+
+
+class Cut(BaseException):
+    """The process ends here."""
+
+
+async def cut_off(monkeypatch: pytest.MonkeyPatch, store: JobStore, passage: int) -> None:
+    """A round of which the `passage`-th failpoint is the last thing that happens."""
+    count = 0
+
+    def failpoint(name: str) -> None:
+        nonlocal count
+        count += 1
+        if count == passage:
+            raise Cut
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batches, "failpoint", failpoint)
+        with pytest.raises(Cut):
+            await Keeper(store).round()
+
+
+@pytest.mark.parametrize("passage", [1, 2, 3])
+async def test_taking_in_goes_on_where_it_was_cut_off(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, passage: int
+) -> None:
+    data = b"\n\n" + jsonl(2500).replace(b"\n", b"\r\n\n")
+    batch = await submit(store, data)
+    await cut_off(monkeypatch, store, passage)
+    before = await store.batches.progress(batch)
+    assert before.lines == min(1000 * passage, 2500)
+    assert before.loaded < len(data) or before.lines == 2500
+    await Keeper(store).round()
+    await answer_all(store)
+    await Keeper(store).round()
+    ended = await again(store, batch)
+    assert ended.status is BatchState.COMPLETED
+    assert len(results(store, ended)) == 2500
+
+
+async def test_two_keepers_take_in_each_line_once(store: JobStore) -> None:
+    other = JobStore(store.folder)
+    batch = await submit(store, jsonl(3000))
+    await asyncio.gather(*(keeper.round() for keeper in (Keeper(store), Keeper(other), Keeper(other))))
+    for keeper in (Keeper(store), Keeper(other)):
+        await keeper.round()
+    await answer_all(store)
+    await asyncio.gather(*(keeper.round() for keeper in (Keeper(store), Keeper(other), Keeper(other))))
+    ended = await again(store, batch)
+    assert ended.status is BatchState.COMPLETED
+    assert len(results(store, ended)) == 3000
+    other.close()
+
+
+async def test_a_batch_cancelled_while_it_is_taken_in_names_all_of_its_lines(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = await submit(store, jsonl(2500))
+    await cut_off(monkeypatch, store, 1)
+    await store.batches.cancel(batch.tenant, batch.id)
+    await Keeper(store).round()
+    await Keeper(store).round()
+    ended = await again(store, batch)
+    assert ended.status is BatchState.CANCELLED
+    assert [line["error"]["code"] for line in lines_of(store, ended.error_file_id)] == ["batch_cancelled"] * 2500
+
+
+async def test_an_input_that_vanished_fails_its_batch_alone(store: JobStore) -> None:
+    broken, fine = await submit(store, jsonl(1)), await submit(store, jsonl(1))
+    store.files.path(broken.input_file_id).unlink()
+    await Keeper(store).round()
+    found = await again(store, broken)
+    assert (found.status, [error.code for error in found.errors or []]) == (BatchState.FAILED, ["input_file_not_found"])
+    assert (await again(store, fine)).status is BatchState.IN_PROGRESS
+
+
+async def test_files_that_cannot_be_written_are_written_later(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full at the end of a batch costs nothing but time, and holds up no other batch."""
+    stuck, other = await submit(store, jsonl(2, "stuck")), await submit(store, jsonl(2, "other"))
+    await Keeper(store).round()
+    await answer_all(store)
+    real = store.files.draft
+    tries = 0
+
+    def full_at_first() -> Any:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise StorageError("The disk is full.")
+        return real()
+
+    monkeypatch.setattr(store.files, "draft", full_at_first)
+    with pytest.raises(StorageError):
+        await Keeper(store).round()
+    assert [(await again(store, one)).status for one in (stuck, other)] == [BatchState.FINALIZING, BatchState.COMPLETED]
+    await Keeper(store).round()
+    assert len(results(store, await again(store, stuck))) == 2
+
+
+async def test_items_go_when_their_files_are_there(store: JobStore) -> None:
+    batch = await submit(store, jsonl(4500))
+    keeper = Keeper(store)
+    await keeper.round()
+    await answer_all(store)
+    keeper.start()
+    await until_is(store, batch, BatchState.COMPLETED)
+
+    async def empty() -> bool:
+        return await store.read(lambda c: c.execute("SELECT 1 FROM items").fetchone()) is None
+
+    await until(empty)
+    assert await store.read(lambda c: c.execute("SELECT count(*) FROM bodies").fetchone()[0]) == 0
+    assert await store.read(lambda c: c.execute("SELECT count(*) FROM replies").fetchone()[0]) == 0
+    assert len(results(store, await again(store, batch))) == 4500
+    await keeper.stop()
