@@ -114,7 +114,7 @@ def _add_routes(app: FastAPI) -> None:
             app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
     op = docs.operation
-    both = {"streams": True, "deferrable": True}
+    both: dict[str, Any] = {"streams": True, "deferrable": True}
     chat_body, text_body = schema.ChatCompletionRequest, schema.CompletionRequest
     add("POST", "/v1/chat/completions", chat.chat_completions, op(replies.ChatCompletion, chat_body, **both))
     add("POST", "/v1/completions", completions.completions, op(replies.Completion, text_body, **both))

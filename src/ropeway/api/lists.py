@@ -46,4 +46,4 @@ def query(request: Request, default: int, most: int) -> Query:
         limit = int(given) if given.isascii() and given.isdigit() and len(given) < 10 else 0
         if not 1 <= limit <= most:
             raise RequestError(f"limit must be a whole number from 1 to {most}.", param="limit")
-    return Query(request.query_params.get("after"), limit, order)
+    return Query(request.query_params.get("after"), limit, "asc" if order == "asc" else "desc")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import msgspec
 from msgspec import Raw, Struct
@@ -216,7 +216,8 @@ async def _run(
             answer_all(Inside(found.app), source, partial, inflight or max(2 * found.seats, 1), progress)
         )
         try:
-            await asyncio.wait([answering, found.gone], return_when=asyncio.FIRST_COMPLETED)
+            watched: list[asyncio.Future[Any]] = [answering, found.gone]
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
                 raise found.gone.result() or ConfigError("The engine has ended before the last answer.")
             await answering
