@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx2
 import openai
@@ -14,6 +19,8 @@ from running import ADMIN, serving
 from gatewaykit import fine, gateway, upstreams
 from ropeway.gateway.table import Route, Rule
 from ropeway.service.echo import EchoService
+
+T = TypeVar("T")
 
 
 def body(model: str, text: str = "Hello") -> dict[str, object]:
@@ -73,6 +80,45 @@ def test_a_prompt_is_counted_where_a_tokenizer_is_at_hand() -> None:
             assert led == ["a", "large", "a"]  # before the model was in memory it was estimated
 
 
+def test_deferred_requests_take_the_same_ways(tmp_path: Path) -> None:
+    """Checked at once where a model is in memory that can, and answered as any other request."""
+    echoes = {"a": EchoService(model_name="a")}
+    with upstreams(fine) as (other,):
+        remotes = {"far": other.remote()}
+        routes = {"near": {"a": 1}, "far": {"far": 1}}
+        with gateway(routes, echoes=echoes, remotes=remotes, data_dir=str(tmp_path)) as server:
+            post = server.http.post
+            later = {**body("near", "later"), "deferred": True}
+            assert post("/v1/chat/completions", json={**later, "model": "nowhere"}).status_code == 404
+            accepted = [
+                post("/v1/chat/completions", json=later),
+                post("/v1/chat/completions", json={**later, "model": "far"}),
+            ]
+            assert [one.status_code for one in accepted] == [202, 202]
+            assert not other.requests or other.requests[0].json["model"] == "theirs"
+            said = []
+            for one in accepted:
+                path = one.headers["location"]
+                job = until(lambda path=path: ended(server.http.get(path).json()))
+                said.append(job["response"]["body"]["choices"][0]["message"]["content"])
+            assert said == ["later", "fine"]
+            assert len(other.requests) == 1  # the check was not sent there
+            wrong = post("/v1/chat/completions", json={**later, "temperature": "hot"})
+            assert wrong.status_code == 400
+
+
+def ended(job: dict[str, Any]) -> dict[str, Any] | None:
+    return job if job["status"] in ("completed", "failed") else None
+
+
+def until(look: Callable[[], T | None], seconds: float = 20.0) -> T:
+    limit = time.monotonic() + seconds
+    while (found := look()) is None:
+        assert time.monotonic() < limit, f"not reached within {seconds} s"
+        time.sleep(0.02)
+    return found
+
+
 TABLE = """
 memory_gib: 0.2
 deployments:
@@ -94,6 +140,24 @@ routes:
   careful: careful
   spare: spare
 """
+
+
+@pytest.mark.parametrize(
+    ("table", "arguments", "said"),
+    [
+        (TABLE, ("bundled",), "RW-CFG: MODEL is given with --routes"),
+        ("deployments: {a: {modle: x}}", (), "RW-CFG: deployments.a has an unknown field 'modle'. Did you mean model?"),
+        ("deployments: {a: {model: ./none}}", (), "RW-MODEL: "),
+    ],
+)
+def test_a_server_that_cannot_be_as_it_was_asked_to_be_does_not_start(
+    tmp_path: Path, table: str, arguments: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "routes.yaml").write_text(table)
+    command = [sys.executable, "-m", "ropeway.cli.main", "serve", *arguments, "--routes", "routes.yaml", "--port", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(said)
 
 
 @pytest.mark.slow

@@ -143,7 +143,8 @@ class Deployment:
     def eager(self) -> bool:
         """Whether nothing speaks against asking it: it has not just said that it is full, and is not in the middle of
         being loaded."""
-        return self.backend.phase in ("ready", "stopped") and self._clock() >= self._rests_until
+        loading = self.backend.phase in ("starting", "stopping")
+        return not loading and self._clock() >= self._rests_until
 
     def begin(self) -> int:
         """A request goes there. Returns what `end` has to be given."""

@@ -150,7 +150,8 @@ class Router:
                 attempt.begin()
                 try:
                     again = replayed(going.asked.body(deployment.backend.model), receive)
-                    await app(scope, again, attempt.send)
+                    # A scope of its own, for applications write into it which of them it is at.
+                    await app({**scope}, again, attempt.send)
                 except RopewayError as found:
                     error = found
                 except Exception as found:
@@ -183,7 +184,7 @@ class Router:
             return
         app = await backend.take()
         try:
-            await app(scope, replayed(going.asked.body(backend.model), receive), send)
+            await app({**scope}, replayed(going.asked.body(backend.model), receive), send)
         finally:
             backend.give_back()
 
@@ -200,10 +201,12 @@ class Router:
             message = f"The model of {local.name} is {local.backend.phase}. Ask again when it has been loaded."
             raise NotReadyError(message, retry_after=5.0)
         app = await local.backend.take()
+        inner = {**scope}
         try:
-            await app(scope, receive, send)
+            await app(inner, receive, send)
         finally:
             local.backend.give_back()
+            scope["route"] = inner.get("route")
 
     def _local(self, model: str | None) -> Deployment:
         """The local deployment of that name, or the only one. Raises RequestError."""

@@ -228,11 +228,12 @@ class Supervisor:
         """It has ended by itself."""
         if place.running is running and place.phase == "ready":
             place.phase = "stopping"
-            self._run(place, self._bury(place, error or EngineError("The engine stopped.")))
+            self._run(place, self._bury(place, error))
 
-    async def _bury(self, place: Place, error: RopewayError) -> None:
+    async def _bury(self, place: Place, error: RopewayError | None) -> None:
         await self._end(place)
-        self._fail(place, error)
+        if error is not None:  # otherwise it was drained
+            self._fail(place, error)
 
     def _fail(self, place: Place, error: RopewayError) -> None:
         _log.error("%s: %s: %s", place.name, error.code, error.message)

@@ -62,9 +62,9 @@ def test_all_together_may_be_bounded() -> None:
         assert bounded.num_blocks == (8 * GIB - taken) // BLOCK
         assert bounded.weight_bytes + bounded.workspace_bytes + bounded.kv_bytes <= 8 * GIB
     assert budget(40, memory_gib=8.0, num_kv_blocks=9000, max_model_len=4096).num_blocks == 9000
-    with pytest.raises(MemoryBudgetError, match=r"memory_gib is 8, but 6.00 GiB of the machine's RAM are free"):
+    with pytest.raises(MemoryBudgetError, match=r"memory_gib is 8, but 6\.00 GiB of the machine's RAM are free"):
         budget(6, memory_gib=8.0)
-    with pytest.raises(MemoryBudgetError, match="1.00 GiB of --memory-gib are free"):
+    with pytest.raises(MemoryBudgetError, match=r"1\.00 GiB of --memory-gib are free"):
         budget(40, memory_gib=1.0)
 
 
