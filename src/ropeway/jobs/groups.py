@@ -344,7 +344,7 @@ def next_rank(c: sqlite3.Connection, tenant: str, urgency: Urgency, now: float) 
         first = c.execute(sql, (urgency, now)).fetchone()[0]
     sql = "SELECT max(rank) FROM items WHERE state = 0 AND tenant = ? AND urgency = ?"
     waiting = c.execute(sql, (tenant, urgency)).fetchone()[0]
-    own = (rank + 1 for rank in (served["own"], waiting) if rank is not None)
+    own = [int(rank) + 1 for rank in (served["own"], waiting) if rank is not None]
     return max(int(first or 0), *own, 0)
 
 

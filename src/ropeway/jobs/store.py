@@ -187,11 +187,11 @@ class JobStore:
 
     async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """`work` in a transaction of its own, see `Database.write`."""
-        return await (self._database or await asyncio.to_thread(self._open)).write(work)
+        return await (await self._opened()).write(work)
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """`work` on one snapshot."""
-        return await (self._database or await asyncio.to_thread(self._open)).read(work)
+        return await (await self._opened()).read(work)
 
     async def owner(self) -> str:
         """The id of this directory, made once: what it accepted is known by it wherever it is handed out."""
@@ -215,6 +215,9 @@ class JobStore:
         with self._opening:
             if self._database is not None:
                 self._database.close()
+
+    async def _opened(self) -> Database:
+        return self._database if self._database is not None else await asyncio.to_thread(self._open)
 
     def _open(self) -> Database:
         with self._opening:
