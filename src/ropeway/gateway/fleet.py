@@ -137,9 +137,10 @@ class Fleet:
         """The public names, for /v1/models."""
         found = []
         for route in self.table.routes.values():
-            backend = self.deployments[route.main].backend
-            longest = backend.service.max_model_len if backend.service is not None else None
-            found.append(ModelCard(id=route.name, created=self._created, root=backend.model, max_model_len=longest))
+            spec, service = self.table.deployments[route.main], self.deployments[route.main].backend.service
+            longest = service.max_model_len if service is not None else None
+            root = spec.engine.model if isinstance(spec, Local) else spec.model
+            found.append(ModelCard(id=route.name, created=self._created, root=root, max_model_len=longest))
         return found
 
     # What the operator may ask
