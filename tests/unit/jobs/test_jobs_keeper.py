@@ -91,6 +91,9 @@ async def test_taking_in_goes_on_where_it_was_cut_off(
     before = await store.batches.progress(batch)
     assert before.lines == min(1000 * passage, 2500)
     assert before.loaded < len(data) or before.lines == 2500
+    await answer_all(store)
+    state = BatchState.IN_PROGRESS if before.lines < 2500 else BatchState.FINALIZING
+    assert (await again(store, batch)).status is state, "what has been taken in has ended, but that is not all"
     await Keeper(store).round()
     await answer_all(store)
     await Keeper(store).round()
@@ -113,17 +116,21 @@ async def test_two_keepers_take_in_each_line_once(store: JobStore) -> None:
     other.close()
 
 
-async def test_a_batch_cancelled_while_it_is_taken_in_names_all_of_its_lines(
-    store: JobStore, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("end", "code"), [("cancelled", "batch_cancelled"), ("expired", "batch_expired")])
+async def test_a_batch_that_ends_while_it_is_taken_in_names_all_of_its_lines(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, end: str, code: str
 ) -> None:
-    batch = await submit(store, jsonl(2500))
+    batch = await submit(store, jsonl(2500), window="1h")
     await cut_off(monkeypatch, store, 1)
-    await store.batches.cancel(batch.tenant, batch.id)
+    if end == "cancelled":
+        await store.batches.cancel(batch.tenant, batch.id)
+    else:
+        monkeypatch.setattr(store, "clock", lambda: batch.expires_at + 1)
     await Keeper(store).round()
     await Keeper(store).round()
     ended = await again(store, batch)
-    assert ended.status is BatchState.CANCELLED
-    assert [line["error"]["code"] for line in lines_of(store, ended.error_file_id)] == ["batch_cancelled"] * 2500
+    assert ended.status == end
+    assert [line["error"]["code"] for line in lines_of(store, ended.error_file_id)] == [code] * 2500
 
 
 async def test_an_input_that_vanished_fails_its_batch_alone(store: JobStore) -> None:

@@ -45,6 +45,14 @@ def test_what_is_no_window_is_refused(text: str) -> None:
     assert refused.value.param == "completion_window"
 
 
+def test_a_batch_that_makes_its_files_is_past_being_cancelled() -> None:
+    before = {state: {one.value for one, after in MOVES.items() if state in after} for state in BatchState}
+    assert before[BatchState.CANCELLING] == {"validating", "in_progress"}
+    assert before[BatchState.COMPLETED] == {"finalizing"}
+    assert before[BatchState.CANCELLED] == {"cancelling"}
+    assert before[BatchState.EXPIRED] == {"validating", "finalizing"}
+
+
 def test_every_batch_can_end_and_no_end_is_left() -> None:
     ends = {state for state in BatchState if state.ended}
     assert ends == {BatchState.FAILED, BatchState.COMPLETED, BatchState.EXPIRED, BatchState.CANCELLED}
