@@ -57,7 +57,7 @@ def start(
     """Give a share of a route's users to another deployment, and stop that by itself if it proves worse."""
     shares = {"weight": weight, "max_regression": max_regression}
     shares |= {"max_error_increase": max_error_increase, "alpha": alpha}
-    wanted = {"canary": deployment, "control": control, "min_samples": min_samples}
+    wanted: dict[str, Any] = {"canary": deployment, "control": control, "min_samples": min_samples}
     wanted |= {name: share(text) for name, text in shares.items()}
     _show([_call("PUT", route, url, api_key, wanted)], as_json)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sized
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from json import JSONDecodeError
@@ -209,7 +209,7 @@ async def gather(
 ) -> Batch:
     """`one` of each item, `concurrency` at a time, in order. Items are taken from the iterable as they are needed."""
     begun = time.perf_counter()
-    total = len(items) if hasattr(items, "__len__") else None
+    total = len(items) if isinstance(items, Sized) else None
     numbered = enumerate(items)
     done: dict[int, Result] = {}
     failed = 0

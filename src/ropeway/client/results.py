@@ -32,19 +32,20 @@ class Asked:
     @classmethod
     def of(cls, item: Item, id: str, defaults: Mapping[str, Any]) -> Asked:
         """Raises RequestError for what is not an `Item`."""
-        if isinstance(item, str):
-            return cls(id, dict(defaults), [{"role": "user", "content": item}])
-        if isinstance(item, Mapping):
-            fields = {**defaults, **item}
+        given: Any = item  # callers need not be typed
+        if isinstance(given, str):
+            return cls(id, dict(defaults), [{"role": "user", "content": given}])
+        if isinstance(given, Mapping):
+            fields = {**defaults, **given}
             for name in ("id", "custom_id"):
                 fields.pop(name, None)
             messages, prompt = fields.pop("messages", None), fields.pop("prompt", None)
             if (messages is None) == (prompt is None):
                 raise RequestError(f"Item {id} needs either messages or prompt.", param="messages")
             return cls(id, fields, messages, prompt)
-        if isinstance(item, Sequence) and not isinstance(item, bytes):
-            return cls(id, dict(defaults), [dict(message) for message in item])
-        raise RequestError(f"Item {id} is of type {type(item).__name__}; it must be a text, messages, or a body.")
+        if isinstance(given, Sequence) and all(isinstance(message, Mapping) for message in given):
+            return cls(id, dict(defaults), [dict(message) for message in given])
+        raise RequestError(f"Item {id} is of type {type(given).__name__}; it must be a text, messages, or a body.")
 
     @property
     def tokens(self) -> int:

@@ -80,8 +80,10 @@ def verdict(trial: Trial, guard: Guard, alpha: float) -> str | None:
             )
     for name in MEASURES:
         one, two = control.times[name], canary.times[name]
+        if two.logs.mean - one.logs.mean < math.log1p(guard.max_regression):
+            continue
         change = _ratio(one, two, guard, alpha / _TESTS)
-        if change is not None and change.low > 0 and change.estimate >= guard.max_regression:
+        if change is not None and change.low > 0:
             return (
                 f"{name}: the canary's {_NAMES[name]} is {change.estimate:.1%} longer (interval {change.low:.1%} to "
                 f"{change.high:.1%}) after {two.logs.count:,} answers, and {one.logs.count:,} of the control."

@@ -27,10 +27,8 @@ def pick(key: str, weights: Mapping[str, float], salt: str = "") -> str:
     return chosen
 
 
-def _uniform(*parts: str) -> float:
-    """A number above 0 and at most 1 that is a function of `parts`. Lengths keep ("a", "bc") and ("ab", "c") apart."""
-    digest = blake2b(digest_size=8)
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "big") + data)
-    return (int.from_bytes(digest.digest(), "big") + 0.5) / 2**64
+def _uniform(salt: str, name: str, key: str) -> float:
+    """A number above 0 and at most 1 that is a function of all three."""
+    # The lengths keep ("a", "bc") and ("ab", "c") apart.
+    data = f"{len(salt)},{len(name)}:{salt}{name}{key}".encode("utf-8", "surrogatepass")
+    return (int.from_bytes(blake2b(data, digest_size=8).digest(), "big") + 0.5) / 2**64

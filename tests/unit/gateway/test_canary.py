@@ -22,7 +22,7 @@ from ropeway.gateway.canary import Canary, Record
 from ropeway.gateway.outcome import Outcome
 
 RUNS = int(os.environ.get("ROPEWAY_CANARY_RUNS", "20"))
-ANSWERS = 20_000 if RUNS > 20 else 4000
+ANSWERS = 20_000 if RUNS > 20 else 3000
 
 
 class World:
