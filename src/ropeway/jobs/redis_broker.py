@@ -35,6 +35,8 @@ _DEAD_LETTERS: Final = 1000
 _FORSAKEN_SECONDS: Final = 86400
 """A consumer that holds nothing and was not heard of for so long is forgotten."""
 
+Arguments = list[str | int | bytes]
+
 _PREFIX: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
 
 
@@ -129,7 +131,7 @@ class Broker:
         entries: list[Entry] = []
         for portion in _portions(works):
             streams = [self.streams[work.call.urgency] for work, _ in portion]
-            arguments: list[str | int | bytes] = [owner, _KEEP_SECONDS]
+            arguments: Arguments = [owner, _KEEP_SECONDS]
             for stream, (work, call) in zip(streams, portion, strict=True):
                 arguments += [stream, work.item, work.attempt, call]
             ids = await self.link.script(scripts.PUBLISH, [self._tickets(owner)], arguments)
@@ -180,7 +182,7 @@ class Broker:
         """Up to `most` calls, from the first stream before the next, and the last entry that was handed out of each.
         With `idle_s`, calls that another worker left alone for so long are taken over first. One that was delivered
         more than `deliveries` times is buried."""
-        arguments = [
+        arguments: Arguments = [
             scripts.GROUP, self.consumer, most, int(idle_s * 1000), deliveries, self._prefix, _DEAD_LETTERS,
             _KEEP_SECONDS,
         ]  # fmt: skip
@@ -200,7 +202,7 @@ class Broker:
         """A heartbeat. Returns what has been taken back by its owner, or over by another worker."""
         if not held:
             return []
-        arguments: list[str | int] = [scripts.GROUP, self.consumer, self._prefix]
+        arguments: Arguments = [scripts.GROUP, self.consumer, self._prefix]
         for entry, work in held:
             arguments += [*entry, work.owner, work.item, work.attempt]
         return [held[n][1] for n in await self.link.script(scripts.EXTEND, [], arguments)]
@@ -209,13 +211,13 @@ class Broker:
         """End the entry and tell its owner; with an empty `kind`, tell nobody. False if it had been ended before: then
         its owner hears of it all the same, and decides."""
         keys = [entry.stream, self._answers(work.owner), self._tickets(work.owner)]
-        arguments = [scripts.GROUP, entry.id, work.item, work.attempt, kind, payload, _KEEP_SECONDS]
+        arguments: Arguments = [scripts.GROUP, entry.id, work.item, work.attempt, kind, payload, _KEEP_SECONDS]
         return bool(await self.link.script(scripts.ANSWER, keys, arguments))
 
     async def measure(self) -> None:
         """Bring up to date what `tally` says of the streams."""
         keys = [*self.streams.values(), f"{self._prefix}:dead"]
-        arguments = [scripts.GROUP, _FORSAKEN_SECONDS * 1000]
+        arguments: Arguments = [scripts.GROUP, _FORSAKEN_SECONDS * 1000]
         *counts, self.tally.dead = await self.link.script(scripts.MEASURE, keys, arguments)
         for urgency, (waiting, working) in zip(self.streams, counts, strict=True):
             self.tally.waiting[urgency], self.tally.working[urgency] = waiting, working
