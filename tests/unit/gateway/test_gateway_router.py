@@ -6,15 +6,18 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ropeway.api.canary_schema import CanaryStart
 from ropeway.api.state import Api
 from ropeway.config import ServerConfig
 from ropeway.contract.channel import LinkState
 from ropeway.errors import DrainingError, NotReadyError, OverloadedError, RopewayError, UnknownModelError
+from ropeway.gateway.canaries import Canaries
 from ropeway.gateway.choice import Way
 from ropeway.gateway.deployment import Deployment
 from ropeway.gateway.outcome import Outcome, Splitter
@@ -88,7 +91,7 @@ class World:
         self,
         routes: Mapping[str, Route | Mapping[str, float]],
         backends: Mapping[str, Plain],
-        splitter: Splitter | None = None,
+        splitter: Splitter | Callable[[str], Splitter | None] | None = None,
     ) -> None:
         self.now = 1000.0
         self.backends = backends
@@ -105,7 +108,7 @@ class World:
             self.deployments,
             self.ways,
             self.api,
-            splitter_of=lambda route: splitter,
+            splitter_of=splitter if callable(splitter) else lambda route: splitter,
             clock=self.clock,
         )
 
@@ -371,6 +374,26 @@ async def test_a_splitter_goes_before_the_weights_and_hears_of_every_attempt() -
     told = len(splitter.told)
     assert (await world.ask(keys[0], tenant="acme")).headers["x-ropeway-deployment"] == "b"
     assert len(splitter.told) == told  # chance did not send it there
+
+
+async def test_a_canary_that_fails_loses_its_traffic(tmp_path: Path) -> None:
+    """Its circuit alone would let it have some again and again."""
+    canary = Plain("canary", 200, *[500, 500, 200] * 2000)
+    canaries = Canaries(tmp_path / "canary.db", {"chat": ["a"]}, ["a", "canary"])
+    world = World({"chat": {"a": 1}}, {"a": Plain("a"), "canary": canary}, canaries.splitter)
+    await canaries.start("chat", CanaryStart(canary="canary", weight=0.5))
+    for number in range(2000):
+        world.now += 0.01
+        await world.ask({"model": "chat", "user": str(number)})
+        [state] = canaries.states()
+        if state.state != "running":
+            break
+    assert state.state == "stopped"
+    asked = len(canary.asked)
+    for number in range(200):
+        assert (await world.ask({"model": "chat", "user": str(number)})).status == 200
+    assert len(canary.asked) == asked
+    await canaries.close()
 
 
 async def test_times_are_those_of_the_texts() -> None:
