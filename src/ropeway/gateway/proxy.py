@@ -83,14 +83,14 @@ class Proxy:
             self._api.leave()
 
     async def _exchange(self, scope: Scope, body: bytes, send: Send) -> None:
-        remote, config = self._remote, self._api.config
+        remote, left = self._remote, scope["state"].get("seconds_left", self._api.config.request_timeout)
         patience = remote.first_byte_timeout if scope["state"].get("streams") else remote.timeout
         request = self._client.build_request(
             "POST", self._url(scope["path"]), content=body, headers=self._headers(scope)
         )
         answer: _Answer | None = None
         try:
-            async with asyncio.timeout(min(remote.timeout, config.request_timeout)):
+            async with asyncio.timeout(min(remote.timeout, left)):
                 answer = _Answer(await _within(patience, self._client.send(request, stream=True)))
                 async with aclosing(answer):
                     answer.check(self._name)

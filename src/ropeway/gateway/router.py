@@ -107,6 +107,7 @@ class Router:
         deployment = going.first()
         tried: tuple[str, ...] = ()
         while True:
+            state["seconds_left"] = deadline - self._clock()
             attempt = Attempt(_with_header(send, deployment.name), self._clock)
             error = await self._attempt(going, deployment, attempt, scope, receive)
             tried = (*tried, deployment.name)
