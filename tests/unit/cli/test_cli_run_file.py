@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway.cli.run_file import Partial, Progress, answer, answer_all
+from ropeway.cli.run_file import Partial, Progress, answer, answer_all, run
+from ropeway.config import EngineConfig, ServerConfig
 from ropeway.errors import ConfigError
 from ropeway.jobs.work import Call, Reply
 
@@ -139,3 +140,20 @@ async def test_a_line_that_is_no_request_has_an_error_in_its_place(line: bytes, 
     made = await answer(stub, line, "name")
     assert made.error is not None
     assert (made.error.code, made.response, stub.calls) == (code, None, [])
+
+
+def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    def refused(**changes: Path) -> str:
+        paths: dict[str, Path] = {"source": tmp_path / "in.jsonl", "output": tmp_path / "out.jsonl", **changes}
+        with pytest.raises(ConfigError) as error:
+            run(EngineConfig(), ServerConfig(), **paths, folder=None, inflight=None, restart=False)
+        return error.value.message
+
+    assert "in.jsonl cannot be used" in refused()
+    (tmp_path / "in.jsonl").write_text("\n\n")
+    assert "has no requests" in refused()
+    source(tmp_path, 1)
+    assert "is a directory" in refused(output=tmp_path)
+    assert "cannot be used" in refused(output=tmp_path / "in.jsonl" / "below a file")
+    (tmp_path / "out.jsonl.partial").write_text("ropeway run-batch 1 of-another-file\n")
+    assert "--restart" in refused()
