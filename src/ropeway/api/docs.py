@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from ropeway.api import anthropic_schema as anthropic
-from ropeway.api import batches, deferred, files, replies, schema
+from ropeway.api import batches, canary_schema, deferred, files, replies, schema
 from ropeway.api import embedding_schema as embedding
 from ropeway.api import responses_schema as responses
 from ropeway.api.deployments import DeploymentList, DeploymentState
@@ -30,6 +30,7 @@ _COMPONENTS = (
     files.FileBody, files.FileList, files.DeletedFile, batches.BatchRequest, batches.BatchBody, batches.BatchList,
     deferred.Job, deferred.JobList, deferred.DeletedJob,
     schema.WaitState, RequestList, RequestState, DeploymentList, DeploymentState, ErrorEnvelope,
+    canary_schema.CanaryStart, canary_schema.CanaryChange, canary_schema.CanaryState, canary_schema.CanaryList,
 )  # fmt: skip
 _REF = "#/components/schemas/"
 _STYLE = """
