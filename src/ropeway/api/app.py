@@ -19,6 +19,7 @@ from ropeway.api import (
     anthropic,
     anthropic_errors,
     batches,
+    canary,
     chat,
     completions,
     deferred,
@@ -36,6 +37,7 @@ from ropeway.api import (
     tokens,
 )
 from ropeway.api.anthropic_schema import CountRequest, InputTokens, MessageBody, MessageErrorEnvelope, MessageRequest
+from ropeway.api.canary_schema import CanaryChange, CanaryList, CanaryStart, CanaryState
 from ropeway.api.deferred import Deferring
 from ropeway.api.embedding_schema import (
     EmbeddingList,
@@ -160,6 +162,11 @@ def _add_routes(app: FastAPI) -> None:
     add("GET", "/admin/deployments", deployments.list_deployments, op(deployments.DeploymentList))
     add("POST", "/admin/deployments/{name}/start", deployments.start_deployment, op(state))
     add("POST", "/admin/deployments/{name}/stop", deployments.stop_deployment, op(state))
+    one = "/admin/canary/{route:path}"
+    add("GET", "/admin/canary", canary.list_canaries, op(CanaryList))
+    add("PUT", one, canary.start_canary, op(CanaryState, CanaryStart))
+    add("PATCH", one, canary.change_canary, op(CanaryState, CanaryChange))
+    add("DELETE", one, canary.forget_canary, op(CanaryList))
     app.add_api_route("/openapi.json", _openapi, methods=["GET"], include_in_schema=False)
     app.add_api_route("/docs", _docs, methods=["GET"], include_in_schema=False)
 
