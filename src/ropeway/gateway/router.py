@@ -180,6 +180,10 @@ class Router:
         backends = (going.deployments[name].backend for name in going.names)
         backend = next((one for one in backends if one.service is not None and one.phase == "ready"), None)
         if backend is None:
+            meter = scope["state"].get("meter")
+            if meter is not None:  # whether the key may use the model at all
+                meter.begin("")
+                meter.end(0, 0, 0)
             await send({"type": "http.response.start", "status": 204, "headers": []})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             return
