@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.specs.openapi import checks
 from typer.testing import CliRunner
 
 import apiserver
+from ropeway.api.app import create_app, describe
 from ropeway.cli.main import app
+from ropeway.config import ServerConfig
 from ropeway.gateway.canaries import Canaries
 from ropeway.gateway.outcome import Outcome
+from ropeway.observe.metrics import Metrics
 from ropeway.service.echo import EchoService
 
 ADMIN = {"authorization": "Bearer the-admins"}
@@ -120,3 +126,40 @@ def test_only_the_operator_and_only_a_server_with_routes(server: apiserver.Serve
     wrong = CliRunner().invoke(app, ["canary", "start", "a", "b", "--weight", "many", "--url", server.url])
     assert wrong.exit_code == 2
     assert "neither a share" in wrong.output
+
+
+class Everything(dict[str, list[str]]):
+    """A table in which every route and every deployment exists."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> list[str]:
+        return ["old"]
+
+
+@pytest.fixture(scope="module")
+def willing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[apiserver.Server]:
+    with apiserver.running(EchoService(), admin_key="the-admins") as up:
+        up.app.state.canaries = canaries = Canaries(
+            tmp_path_factory.mktemp("willing") / "canary.db", Everything(), Everything()
+        )
+        yield up
+        asyncio.run_coroutine_threadsafe(canaries.close(), up._loop).result(10)
+
+
+described = schemathesis.openapi.from_dict(describe(create_app(EchoService(), ServerConfig(), Metrics("echo"))))
+
+
+@described.include(path_regex="^/admin/canary").parametrize()
+@settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+def test_whatever_is_sent_there_is_an_answer_as_described(case: schemathesis.Case, willing: apiserver.Server) -> None:
+    case.headers = {**(case.headers or {}), **ADMIN}
+    holds = [
+        schemathesis.checks.not_a_server_error,
+        checks.status_code_conformance,
+        checks.content_type_conformance,
+        checks.response_schema_conformance,
+        checks.negative_data_rejection,
+    ]
+    case.call_and_validate(base_url=willing.url, checks=holds, timeout=30)
