@@ -185,6 +185,7 @@ async def test_sigterm_gives_everything_back_at_once(scene: Scene) -> None:
     assert len(results(scene.store, await scene.until_ended(batch))) == 40
 
 
+@pytest.mark.timeout(180 + ITEMS / 50)
 async def test_killed_again_and_again(scene: Scene) -> None:
     """B07."""
     dice = random.Random(7)

@@ -31,7 +31,7 @@ from ropeway.jobs.store import JobStore
 from ropeway.jobs.work import Call, Reply, Work
 
 STEPS = int(os.environ.get("ROPEWAY_RACES", "1800"))
-SEEDS = 6
+SEEDS = max(6, STEPS // 1500)
 HOOK = "https://hooks.example/"
 JOB = b"{}"
 
