@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -119,6 +120,9 @@ def test_a_batch_from_upload_to_answers(client: openai.OpenAI, server: Server, s
     tenants = {request.tenant for request in service.requests}
     client.completions.create(model="echo", prompt="now")
     assert tenants == {service.requests[-1].tenant}
+    metrics = server.http.get("/metrics", headers={"authorization": f"Bearer {KEYS[0]}"}).text
+    assert re.search(r"^ropeway_jobs_answered_total [1-9]", metrics, re.MULTILINE)
+    assert re.search(r'^ropeway_jobs_waiting{urgency="low"} 0', metrics, re.MULTILINE)
     made = client.files.retrieve(batch.output_file_id)
     assert (made.purpose, made.filename) == ("batch_output", f"{batch.id}_output.jsonl")
 

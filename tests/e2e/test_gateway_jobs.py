@@ -1,0 +1,58 @@
+"""Batches and deferred requests on a server with several models: each item goes where its request would."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gatewaykit import fine, gateway, upstreams
+from ropeway.api.schema import ModelCard
+from ropeway.service.echo import EchoService
+
+
+def until(look: Callable[[], Any], good: Callable[[Any], bool]) -> Any:
+    limit = time.monotonic() + 20
+    while not good(found := look()):
+        assert time.monotonic() < limit, found
+        time.sleep(0.02)
+    return found
+
+
+def test_durable_work_takes_the_routes_of_other_work(tmp_path: Path) -> None:
+    echoes = {name: EchoService(model_name=name) for name in ("a", "b")}
+    with upstreams(fine) as (far,):
+        routes = {"one": {"a": 1}, "two": {"b": 1}, "far": {"far": 1}}
+        with gateway(routes, echoes=echoes, remotes={"far": far.remote()}, data_dir=str(tmp_path)) as server:
+            cards = [ModelCard(id=name, created=0, root=name, max_model_len=None) for name in routes]
+            server.api.cards = lambda: cards
+            http, client = server.http, server.client()
+            hello = [{"role": "user", "content": "hello"}]
+            asked = [
+                http.post("/v1/chat/completions", json={"model": name, "messages": hello, "deferred": True})
+                for name in ("one", "two", "far")
+            ]
+            assert [answer.status_code for answer in asked] == [202] * 3, [answer.text for answer in asked]
+            jobs = [
+                until(lambda: http.get(f"/v1/jobs/{answer.json()['id']}").json(), lambda job: job["response"])  # noqa: B023
+                for answer in asked
+            ]
+            assert [job["status"] for job in jobs] == ["completed"] * 3, jobs
+            assert [job["response"]["body"]["model"] for job in jobs[:2]] == ["a", "b"]
+            for wrong in ({"model": "three", "messages": hello}, {"model": "one", "messages": 7}):
+                answer = http.post("/v1/chat/completions", json={**wrong, "deferred": True})
+                assert answer.status_code in (400, 404), answer.text
+            for name, status in (("two", "completed"), ("three", "failed")):
+                body = {"model": name, "messages": hello}
+                line = {"custom_id": "x", "method": "POST", "url": "/v1/chat/completions", "body": body}
+                uploaded = client.files.create(file=("in.jsonl", json.dumps(line).encode()), purpose="batch")
+                batch = client.batches.create(
+                    input_file_id=uploaded.id, endpoint="/v1/chat/completions", completion_window="24h"
+                )
+                over = until(
+                    lambda: client.batches.retrieve(batch.id),  # noqa: B023
+                    lambda batch: batch.status in ("completed", "failed"),
+                )
+                assert (over.status, over.model) == (status, "two" if name == "two" else None), over
