@@ -21,10 +21,12 @@ from pathlib import Path
 
 from ropeway.jobs.batches import Keeper
 from ropeway.jobs.pace import Pace
+from ropeway.jobs.redis_broker import Broker
+from ropeway.jobs.redis_queue import RedisQueue
 from ropeway.jobs.sqlite_queue import SqliteQueue
 from ropeway.jobs.store import JobStore
-from ropeway.jobs.work import Call, Reply
-from ropeway.jobs.worker import Worker
+from ropeway.jobs.work import Call, JobQueue, Reply
+from ropeway.jobs.worker import BEAT_SECONDS, Worker
 
 
 async def main() -> None:
@@ -35,6 +37,8 @@ async def main() -> None:
     parser.add_argument("--call-ms", type=float, default=2.0)
     parser.add_argument("--ahead", type=float, default=0.0)
     parser.add_argument("--largest", type=int)
+    parser.add_argument("--redis")
+    parser.add_argument("--beat", type=float, default=BEAT_SECONDS)
     asked = parser.parse_args()
     if asked.largest is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (asked.largest, resource.RLIM_INFINITY))
@@ -55,7 +59,12 @@ async def main() -> None:
 
     store = JobStore(asked.folder, clock=lambda: time.time() + asked.ahead)
     keeper = Keeper(store, most=200_000)
-    worker = Worker(SqliteQueue(store), caller, concurrency=asked.concurrency, pace=Pace(time.monotonic))
+    queue: JobQueue = SqliteQueue(store)
+    if asked.redis:
+        broker = Broker(asked.redis, "ropeway", answer_s=0.5)
+        queue = RedisQueue(broker, queue, await store.owner(), window=64, beat_s=asked.beat)
+        queue.start()
+    worker = Worker(queue, caller, concurrency=asked.concurrency, pace=Pace(time.monotonic), beat_s=asked.beat)
     keeper.start()
     worker.start()
     ended = asyncio.Event()

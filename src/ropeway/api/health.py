@@ -17,12 +17,12 @@ _REASONS = {
 }
 
 
-def readiness(api: Api) -> Readiness:
+def readiness(api: Api, degraded: list[str]) -> Readiness:
     state = api.service.state.value
     if api.draining and state == "ready":
         state = "draining"
     reasons = [_REASONS[state]] if state in _REASONS else []
-    return Readiness(not reasons, state, reasons)
+    return Readiness(not reasons, state, reasons, degraded)
 
 
 async def livez(request: Request) -> Response:
@@ -32,7 +32,7 @@ async def livez(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """200 when requests are taken, 503 with reasons when not."""
-    answer = readiness(api_of(request))
+    answer = readiness(api_of(request), jobs_of(request).degraded)
     return json_response(answer, 200 if answer.ready else 503)
 
 

@@ -344,11 +344,12 @@ class DetokenizeResponse(Struct, frozen=True):
 
 
 class Readiness(Struct, frozen=True):
-    """`reasons` is empty when the server takes requests."""
+    """`reasons` is empty when the server takes requests. `degraded` says what does not work as it should meanwhile."""
 
     ready: bool
     state: str
     reasons: list[str]
+    degraded: list[str] = []
 
 
 class Version(Struct, frozen=True):

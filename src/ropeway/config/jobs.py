@@ -27,6 +27,19 @@ class JobsConfig:
     )
     job_retention: float = option(72.0, "Jobs", "Hours that a deferred request is kept after it has ended.", low=0.0)
 
+    redis_url: str | None = option(
+        None,
+        "Redis",
+        "Redis over which servers share their jobs, such as redis://host:6379/0, rediss://... or unix://path. With a "
+        "password, better in ROPEWAY_REDIS_URL.",
+    )
+    redis_prefix: str = option(
+        "ropeway", "Redis", "What the keys in Redis begin with: servers share what has the same prefix."
+    )
+    redis_window: int = option(
+        128, "Redis", "Requests of this server that are on offer to the others at a time.", low=1, high=65536
+    )
+
     webhook_url: str | None = option(
         None, "Webhooks", "URL that hears of everything that ends, besides the callback_url of requests and batches."
     )

@@ -17,6 +17,9 @@ from ropeway.jobs.destinations import Rules
 from ropeway.jobs.metrics import families
 from ropeway.jobs.pace import Pace
 from ropeway.jobs.records import Batch, Item
+from ropeway.jobs.redis_broker import check
+from ropeway.jobs.redis_metrics import families as redis_families
+from ropeway.jobs.redis_queue import RedisQueue, opened
 from ropeway.jobs.sqlite_queue import SqliteQueue
 from ropeway.jobs.store import JobStore
 from ropeway.jobs.webhooks import Dispatcher
@@ -44,9 +47,12 @@ class Jobs:
         self.rules = Rules.of(config)
         self.serves = serves
         self._config = config
+        if config.redis_url is not None:
+            check(config.redis_url, config.redis_prefix)
         self._longest = longest
         self._pace = Pace(time.monotonic)
         self._depth: Depth | None = None
+        self._redis: RedisQueue | None = None
         self._worker: Worker | None = None
         self._keeper: Keeper | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -89,7 +95,14 @@ class Jobs:
 
     def families(self) -> Iterator[Metric]:
         """What /metrics shows of it."""
-        return families(self._depth, self._worker, self._pace)
+        yield from families(self._depth, self._worker, self._pace)
+        if self._redis is not None:
+            yield from redis_families(self._redis)
+
+    @property
+    def degraded(self) -> list[str]:
+        """What is to be said about durable work that goes on, but not as it should."""
+        return [self._redis.degraded] if self._redis is not None and self._redis.degraded else []
 
     async def place_of_item(self, item: Item) -> Place:
         return self._place(await self.store.items.ahead(item))
@@ -109,7 +122,12 @@ class Jobs:
         self._worker.start()
 
     async def _queue(self) -> JobQueue:
-        return SqliteQueue(self.store)
+        queue, config = SqliteQueue(self.store), self._config
+        if config.redis_url is None:
+            return queue
+        owner = await self.store.owner()
+        self._redis = await opened(config.redis_url, config.redis_prefix, queue, owner, window=config.redis_window)
+        return self._redis
 
 
 async def _end(task: asyncio.Task[None] | None) -> None:
