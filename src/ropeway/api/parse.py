@@ -59,7 +59,7 @@ IGNORED: Mapping[str, str] = {
     "prompt_cache_key": "There is one cache, and it finds prefixes by their content.",
     "prompt_cache_retention": "What stays cached is the operator's to say (`/admin/pins`).",
     "prompt_cache_options": "As `prompt_cache_retention`.",
-    "session_id": "There is one engine, so nothing has to be routed.",
+    "session_id": "An engine has no use for it; canaries of a route keep a session together by it.",
     "spaces_between_special_tokens": "No supported tokenizer puts any there.",
 }
 """Fields that are known and change nothing, which the header says like of unknown ones."""

@@ -86,7 +86,7 @@ class Proxy:
         remote, left = self._remote, scope["state"].get("seconds_left", self._api.config.request_timeout)
         patience = remote.first_byte_timeout if scope["state"].get("streams") else remote.timeout
         request = self._client.build_request(
-            "POST", self._url(scope["path"]), content=body, headers=self._headers(scope)
+            "POST", address(remote.url, scope["path"]), content=body, headers=self._headers(scope)
         )
         answer: _Answer | None = None
         try:
@@ -122,13 +122,6 @@ class Proxy:
             return False
         return True
 
-    def _url(self, path: str) -> str:
-        """`path` below the remote's address, which like that of an OpenAI client ends where `/v1` ends."""
-        base = self._remote.url
-        if path.startswith("/v1/"):
-            return base + path.removeprefix("/v1")
-        return base.removesuffix("/v1") + path
-
     def _headers(self, scope: Scope) -> dict[str, str]:
         state = scope["state"]
         passed = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _TO_SERVER}
@@ -147,6 +140,13 @@ class Proxy:
             if scope["path"].startswith("/v1/messages"):
                 headers["x-api-key"] = self._remote.api_key
         return headers
+
+
+def address(base: str, path: str) -> str:
+    """Where `path` is at a server whose address, like that of an OpenAI client, ends where `/v1` ends."""
+    if path.startswith("/v1/"):
+        return base + path.removeprefix("/v1")
+    return base.removesuffix("/v1") + path
 
 
 class _Answer:

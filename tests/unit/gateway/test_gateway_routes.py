@@ -9,6 +9,7 @@ import pytest
 
 from ropeway.config import ServerConfig
 from ropeway.errors import ConfigError
+from ropeway.gateway.proxy import address
 from ropeway.gateway.routes import read_table
 from ropeway.gateway.table import Local, Remote, Table
 
@@ -151,3 +152,17 @@ def test_mistakes_are_told_with_their_place(tmp_path: Path, text: str, said: str
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_table(tmp_path / "none.yaml", ServerConfig())
+
+
+@pytest.mark.parametrize(
+    ("base", "path", "there"),
+    [
+        ("http://h/v1", "/v1/chat/completions", "http://h/v1/chat/completions"),
+        ("http://h/v1", "/tokenize", "http://h/tokenize"),
+        ("http://h/v1", "/v2/rerank", "http://h/v2/rerank"),
+        ("https://h/compatible/openai", "/v1/embeddings", "https://h/compatible/openai/embeddings"),
+        ("https://h/proxy/v1", "/score", "https://h/proxy/score"),
+    ],
+)
+def test_paths_at_another_server(base: str, path: str, there: str) -> None:
+    assert address(base, path) == there
