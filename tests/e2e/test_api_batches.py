@@ -485,3 +485,16 @@ def test_one_upload_at_a_time_in_a_form(http: httpx2.Client) -> None:
         data={"purpose": "batch"},
     )
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "file")
+
+
+def test_a_server_that_is_stopped_gives_back_what_it_computes(tmp_path: Path) -> None:
+    """At once: nobody waits for a job, so the end of the server does not either."""
+    body = {"model": "echo", "prompt": "slowly " * 40, "max_tokens": 1000, "deferred": True}
+    with running(Slow(), data_dir=str(tmp_path), shutdown_timeout=10.0) as server:
+        name = server.http.post("/v1/completions", json=body).json()["id"]
+        until(lambda: server.http.get(f"/v1/jobs/{name}").json()["status"], lambda status: status == "in_progress")
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 5
+    with running(EchoService(), data_dir=str(tmp_path)) as server:
+        job = finished(server.http, name)
+        assert (job["status"], job["response"]["body"]["choices"][0]["text"]) == ("completed", body["prompt"])

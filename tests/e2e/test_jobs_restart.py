@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,14 @@ def line(n: int) -> bytes:
     return json.dumps({"custom_id": f"c{n}", "method": "POST", "url": "/v1/completions", "body": body}).encode() + b"\n"
 
 
-def test_durable_work_outlives_kill_9_and_sigterm(tmp_path: Path) -> None:
+def test_durable_work_outlives_kill_9_of_the_server(tmp_path: Path) -> None:
     flags = ("--data-dir", str(tmp_path / "data"))
-    body = {"model": "bundled", "prompt": "Later:", "max_tokens": 1500, "ignore_eos": True, "deferred": True}
+    body = {"model": "bundled", "prompt": "Later:", "max_tokens": 300, "ignore_eos": True, "deferred": True}
     with serving(*flags) as server:
         client = client_of(server)
         name = client.files.create(file=("in.jsonl", b"".join(map(line, range(ITEMS)))), purpose="batch").id
         batch = client.batches.create(input_file_id=name, endpoint="/v1/completions", completion_window="24h")
-        jobs = [httpx2.post(f"{server.url}/v1/completions", json={**body, "priority": "low"}).json()]
+        job = httpx2.post(f"{server.url}/v1/completions", json={**body, "priority": "low"}).json()
         wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed, lambda done: done >= 5)
         server.process.kill()
         server.process.wait(10)
@@ -54,17 +53,7 @@ def test_durable_work_outlives_kill_9_and_sigterm(tmp_path: Path) -> None:
         for n in (0, ITEMS - 1):
             direct = httpx2.post(f"{server.url}/v1/completions", json=json.loads(line(n))["body"]).json()
             assert answers[n]["response"]["body"]["choices"] == direct["choices"], "as if nothing had happened"
-        jobs.append(httpx2.post(f"{server.url}/v1/completions", json=body).json())
-        wait_for(lambda: job_at(server, jobs[1]["id"])["status"], lambda status: status == "in_progress")
-        begun = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(20) == 0
-        assert time.monotonic() - begun < 10, "nobody waits for a job, so the end does not either"
-    with serving(*flags) as server:
-        for job in jobs:
-            found = wait_for(lambda: job_at(server, job["id"]), lambda one: one["status"] == "completed")  # noqa: B023
-            assert found["response"]["body"]["usage"]["completion_tokens"] == 1500
-
-
-def job_at(server: Server, name: str) -> Any:
-    return httpx2.get(f"{server.url}/v1/jobs/{name}").json()
+        found = wait_for(
+            lambda: httpx2.get(f"{server.url}/v1/jobs/{job['id']}").json(), lambda one: one["status"] == "completed"
+        )
+        assert found["response"]["body"]["usage"]["completion_tokens"] == 300

@@ -157,3 +157,18 @@ def test_what_cannot_be_run_is_refused_before_a_model_is_loaded(tmp_path: Path) 
     assert "cannot be used" in refused(output=tmp_path / "in.jsonl" / "below a file")
     (tmp_path / "out.jsonl.partial").write_text("ropeway run-batch 1 of-another-file\n")
     assert "--restart" in refused()
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    with Progress(100, 40, clock=lambda: now) as progress:
+        for count in range(30):
+            now += 1.0
+            progress.one(failed=count == 3)
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "50 of 100 done, 1 failed, 1.0/s, about 50 s left",
+        "60 of 100 done, 1 failed, 1.0/s, about 40 s left",
+        "70 of 100 done, 1 failed, 1.0/s, about 30 s left",
+    ]
+    assert (str(progress), progress.rate) == ("70 of 100 done, 1 failed", 1.0)
