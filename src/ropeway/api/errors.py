@@ -6,6 +6,7 @@ status and retries 408, 409, 429 and 5xx unless `x-should-retry` says otherwise.
 
 from __future__ import annotations
 
+import logging
 import math
 
 import msgspec
@@ -33,6 +34,12 @@ from ropeway.errors import (
 MAX_RETRY_AFTER = 120.0
 """Seconds. openai-python ignores a longer Retry-After and falls back to its own short delay."""
 
+_log = logging.getLogger(__name__)
+
+_NOT_KEPT = (
+    "The server cannot write down what must last, so it has not accepted this. Send it again later. "
+    "Its log says what is wrong with the disk."
+)
 _SERVER_FAILED = (
     "The server failed while it answered this request. Nothing is wrong with the request: send it again. "
     "If that happens again, look for the request id in the server's log."
@@ -92,13 +99,14 @@ _TABLE: tuple[tuple[type[RopewayError], int, str, str | None], ...] = (
 
 
 def classify(error: RopewayError) -> tuple[int, ErrorBody]:
-    """The HTTP status and the error object for `error`. Messages of engine failures stay in the log."""
+    """The HTTP status and the error object for `error`. What engine and disk say of their failures stays in the log."""
     if isinstance(error, HttpError):
         kind = "invalid_request_error" if error.status < 500 else "server_error"
         return error.status, ErrorBody(error.message, kind, error.param, error.http_code)
     for cls, status, kind, code in _TABLE:
         if isinstance(error, cls):
-            return status, ErrorBody(error.message, kind, error.param, code)
+            message = _NOT_KEPT if cls is StorageError else error.message
+            return status, ErrorBody(message, kind, error.param, code)
     return 500, ErrorBody(_SERVER_FAILED, "server_error")
 
 
@@ -120,6 +128,8 @@ def headers_of(error: RopewayError, status: int) -> dict[str, str]:
 
 def error_response(error: RopewayError) -> Response:
     status, body = classify(error)
+    if isinstance(error, StorageError):
+        _log.error("refused with %d: %s", status, error.message)
     content = msgspec.json.encode(ErrorEnvelope(body))
     return Response(content, status, headers_of(error, status), "application/json")
 
