@@ -487,6 +487,16 @@ def test_one_upload_at_a_time_in_a_form(http: httpx2.Client) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "file")
 
 
+def test_no_more_is_taken_than_can_be_kept(tmp_path: Path) -> None:
+    body = {"model": "echo", "prompt": "slowly " * 40, "max_tokens": 1000, "deferred": True}
+    with running(Slow(), data_dir=str(tmp_path), max_jobs=2, job_concurrency=1) as server:
+        answers = [server.http.post("/v1/completions", json=body) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [202, 202, 503], answers[2].text
+        assert (answers[2].json()["error"]["code"], int(answers[2].headers["retry-after"])) == ("server_overloaded", 30)
+        server.http.post(f"/v1/jobs/{answers[1].json()['id']}/cancel")
+        assert server.http.post("/v1/completions", json=body).status_code == 202
+
+
 def test_a_server_that_is_stopped_gives_back_what_it_computes(tmp_path: Path) -> None:
     """At once: nobody waits for a job, so the end of the server does not either."""
     body = {"model": "echo", "prompt": "slowly " * 40, "max_tokens": 1000, "deferred": True}

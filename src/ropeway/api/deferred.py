@@ -210,7 +210,7 @@ async def _accept(request: Request, body: bytes, said: Asked) -> Response:
         tenant=str(state.tenant),
         key=key_of(request),
     )
-    item = await jobs_of(request).store.items.defer(call, callback_url=said.callback_url or "")
+    item = await jobs_of(request).defer(call, callback_url=said.callback_url or "")
     job = await _job(request, item)
     response = json_response(job, 202)
     response.headers["location"] = f"{PATH}/{job.id}"

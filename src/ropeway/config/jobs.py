@@ -22,6 +22,7 @@ class JobsConfig:
 
     max_file_mib: float = option(200.0, "Jobs", "Largest file that may be uploaded, in MiB.", low=0.001)
     max_batch_requests: int = option(50_000, "Jobs", "Requests that a batch may have.", low=1)
+    max_jobs: int = option(100_000, "Jobs", "Deferred requests that may be unanswered; more are refused.", low=1)
     job_concurrency: int | None = option(
         None, "Jobs", "Requests of jobs that are computed at a time (default: as many as the engine has seats).", low=1
     )

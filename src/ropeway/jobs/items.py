@@ -70,6 +70,11 @@ class Items:
         self._store.work.tell()
         return item
 
+    async def open(self) -> int:
+        """Deferred requests of everybody that have not ended."""
+        query = "SELECT count(*) FROM items WHERE batch IS NULL AND state < 2"
+        return int(await self._store.read(lambda c: c.execute(query).fetchone()[0]))
+
     async def get(self, tenant: str, name: str) -> Item | None:
         """A deferred request by its id, with its answer if there is one."""
         return await self._store.read(lambda c: _job(c, tenant, name))

@@ -11,7 +11,7 @@ from typing import Final
 from prometheus_client.core import Metric
 
 from ropeway.config.jobs import JobsConfig
-from ropeway.errors import StorageError
+from ropeway.errors import OverloadedError, StorageError
 from ropeway.jobs.batches import Keeper
 from ropeway.jobs.destinations import Rules
 from ropeway.jobs.metrics import families
@@ -23,7 +23,7 @@ from ropeway.jobs.redis_queue import RedisQueue, opened
 from ropeway.jobs.sqlite_queue import SqliteQueue
 from ropeway.jobs.store import JobStore
 from ropeway.jobs.webhooks import Dispatcher
-from ropeway.jobs.work import Caller, Depth, JobQueue
+from ropeway.jobs.work import Call, Caller, Depth, JobQueue
 from ropeway.jobs.worker import Worker
 
 Place = tuple[int | None, float | None]
@@ -103,6 +103,18 @@ class Jobs:
     def degraded(self) -> list[str]:
         """What is to be said about durable work that goes on, but not as it should."""
         return [self._redis.degraded] if self._redis is not None and self._redis.degraded else []
+
+    async def defer(self, call: Call, *, callback_url: str = "") -> Item:
+        """Take a request that nobody waits for. Raises OverloadedError if there are too many."""
+        count, most = await self.store.items.open(), self._config.max_jobs
+        if count >= most:
+            rate = self._pace.rate
+            raise OverloadedError(
+                f"{count} deferred requests have not been answered yet; no more than {most} are taken. Retry later, or "
+                "start the server with a higher --max-jobs.",
+                retry_after=1 / rate if rate else 30.0,
+            )
+        return await self.store.items.defer(call, callback_url=callback_url)
 
     async def place_of_item(self, item: Item) -> Place:
         return self._place(await self.store.items.ahead(item))
