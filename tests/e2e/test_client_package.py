@@ -251,8 +251,9 @@ def test_a_key_that_is_none_is_refused_before_anything_is_sent(key: str) -> None
 
 
 def test_real_keys_pass_and_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ROPEWAY_API_KEY", "OPENAI_API_KEY"):
+    for name in ("ROPEWAY_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
+    assert Endpoint().base_url == "http://127.0.0.1:8000/v1"
     for key in ("rw-8fJ2kQ0sVx_7", "sk-proj-abcXYZ-123", "EMPTY", "unused"):
         endpoint = Endpoint(base_url="https://llm.example.org/v1", api_key=key)
         assert endpoint.api_key == key
@@ -260,7 +261,8 @@ def test_real_keys_pass_and_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ConfigError, match="EMPTY"):
         Endpoint(base_url="https://llm.example.org/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-real")
-    assert Endpoint(base_url="https://llm.example.org/v1").api_key == "sk-real"
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://llm.example.org/v1")
+    assert (Endpoint().api_key, Endpoint().base_url) == ("sk-real", "https://llm.example.org/v1")
     for wrong in ({"base_url": "llm.example.org"}, {"timeout": 0}, {"max_retries": -1}):
         with pytest.raises(ConfigError):
             Endpoint(**wrong)

@@ -33,7 +33,7 @@ _FENCE = re.compile(r"^( *)```(.*)$")
 _NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 _SERVER = re.compile(r"<!-- server: (.+?) -->")
 _ADDRESS = re.compile(r"(?:127\.0\.0\.1|localhost):8000")
-_CLIENTS = re.compile(r"\bropeway (chat|complete|requests \w+|batches \w+)\b")
+_CLIENTS = re.compile(r"\bropeway (chat|complete|requests \w+|batches \w+|canary \w+)\b")
 
 
 @dataclass(frozen=True)

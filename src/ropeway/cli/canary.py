@@ -123,8 +123,10 @@ def _told(one: dict[str, Any]) -> str:
     from ropeway.experiment import Analysis
 
     since = datetime.fromtimestamp(one["since"], UTC).strftime("%Y-%m-%d %H:%M UTC")
-    split = f"{one['weight'] * 100:.4g} % to {one['canary']}, the rest to {one['control']}"
-    head = [f"{one['route']}: {one['state']}, {split}, since {since}"]
+    split = f"all to {one['canary'] if one['state'] == 'promoted' else one['control']}"
+    if one["state"] == "running":
+        split = f"{one['weight'] * 100:.4g} % to {one['canary']}, the rest to {one['control']}"
+    head = [f"{one['route']}: {one['state']}, {split}; compared since {since}"]
     if one["reason"]:
         head.append(one["reason"])
     return "\n".join([*head, str(convert(one["analysis"], Analysis))])

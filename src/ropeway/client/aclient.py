@@ -241,7 +241,8 @@ def failure(error: Exception, timeout: float) -> Failure:
     if isinstance(error, TimeoutError | openai.APITimeoutError):
         return Failure("timeout", f"No answer within {timeout:g} s.")
     if isinstance(error, openai.APIStatusError):
-        return Failure(_kind(error.status_code), error.message, error.status_code, error.code)
+        said = error.body.get("message") if isinstance(error.body, dict) else None
+        return Failure(_kind(error.status_code), str(said or error.message), error.status_code, error.code)
     if isinstance(error, openai.APIConnectionError):
         return Failure("connection", f"{error.message} ({error.__cause__ or 'no reason given'})")
     if isinstance(error, RequestError):

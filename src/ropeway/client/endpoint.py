@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import openai
 
 _LOOPBACK: Final = {"127.0.0.1", "localhost", "::1"}
+_HERE: Final = "http://127.0.0.1:8000/v1"
 _NO_KEY: Final = {"empty", "none", "unused"}
 """What people write for a server that asks for no key."""
 
@@ -28,20 +29,23 @@ _PLACEHOLDER: Final = re.compile(
 class Endpoint:
     """An OpenAI-compatible server and a model on it.
 
-    `api_key`: from ROPEWAY_API_KEY or OPENAI_API_KEY if None. "EMPTY" is for a server that wants none; one on this
-    machine needs none. `model`: the first of the server if None. `timeout`: seconds for one answer with all its
-    retries, and the longest silence of a stream. `max_retries`: how often a request is sent again after 408, 409, 429,
-    5xx or a lost connection, when the server's Retry-After says, or else after 0.5 s and doubling.
-    Raises ConfigError for an address that is none, and for a key that is missing or still a placeholder.
+    `base_url`: OPENAI_BASE_URL if empty, or else a Ropeway on this machine. `api_key`: ROPEWAY_API_KEY or
+    OPENAI_API_KEY if None; "EMPTY" is for a server that wants none, and one on this machine needs none. `model`: the
+    server's first if None. `timeout`: seconds for one answer with all its retries, and the longest silence of a
+    stream. `max_retries`: how often a request is sent again after 408, 409, 429, 5xx or a lost connection, when the
+    server's Retry-After says, or else after 0.5 s and doubling. Raises ConfigError for an address that is none, and for
+    a key that is missing or still a placeholder.
     """
 
-    base_url: str = "http://127.0.0.1:8000/v1"
+    base_url: str = ""
     api_key: str | None = field(default=None, repr=False)
     model: str | None = None
     timeout: float = 60.0
     max_retries: int = 3
 
     def __post_init__(self) -> None:
+        if not self.base_url:
+            object.__setattr__(self, "base_url", os.environ.get("OPENAI_BASE_URL") or _HERE)
         parts = urlsplit(self.base_url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ConfigError(f"{self.base_url!r} is not an http:// or https:// address.", param="base_url")
