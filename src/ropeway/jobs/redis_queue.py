@@ -109,7 +109,7 @@ class RedisQueue:
         """What is to be said about a server that works, but not as it should."""
         if self.up:
             return None
-        return f"Redis at {self._broker.link.name} is away; this server works on its own jobs alone."
+        return "Redis is away; this server works on its own jobs alone."
 
     def start(self) -> None:
         """Begin, on the running event loop."""
