@@ -33,7 +33,8 @@ class Canaries:
     """Keeps canaries in the database at `path`, which is made when the first one is started.
 
     `routes` says which deployments share the load of each public name; `deployments` are those that may be tried.
-    Methods belong to the event loop. Raises StorageError where the file cannot be read.
+    Methods belong to the event loop. Raises StorageError where the file cannot be read, and where a decision cannot be
+    kept; that to move or end one holds all the same, until the server ends.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Canaries:
         try:
             await self._save(route)
         except StorageError:
-            # What cannot be kept does not begin. Ending one is another matter: that holds even if it is not saved.
+            # What cannot be kept does not begin.
             self._canaries.pop(route)
             if present is not None:
                 self._canaries[route] = present
@@ -152,7 +153,8 @@ class Canaries:
             try:
                 record = msgspec.json.decode(row["record"], type=Record)
             except msgspec.MsgspecError as error:
-                raise StorageError(f"{self._path}: the canary of {row['route']} cannot be read: {error}.") from None
+                message = f"{self._path}: the canary of {row['route']} cannot be read: {error}. "
+                raise StorageError(message + "Move the file away to start without canaries.") from None
             missing = [name for name in (record.control, record.canary) if name not in self._deployments]
             if record.route not in self._routes or missing:
                 what = f"no deployment {missing[0]}" if missing else "no such route"

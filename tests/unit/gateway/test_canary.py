@@ -277,3 +277,28 @@ async def test_what_cannot_be_kept_does_not_begin(tmp_path: Path) -> None:
         with pytest.raises(StorageError):
             await canaries.start("chat", CanaryStart(canary="new"))
         assert canaries.splitter("chat") is None
+
+
+async def test_a_damaged_record_is_said_and_not_guessed(tmp_path: Path) -> None:
+    async with kept(tmp_path) as canaries:
+        await canaries.start("chat", CanaryStart(canary="new"))
+        await canaries._write("chat", b'{"route": "chat"}')
+    with pytest.raises(StorageError, match="Move the file away"):
+        async with kept(tmp_path):
+            pass
+
+
+async def test_a_rollback_holds_even_where_it_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with kept(tmp_path) as canaries:
+        await canaries.start("chat", CanaryStart(canary="new", weight=1.0))
+
+        async def full(route: str, record: bytes | None) -> None:
+            raise StorageError("the disk is full")
+
+        monkeypatch.setattr(canaries, "_write", full)
+        with pytest.raises(StorageError):
+            await canaries.end("chat", promoted=False)
+        assert canaries.splitter("chat").choose("anybody") == "old"
+        splitter = canaries.splitter("chat")
+        assert splitter.record.state == "rolled_back"
+        await canaries.close()  # says so in the log, and ends
