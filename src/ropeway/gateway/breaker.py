@@ -76,6 +76,7 @@ class Breaker:
         self._until = 0.0
         self._probing = False
         self.reason = ""
+        self.ejected = False  # open, but only because others do better
 
     @property
     def state(self) -> State:
@@ -103,8 +104,13 @@ class Breaker:
             return
         if not self._closed:
             self._probing = False
-            if failed is not None:
-                self._open(self.reason) if failed else self._close()
+            if failed:
+                self._streak += 1
+                still = self.ejected and self._streak < STREAK
+                self._open(self.reason)
+                self.ejected = still
+            elif failed is not None:
+                self._close()
         elif failed is not None:
             now = self._clock()
             self._recent.add(now, failed)
@@ -130,15 +136,16 @@ class Breaker:
             self._open(
                 f"{wrong} of {total} answers failed within {WINDOW:g} s, but {their_wrong} of {theirs} elsewhere"
             )
+            self.ejected = True
 
     def _open(self, reason: str) -> None:
-        self._closed, self._probing, self.reason = False, False, reason
+        self._closed, self._probing, self.ejected, self.reason = False, False, False, reason
         self._until = self._clock() + min(REST * 2**self._trips, MOST_REST)
         self._trips = min(self._trips + 1, 16)
         self._life += 1
 
     def _close(self) -> None:
-        self._closed, self._streak, self.reason = True, 0, ""
+        self._closed, self._streak, self.ejected, self.reason = True, 0, False, ""
         self._recent.clear()
         self._life += 1
 

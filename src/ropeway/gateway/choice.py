@@ -63,7 +63,9 @@ class Going:
 
     def after(self, tried: tuple[str, ...]) -> Deployment | None:
         """Whom to ask when those in `tried` have been asked; None if there is nobody else."""
-        free = [name for name in self.names if name not in tried and not self.deployments[name].blocked]
+        left = [name for name in self.names if name not in tried]
+        free = [name for name in left if not self.deployments[name].blocked]
+        free = free or [name for name in left if self.deployments[name].last_resort]
         if self.split in free and not tried:
             return self.deployments[self.split]
         chosen = self._by_weight([name for name in free if name in self.targets])
@@ -85,5 +87,5 @@ class Going:
         if self.splitter is not None:
             self.splitter.observe(deployment.name, outcome, self.asked.key)
         if outcome.failed:
-            others = [self.deployments[name].breaker for name in self.targets if name != deployment.name]
-            deployment.breaker.eject([breaker for breaker in others if breaker.passes])
+            others = [self.deployments[name] for name in self.targets if name != deployment.name]
+            deployment.breaker.eject([one.breaker for one in others if one.eager and not one.blocked])

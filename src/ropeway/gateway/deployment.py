@@ -9,6 +9,7 @@ from typing import Final, Protocol
 from starlette.types import ASGIApp
 
 from ropeway.accounts.bucket import Bucket
+from ropeway.contract.channel import LinkState
 from ropeway.gateway.breaker import Breaker
 from ropeway.gateway.outcome import Outcome
 from ropeway.gateway.supervisor import Place, Supervisor
@@ -57,11 +58,19 @@ class LocalBackend:
 
     @property
     def phase(self) -> str:
-        return self.place.phase
+        return "starting" if self._restarts else self.place.phase
 
     @property
     def full(self) -> str:
+        if self._restarts:
+            return "its engine has died and is being started again"
         return self._supervisor.refuses(self.place)  # its engine has a queue of its own
+
+    @property
+    def _restarts(self) -> bool:
+        """Whether it is in memory, but its engine has to be started again."""
+        running = self.place.running
+        return self.place.phase == "ready" and running is not None and running.service.state is LinkState.STARTING
 
     @property
     def service(self) -> TextService | None:
@@ -131,6 +140,11 @@ class Deployment:
         if not self.breaker.passes:
             return f"{self.breaker.reason}; it is tried again in {self.breaker.retry_after:.0f} s"
         return self.backend.full
+
+    @property
+    def last_resort(self) -> bool:
+        """Whether it may be asked if nobody else can be: it works, only worse than others do."""
+        return self.breaker.ejected and not self.held and not self.backend.full
 
     @property
     def retry_after(self) -> float:

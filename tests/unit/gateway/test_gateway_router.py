@@ -304,6 +304,27 @@ async def test_a_busy_deployment_rests_but_is_better_than_nobody() -> None:
     assert used == {"a": 5, "b": 5}
 
 
+async def test_a_worse_deployment_is_better_than_none() -> None:
+    world = World({"chat": {"a": 1, "b": 1}}, {"a": Plain("a", *[500, 200, 200, 200] * 500), "b": Plain("b")})
+    for _ in range(60):
+        world.now += 0.1
+        await world.ask({"model": "chat"})
+    a, b = world.deployments["a"], world.deployments["b"]
+    assert "elsewhere" in a.breaker.reason
+    assert (await world.ask({"model": "chat"})).headers["x-ropeway-deployment"] == "b"
+    b.held = True
+    statuses = Counter([(await world.ask({"model": "chat"})).status for _ in range(8)])
+    assert statuses == {200: 6, 500: 2}
+    assert a.breaker.state == "closed"  # there is nobody who does better
+
+
+async def test_an_engine_that_is_started_again_is_passed_by() -> None:
+    world = World({"chat": {"a": 1, "b": 1}}, {"a": Plain("a"), "b": Plain("b")})
+    world.backends["a"].phase = "starting"
+    led = {(await world.ask({"model": "chat"})).headers["x-ropeway-deployment"] for _ in range(6)}
+    assert led == {"b"}
+
+
 async def test_a_model_that_cannot_be_loaded_costs_no_retry() -> None:
     world = World({"chat": Route(name="chat", targets={"a": 1}, fallbacks=["b"])}, {"a": Plain("a"), "b": Plain("b")})
     world.backends["a"].refuses = NotReadyError("no weights")
