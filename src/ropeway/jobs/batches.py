@@ -262,7 +262,7 @@ def _line(row: sqlite3.Row, name: str) -> bytes:
 def _more(usage: Usage, body: bytes) -> Usage:
     try:
         found = msgspec.json.decode(body, type=_Used).usage
-    except (msgspec.DecodeError, RecursionError):
+    except inputs.NOT_JSON:
         return usage  # usage of another shape is not counted
     if found is None:
         return usage

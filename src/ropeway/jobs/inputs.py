@@ -20,6 +20,10 @@ _BREATH: Final = 1 << 18
 """Bytes after which this thread lets others go on: those that stream to people."""
 
 
+NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises where bytes are no JSON, no UTF-8, or nested too deeply."""
+
+
 class Checked(msgspec.Struct, frozen=True):
     """What an input is: `total` requests for `model`, or what is wrong with it."""
 
@@ -154,8 +158,9 @@ def _parsed(raw: Raw, endpoint: str, longest: int) -> tuple[str, _Body, bytes]:
         )
         raise _Wrong("line_too_long", message)
     try:
-        request = msgspec.json.decode(raw.data, type=_Request)
-    except (msgspec.DecodeError, RecursionError) as error:
+        # As a text, because what the body says is passed over here, and would be found to be no UTF-8 too late.
+        request = msgspec.json.decode(raw.data.decode(), type=_Request)
+    except NOT_JSON as error:
         raise _Wrong("invalid_json_line", f"This line is not a JSON object: {error}.") from None
     if not isinstance(request.custom_id, str) or not request.custom_id:
         raise _Wrong("missing_required_parameter", "This line needs a custom_id that is a text.", "custom_id")
@@ -165,7 +170,7 @@ def _parsed(raw: Raw, endpoint: str, longest: int) -> tuple[str, _Body, bytes]:
         raise _Wrong("url_mismatch", f"The url of this line is not the endpoint of the batch, {endpoint}.", "url")
     try:
         body = msgspec.json.decode(request.body, type=_Body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise _Wrong(
             "missing_required_parameter", f"This line needs a body that is an object: {error}.", "body"
         ) from None

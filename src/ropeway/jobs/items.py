@@ -327,7 +327,7 @@ def _as_line(reply: Reply) -> Reply:
         body = body.replace(b"\n", b" ").replace(b"\r", b" ")
     try:
         msgspec.json.decode(body, type=msgspec.Raw)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         detail = {"message": f"The answer is no JSON ({error}).", "type": "server_error", "param": None, "code": None}
         return msgspec.structs.replace(reply, status=500, body=msgspec.json.encode({"error": detail}))
     return msgspec.structs.replace(reply, body=body)

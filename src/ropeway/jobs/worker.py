@@ -222,5 +222,5 @@ def _spent(body: bytes) -> bool:
     """Whether a 429 says that the key has used up what it may use: waiting for minutes does not help."""
     try:
         return msgspec.json.decode(body, type=_Error).error.code == "insufficient_quota"
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False

@@ -58,6 +58,9 @@ WRONG = {
     "two in one line": (line("a") + line("b"), [("invalid_json_line", 1)]),
     "an array": (b"[]\n", [("invalid_json_line", 1)]),
     "another encoding": (json.dumps(request("a")).encode("utf-16"), [("invalid_json_line", 1)]),
+    "no UTF-8": (line("\udcff").replace(b"\\udcff", b"\xff"), [("invalid_json_line", 1)]),
+    "half a character": (line("\ud800"), [("invalid_json_line", 1)]),
+    "a body that is no UTF-8": (line(model="\udcff").replace(b"\\udcff", b"\xff"), [("invalid_json_line", 1)]),
     "too deep": (b'{"custom_id":' + b"[" * 2000 + b"]" * 2000 + b"}", [("invalid_json_line", 1)]),
     "a deep body": (b'{"body":' + b"[" * 2000 + b"]" * 2000 + b"}", [("invalid_json_line", 1)]),
     "twice the same": (line("a") + b"\n\n" + line("b") + b"\n" + line("a"), [("duplicate_custom_id", 4)]),
@@ -86,6 +89,28 @@ def test_what_is_wrong_is_named_with_its_line(name: str) -> None:
     found = checked(data, serves=lambda model: model == "m")
     assert [(error.code, error.line) for error in found.errors] == expected
     assert all(len(error.message) < 300 and error.message.endswith(".") for error in found.errors)
+
+
+@given(
+    st.binary(max_size=200)
+    | st.builds(
+        lambda at, cut, new: line()[:at] + new + line()[at + cut :],
+        st.integers(0, len(line())),
+        st.integers(0, 5),
+        st.binary(max_size=5),
+    )
+)
+def test_whatever_is_sent_is_understood_or_refused(data: bytes) -> None:
+    found = checked(data)
+    assert found.errors or (found.total > 0 and found.model)
+    with quick_folder() as folder:
+        path = folder / "in.jsonl"
+        path.write_bytes(data)
+        if not found.errors:
+            [(lines, ends)] = portions(path, endpoint=ENDPOINT, longest=LONGEST, begin=0, line=0)
+            assert len(lines) == found.total
+            assert ends <= len(data)
+            assert all(isinstance(json.loads(one.body), dict) for one in lines)
 
 
 def test_the_number_of_requests_is_bounded() -> None:
