@@ -15,7 +15,7 @@ from redisserver import redis_running
 
 
 async def post(server: Server, **more: Any) -> dict[str, Any]:
-    body = {"messages": [{"role": "user", "content": "Tell me about cable cars."}], "max_tokens": 48, **more}
+    body = {"messages": [{"role": "user", "content": "Tell me about cable cars."}], "max_tokens": 32, **more}
     async with httpx2.AsyncClient(base_url=server.url, timeout=30.0) as client:
         return dict((await client.post("/v1/chat/completions", json=body)).raise_for_status().json())
 
@@ -43,17 +43,17 @@ async def test_servers_share_jobs_and_do_without_redis(tmp_path: Path) -> None:
             serving(*shared, "--data-dir", str(tmp_path / "one")) as one,
             serving(*shared, "--data-dir", str(tmp_path / "two")) as two,
         ):
-            jobs = [(await post(one, deferred=True, seed=n, ignore_eos=True))["id"] for n in range(24)]
+            jobs = [(await post(one, deferred=True, seed=n, ignore_eos=True))["id"] for n in range(16)]
             await until(lambda: completed(one, jobs))
             answered = [(await server.metrics())["ropeway_jobs_answered_total"] for server in (one, two)]
-            assert sum(answered) == 24
-            assert min(answered) >= 4
+            assert sum(answered) == 16
+            assert min(answered) >= 3
             answers = [(await get(one, f"/v1/jobs/{job}"))["response"]["body"] for job in jobs[:4]]
             for n, answer in enumerate(answers):
                 here = await post(one, seed=n, ignore_eos=True)
                 assert answer["choices"] == here["choices"], "another server has answered otherwise"
 
-            assert (await get(one, "/readyz"))["degraded"] == []
+            assert "degraded" not in await get(one, "/readyz")
             redis.freeze()
             jobs = [(await post(one, deferred=True, max_tokens=4))["id"] for _ in range(4)]
             await until(lambda: completed(one, jobs))
@@ -64,6 +64,6 @@ async def test_servers_share_jobs_and_do_without_redis(tmp_path: Path) -> None:
             redis.thaw()
 
             async def recovered() -> bool:
-                return (await get(one, "/readyz"))["degraded"] == []
+                return "degraded" not in await get(one, "/readyz")
 
             await until(recovered)

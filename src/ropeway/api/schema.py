@@ -343,7 +343,7 @@ class DetokenizeResponse(Struct, frozen=True):
     prompt: str
 
 
-class Readiness(Struct, frozen=True):
+class Readiness(Struct, frozen=True, omit_defaults=True):
     """`reasons` is empty when the server takes requests. `degraded` says what does not work as it should meanwhile."""
 
     ready: bool
