@@ -76,4 +76,4 @@ def test_what_cannot_be_pinned_is_refused_with_the_reason(server: Server) -> Non
     assert "maximum context length" in refusal("PUT", "/admin/pins/longer", prompt="x" * 600)
     assert "No prefix is pinned as 'unknown'" in refusal("DELETE", "/admin/pins/unknown")
     assert server.http.get("/admin/pins", headers=OWNER).json() == {"pins": []}
-    assert server.http.get("/admin/pins", headers=CLIENT).status_code == 401
+    assert server.http.get("/admin/pins", headers=CLIENT).status_code == 403

@@ -20,7 +20,7 @@ class Crowded(EchoService):
 def test_the_operator_sees_who_waits_for_what_and_how_long() -> None:
     with running(Crowded(), admin_key="owner", api_key="client") as server:
         seen = server.http.get("/admin/queue", headers={"authorization": "Bearer owner"}).json()
-        assert server.http.get("/admin/queue", headers={"authorization": "Bearer client"}).status_code == 401
+        assert server.http.get("/admin/queue", headers={"authorization": "Bearer client"}).status_code == 403
         described = server.http.get("/openapi.json", headers={"authorization": "Bearer client"}).json()
     assert seen["eta_error"] == 0.25
     assert seen["waiting"][0] == {

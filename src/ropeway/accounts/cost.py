@@ -141,8 +141,9 @@ def _machine(given: Assumptions, way: Way) -> Scenario:
     waiting = given.tokens_per_day * _share_waiting(given, way)
     always = math.ceil(waiting * given.peak / (given.pace * _DAY_SECONDS)) if waiting else 0
     idle = always * given.pace * _DAY_SECONDS - waiting
-    left = max(0.0, given.tokens_per_day - waiting - idle)
-    extra = math.ceil(left / (given.pace * 3600) - 1e-9)
+    left = given.tokens_per_day - waiting - idle
+    fits = left <= 1e-9 * given.tokens_per_day  # what is less is an error of rounding
+    extra = 0 if fits else math.ceil(left / (given.pace * 3600))
     hours = always * 24 + extra
     machines = always + math.ceil(extra / 24)
     per_day = hours * given.hour_price

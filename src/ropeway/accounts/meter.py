@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ropeway.accounts.account import NANO, Account
+from ropeway.accounts.bucket import Loan
 from ropeway.accounts.prices import Prices
 from ropeway.accounts.standing import Standing
 from ropeway.accounts.usage import Amounts, Ledger
@@ -43,7 +44,7 @@ class Meter:
         self._served = ""
         self._holders = 0
         self._sequences = 0
-        self._reserved = 0
+        self._loan = Loan()
         self._held = (0, 0)
 
     @property
@@ -93,7 +94,7 @@ class Meter:
             standing.hold(prompt + likely, cost, self._now())
             self._held = (self._held[0] + prompt + likely, self._held[1] + cost)
         if self._limited:
-            self._reserved += standing.reserve(prompt, answer, self._clock(), self._reserved)
+            standing.reserve(prompt, answer, self._clock(), self._loan)
 
     def end(self, prompt: int, cached: int, answer: int) -> None:
         """The answer is over, however it ended, and has used so many tokens: of prompts, of which `cached` were in the
@@ -104,11 +105,11 @@ class Meter:
         self.cost = self._prices.cost(self._served, prompt, cached, answer) if used else None
         if standing is not None:
             if self._limited:
-                standing.settle(self._reserved, used, self._clock())
+                standing.settle(self._loan, used, self._clock())
             if answer and self._sequences:
                 standing.learn(answer / self._sequences)
             standing.spend(self._held, (used, self.cost or 0), self._now())
-        self._sequences, self._reserved, self._held = 0, 0, (0, 0)
+        self._sequences, self._loan, self._held = 0, Loan(), (0, 0)
         if used:
             unpriced = used if self.cost is None else 0
             key = standing.account.id if standing is not None else ""

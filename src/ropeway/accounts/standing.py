@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from ropeway.accounts.account import NANO, Account, Period
-from ropeway.accounts.bucket import Bucket
+from ropeway.accounts.bucket import Bucket, Loan
 from ropeway.errors import BudgetError, RateLimitError, TokenLimitError
 
 SECOND_NS: Final = 10**9
@@ -55,37 +55,36 @@ class Standing:
                 retry_after=wait / SECOND_NS,
             )
 
-    def reserve(self, prompt: int, answer: int | None, now: int, already: int = 0) -> int:
-        """Take the tokens that a sequence may need; returns how many were taken. Raises TokenLimitError.
+    def reserve(self, prompt: int, answer: int | None, now: int, loan: Loan) -> None:
+        """Take the tokens that a sequence of a request may need, which `loan` counts. Raises TokenLimitError.
 
         One whose answer is not bounded needs as many as the account's answers have had lately. What it uses beyond that
-        is a debt, paid before anything else runs. `already` are taken for other sequences of the same request.
+        is a debt, paid before anything else runs.
         """
         if self._tokens is None:
-            return 0
+            return
         limit, need = self._tokens.per_minute, prompt + (self.expected if answer is None else answer)
         if answer is None:
-            need = max(prompt, min(need, limit - already))
-        total = already + need
+            need = max(prompt, min(need, limit - loan.taken))
+        total = loan.taken + need
         if total > limit:
             raise TokenLimitError(
                 f"This request may use {total} tokens or more, and its key {limit} a minute. Shorten the prompt, ask "
                 "for fewer tokens with max_tokens, or split it."
             )
-        wait = self._tokens.take(need, now)
+        wait = self._tokens.take(need, now, loan)
         if wait:
-            left = self._tokens.left(now) + already
+            left = self._tokens.left(now) + loan.taken
             raise TokenLimitError(
                 f"This request may use {total} tokens, and its key has {left} left of {limit} a minute. Send it again "
                 f"in {seconds(wait)}.",
                 retry_after=wait / SECOND_NS,
             )
-        return need
 
-    def settle(self, reserved: int, used: int, now: int) -> None:
+    def settle(self, loan: Loan, used: int, now: int) -> None:
         """What was reserved has turned out to be `used`."""
         if self._tokens is not None:
-            self._tokens.give(reserved - used, now)
+            self._tokens.settle(loan, used, now)
 
     @property
     def expected(self) -> int:

@@ -98,6 +98,7 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._api.check_open()
         if scope["state"].get(CHECK_ONLY):
+            self._making.check()
             await Response(status_code=204)(scope, receive, send)
             return
         out = _Output(send)
@@ -154,6 +155,7 @@ class Answer(Response):
         await self._making.collect()
         body = self._plan.whole(self._making)
         self._log_finish()
+        self._making.release()  # so that the head tells what is left of the client's limits
         await out.start([*self.raw_headers, (b"content-length", str(len(body)).encode())])
         await out.write(body, more=False)
 
@@ -174,11 +176,13 @@ class Answer(Response):
                 over = single
             if over:
                 data += events.ending(making.usage)
+                making.release()  # before a client that has read it all can ask for more
             if data:
                 await out.write(data, more=not over)
 
         await making.follow(hear)
         if not single:  # the writes of several choices may overtake each other, so the end waits for all of them
+            making.release()
             await out.write(events.ending(making.usage), more=False)
         self._log_finish()
 

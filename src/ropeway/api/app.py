@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from ropeway._version import __version__
+from ropeway.accounts import Accounts, read_prices
 from ropeway.api import (
     admin,
     anthropic,
@@ -35,6 +37,7 @@ from ropeway.api import (
     schema,
     scores,
     tokens,
+    usage,
 )
 from ropeway.api.anthropic_schema import CountRequest, InputTokens, MessageBody, MessageErrorEnvelope, MessageRequest
 from ropeway.api.canary_schema import CanaryChange, CanaryList, CanaryStart, CanaryState
@@ -77,6 +80,7 @@ def create_app(
     if front is not None:
         app.state.api = front.state.api.beside(service, metrics, config)
         app.state.responses = front.state.responses
+        app.state.accounts = front.state.accounts
         app.add_middleware(Refusals)
     else:
         app.state.api = Api(service, config, metrics)
@@ -89,7 +93,9 @@ def create_app(
         app.state.jobs = Jobs(config, longest=longest, serves=app.state.api.serves)
         metrics.include(app.state.jobs.families)
         app.add_middleware(Deferring)
-        app.add_middleware(Gate, config=config, metrics=metrics)
+        prices = read_prices(Path(config.prices)) if config.prices else None
+        app.state.accounts = Accounts(config.data_path, prices)
+        app.add_middleware(Gate, config=config, metrics=metrics, accounts=app.state.accounts)
     app.add_exception_handler(HTTPException, _not_here)
     _add_routes(app)
     return app
@@ -145,6 +151,7 @@ def _add_routes(app: FastAPI) -> None:
     add("GET", "/v1/requests/{id}", requests.get_request, op(RequestState))
     add("DELETE", "/v1/requests/{id}", requests.cancel_request, op(RequestState))
     _add_durable(add)
+    add("GET", "/v1/usage", usage.get_usage, usage.with_csv(op(usage.UsageList, parameters=usage.PARAMETERS)))
     add("GET", "/health", health.health, op(None))
     add("GET", "/ping", health.health, op(None))
     add("GET", "/livez", health.livez, op(None))

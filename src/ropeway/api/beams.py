@@ -12,6 +12,7 @@ from ropeway.api.schema import CommonFields
 from ropeway.contract import Usage
 from ropeway.errors import RequestError
 from ropeway.service.beam import Beam, beam_search
+from ropeway.service.context import reserve
 from ropeway.service.request import TextChunk, TextRequest, TextService, TextStream
 
 Search = asyncio.Future[list[Beam]]
@@ -56,7 +57,8 @@ class _Searching:
 
     async def _begin(self, request: TextRequest) -> tuple[Sequence[int], Search]:
         prompt = await self._service.tokenize(request)
-        request = replace(request, tokens=prompt, text=None, truncate=None)
+        reserve(request, len(prompt), self._how[0])
+        request = replace(request, tokens=prompt, text=None, truncate=None, meter=None)
         search = asyncio.ensure_future(beam_search(self._service, request, *self._how))
         search.add_done_callback(_read)
         return prompt, search

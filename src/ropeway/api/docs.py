@@ -16,6 +16,7 @@ from ropeway.api.deployments import DeploymentList, DeploymentState
 from ropeway.api.errors import ErrorEnvelope
 from ropeway.api.registry import RequestList, RequestState
 from ropeway.api.translate import EXTRAS
+from ropeway.api.usage import UsageList
 
 _COMPONENTS = (
     schema.ChatCompletionRequest, replies.ChatCompletion, schema.CompletionRequest, replies.Completion,
@@ -29,7 +30,7 @@ _COMPONENTS = (
     embedding.RerankRequest, embedding.RerankList,
     files.FileBody, files.FileList, files.DeletedFile, batches.BatchRequest, batches.BatchBody, batches.BatchList,
     deferred.Job, deferred.JobList, deferred.DeletedJob,
-    schema.WaitState, RequestList, RequestState, DeploymentList, DeploymentState, ErrorEnvelope,
+    schema.WaitState, RequestList, RequestState, UsageList, DeploymentList, DeploymentState, ErrorEnvelope,
     canary_schema.CanaryStart, canary_schema.CanaryChange, canary_schema.CanaryState, canary_schema.CanaryList,
 )  # fmt: skip
 _REF = "#/components/schemas/"

@@ -20,7 +20,7 @@ from ropeway.api.speech import Said, Speaker
 from ropeway.api.state import Api
 from ropeway.contract import FinishReason, Usage
 from ropeway.errors import DeadlineError, EngineError, RopewayError
-from ropeway.service.request import TextChunk, TextRequest, TextStream
+from ropeway.service.request import Meter, TextChunk, TextRequest, TextStream
 from ropeway.service.stream import collect as collect_text
 
 _ENDS = (FinishReason.STOP, FinishReason.LENGTH)
@@ -93,6 +93,8 @@ class Making:
         self._answer_id = answer_id
         self._tracked: Tracked | None = None
         self._streams: list[TextStream] = []
+        self._meter: Meter | None = None
+        self._accepted = False
 
     @property
     def written(self) -> int:
@@ -110,10 +112,12 @@ class Making:
         self._tracked = self._api.requests.track(first.request_id, answer_id=self._answer_id, tenant=first.tenant)
         try:
             with self._tracked:
+                self._begin()
                 await self._submit_all(self._tracked)
         except RopewayError as error:
             self._api.metrics.rejected(error.code)
             raise
+        self._accepted = True
         for choice, stream in zip(self.choices, self._streams, strict=True):
             choice.prompt_tokens = stream.prompt_tokens
             choice.speaker = choice.voice(stream.prompt_tokens)
@@ -166,6 +170,31 @@ class Making:
         if self._tracked is not None:
             complete = all(choice.last is not None for choice in self.choices)
             self._tracked.end(None if complete else StreamCancelled("The client left before the answer was complete."))
+            self._settle(self._tracked.state([]).usage)
+
+    def check(self) -> None:
+        """Raises RopewayError if the client may not have this answer from its model at all."""
+        self._begin()
+        self._settle(UsageBody(0, 0, 0))
+
+    def _begin(self) -> None:
+        """Ask the meter whether the answer may be made at all. Raises RopewayError."""
+        meter = self.choices[0].request.meter
+        if meter is not None:
+            meter.begin(self._api.service.model_name)
+            self._meter = meter
+
+    def _settle(self, used: UsageBody) -> None:
+        """Tell the meter, once, what all sequences have used, whoever has read it."""
+        meter, self._meter = self._meter, None
+        if meter is None:
+            return
+        if not self._accepted:
+            return meter.end(0, 0, 0)
+        unheard = self.choices[0].mute or self.choices[0].request.pooling
+        details = used.prompt_tokens_details
+        cached = details.cached_tokens if details is not None else 0
+        meter.end(used.prompt_tokens, cached, 0 if unheard else used.completion_tokens)
 
     async def _submit_all(self, tracked: Tracked) -> None:
         if len(self.choices) == 1:

@@ -13,7 +13,8 @@ import ipaddress
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from email.utils import formatdate
 from typing import Final
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ from uuid import uuid4
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ropeway.accounts import Accounts, Meter
 from ropeway.api import anthropic_errors
 from ropeway.api.errors import HttpError, error_response
 from ropeway.api.files import FORM_BYTES
@@ -42,7 +44,7 @@ PUBLIC: Final = frozenset({"/livez", "/readyz", "/health", "/ping", "/version"})
 ADMIN: Final = "/admin/"
 """Below this path the operator is at home, who has a key that no client has."""
 
-SHARED: Final = "/v1/requests"
+SHARED: Final = ("/v1/requests", "/v1/usage")
 """Here and below, clients see what is theirs, and the operator sees all."""
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
@@ -72,9 +74,10 @@ class Keys:
 class Gate:
     """ASGI middleware: request id, host, browser and key checks, body limits, timing headers, one log line."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: Metrics, accounts: Accounts) -> None:
         self._app = app
         self._metrics = metrics
+        self._accounts = accounts
         self._keys = Keys(config.api_key)
         self._admin = Keys(config.admin_key)
         self._tenant_header = (config.tenant_header or "").lower().encode()
@@ -93,7 +96,7 @@ class Gate:
         request_id = _request_id(headers)
         call = scope.get(CALL)
         state = scope.setdefault("state", {})
-        state.update(request_id=request_id, tenant="", operator=False, urgency=None)
+        state.update(request_id=request_id, tenant="", operator=False, urgency=None, account=None, meter=None)
         status = 0
 
         async def tell(message: Message) -> None:
@@ -101,16 +104,24 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 took = (time.perf_counter() - started) * 1000
-                message["headers"] = [*message.get("headers", ()), *self._common(request_id, took)]
+                meter: Meter | None = scope["state"]["meter"]
+                limits = meter.headers() if meter is not None else ()
+                message["headers"] = [*message.get("headers", ()), *self._common(request_id, took), *limits]
             await send(message)
 
         try:
             if call is not None:
-                state.update(tenant=call.tenant, urgency=call.urgency)
+                account = await self._accounts.account(call.key) if call.key else None
+                meter = self._accounts.meter(account, tenant=call.tenant, limited=False)
+                state.update(tenant=call.tenant, urgency=call.urgency, account=account, meter=meter)
                 await self._app(scope, receive, tell)
+                await self._accounts.flush()  # work that is done is paid for, whatever happens next
                 return
-            self._check(scope, headers)
-            await self._app(scope, self._bounded(scope, receive, headers), tell)
+            self._check_sender(scope, headers)
+            await self._identify(scope, headers)
+            self._check_head(scope, headers)
+            with self._counted(scope):
+                await self._app(scope, self._bounded(scope, receive, headers), tell)
         except RopewayError as error:
             if status == 0:
                 await refusal(scope, error)(scope, receive, tell)
@@ -129,33 +140,75 @@ class Gate:
             where = (scope["method"], scope["path"], status or "-", seconds * 1000, request_id)
             _log.debug("%s %s %s %.1f ms %s", *where)
 
-    def _check(self, scope: Scope, headers: _Headers) -> None:
-        """Raises HttpError for whoever may not come in."""
+    def _check_sender(self, scope: Scope, headers: _Headers) -> None:
+        """Raises HttpError for what a page on the web has sent."""
         self._check_host(headers.one(b"host"))
         if scope["method"] not in _SAFE_METHODS:
             self._check_browser(headers)
-        public = scope["path"] in PUBLIC and scope["method"] in ("GET", "HEAD")
-        keys = self._admin if scope["path"].startswith(ADMIN) else self._keys
-        if keys is self._admin and not keys:
-            message = "This server has no administrator. Start it with --admin-key to use the paths below /admin/."
-            raise HttpError(403, message, code="admin_disabled")
-        shared = scope["path"] == SHARED or scope["path"].startswith(SHARED + "/")
-        if shared and self._admin.tenant(_presented_key(headers)) is not None:
-            scope["state"]["operator"] = True
-        elif keys and not public:
-            tenant = keys.tenant(_presented_key(headers))
-            if tenant is None:
-                raise HttpError(
-                    401,
-                    "Incorrect or missing API key. Send it as 'Authorization: Bearer KEY'.",
-                    code="invalid_api_key",
-                )
-            scope["state"]["tenant"] = tenant
+
+    async def _identify(self, scope: Scope, headers: _Headers) -> None:
+        """Find out who asks, and what counts it. Raises HttpError for whoever may not come in."""
+        state = scope["state"]
+        await self._check_key(scope, headers)
         named = headers.one(self._tenant_header).decode("latin-1") if self._tenant_header else ""
         if named:
             if not _TENANT.fullmatch(named):
                 raise HttpError(400, "The tenant's name is at most 128 letters, digits or . _ : @ - characters.")
-            scope["state"]["tenant"] = named
+            state["tenant"] = named
+        state["meter"] = self._accounts.meter(state["account"], tenant=state["tenant"])
+
+    async def _check_key(self, scope: Scope, headers: _Headers) -> None:
+        state, path, presented = scope["state"], scope["path"], _presented_key(headers)
+        admin = self._admin.tenant(presented)
+        if path.startswith(ADMIN):
+            await self._check_admin(admin, presented)
+            state["tenant"] = admin
+            return
+        if admin is not None and _is_shared(path):
+            state["operator"] = True
+            return
+        if path in PUBLIC and scope["method"] in ("GET", "HEAD"):
+            return
+        if not await self._accounts.required() and not self._keys:
+            return
+        tenant = self._keys.tenant(presented)
+        if tenant is None:
+            account = await self._accounts.find(presented)
+            if account is None:
+                raise _wrong_key()
+            state["account"], tenant = account, account.tenant
+        state["tenant"] = tenant
+
+    async def _check_admin(self, admin: str | None, presented: bytes) -> None:
+        if not self._admin:
+            message = "This server has no administrator. Start it with --admin-key to use the paths below /admin/."
+            raise HttpError(403, message, code="admin_disabled")
+        if admin is not None:
+            return
+        if self._keys.tenant(presented) is not None or await self._accounts.find(presented) is not None:
+            message = "This key is a client's. The paths below /admin/ take the administrator's key alone."
+            raise HttpError(403, message, code="insufficient_permissions")
+        raise _wrong_key()
+
+    @contextmanager
+    def _counted(self, scope: Scope) -> Generator[None, None, None]:
+        """What is posted counts as a request, and as one under way, but for cancelling. Raises RateLimitError."""
+        meter: Meter | None = scope["state"]["meter"]
+        if meter is None or scope["method"] != "POST" or scope["path"].endswith("/cancel"):
+            yield
+            return
+        try:
+            meter.enter()
+        except RopewayError as error:
+            self._metrics.rejected(error.code)
+            raise
+        try:
+            yield
+        finally:
+            meter.leave()
+
+    def _check_head(self, scope: Scope, headers: _Headers) -> None:
+        """Raises HttpError for a body that is not even read, or for a priority that there is not."""
         if headers.one(b"content-encoding").lower() not in (b"", b"identity"):
             raise HttpError(415, "Compressed bodies are not accepted. Send it without Content-Encoding.", close=True)
         scope["state"]["urgency"] = from_header(headers.one(HEADER.encode()))
@@ -261,6 +314,15 @@ def refusal(scope: Scope, error: RopewayError) -> Response:
     if anthropic_errors.speaks(scope["path"]):
         return anthropic_errors.message_error_response(error, scope["state"]["request_id"])
     return error_response(error)
+
+
+def _wrong_key() -> HttpError:
+    message = "Incorrect or missing API key. Send it as 'Authorization: Bearer KEY'."
+    return HttpError(401, message, code="invalid_api_key")
+
+
+def _is_shared(path: str) -> bool:
+    return any(path == shared or path.startswith(shared + "/") for shared in SHARED)
 
 
 def allowed_hosts(config: ServerConfig) -> frozenset[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ropeway.accounts.meter import check_model
 from ropeway.api.health import json_response
 from ropeway.api.schema import ModelCard, ModelList
 from ropeway.api.state import Api, api_of, unknown_model
@@ -21,12 +22,16 @@ def cards(api: Api) -> list[ModelCard]:
 
 async def list_models(request: Request) -> Response:
     """The served models."""
-    return json_response(ModelList(data=cards(api_of(request))))
+    account = request.state.account
+    known = [card for card in cards(api_of(request)) if account is None or account.allows(card.id)]
+    return json_response(ModelList(data=known))
 
 
 async def get_model(request: Request) -> Response:
     """One model; 404 for a name that is not served."""
     api, name = api_of(request), request.path_params["model"]
+    if request.state.account is not None:
+        check_model(request.state.account, name)
     found = next((card for card in cards(api) if card.id == name), None)
     if found is None:
         raise unknown_model(name, [card.id for card in cards(api)])

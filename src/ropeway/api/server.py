@@ -16,6 +16,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from ropeway.accounts import Accounts
 from ropeway.api.inside import Inside
 from ropeway.api.middleware import is_loopback, split_list
 from ropeway.api.protocol import BoundedProtocol
@@ -48,7 +49,8 @@ async def serve(
     None drains, an error ends all answers with it and is raised here in the end, so that the exit code is honest.
     Raises ConfigError if the address cannot or must not be bound.
     """
-    check_bind(config)
+    accounts: Accounts = app.state.accounts
+    check_bind(config, guarded=await accounts.required())
     listener = bind(config.host, config.port)
     with listener:
         server = _Server(app)
@@ -78,6 +80,7 @@ async def serve(
             finally:
                 await jobs.close()
                 await server.end(0.0 if forced.is_set() else _FLUSH_SECONDS)
+                await accounts.close()
     if error is not None:
         raise error
 
@@ -89,12 +92,12 @@ def _seats(service: TextService) -> int | None:
     return 0 if service.state is LinkState.READY else None
 
 
-def check_bind(config: ServerConfig) -> None:
-    """Refuse to be reachable from other machines without a key. Raises ConfigError."""
-    if not is_loopback(config.host) and not split_list(config.api_key):
+def check_bind(config: ServerConfig, *, guarded: bool = False) -> None:
+    """Refuse to be reachable from other machines without a key; `guarded`: there are accounts. Raises ConfigError."""
+    if not guarded and not is_loopback(config.host) and not split_list(config.api_key):
         raise ConfigError(
             f"Binding to {config.host} lets other machines use this server, and there is no API key. "
-            "Set --api-key (or ROPEWAY_API_KEY), or bind to 127.0.0.1.",
+            "Set --api-key (or ROPEWAY_API_KEY), create one with `ropeway keys create`, or bind to 127.0.0.1.",
             param="api_key",
         )
 

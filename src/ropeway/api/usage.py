@@ -14,7 +14,6 @@ from starlette.responses import Response
 from ropeway.accounts import Account, Accounts
 from ropeway.accounts.table import as_csv
 from ropeway.accounts.usage import COLUMNS, Query, UsageRow
-from ropeway.api import docs
 from ropeway.api.health import json_response
 from ropeway.errors import RequestError
 
@@ -49,9 +48,8 @@ class UsageList(Struct, frozen=True, kw_only=True):
     has_more: bool
 
 
-def described() -> dict[str, Any]:
-    """The route's entry in the OpenAPI description."""
-    entry = docs.operation(UsageList, parameters=PARAMETERS)
+def with_csv(entry: dict[str, Any]) -> dict[str, Any]:
+    """The route's entry in the OpenAPI description, with its other format."""
     entry["responses"]["200"]["content"]["text/csv"] = {"schema": {"type": "string"}}
     return entry
 

@@ -61,6 +61,14 @@ class Batch(Making):
         """Only announces the request: its sequences are submitted as there is room for them."""
         first = self.choices[0].request
         self._tracked = self._api.requests.track(first.request_id, answer_id=self._answer_id, tenant=first.tenant)
+        with self._tracked:
+            self._begin()
+            if self._meter is not None:
+                counts = [len(choice.request.tokens or ()) for choice in self.choices]
+                self._meter.reserve(sum(counts), 0, max(counts))
+        for choice in self.choices:  # all of them have been counted
+            choice.request = replace(choice.request, meter=None)
+        self._accepted = True
         self._begun = asyncio.get_running_loop().time()
 
     async def collect(self) -> None:
@@ -145,6 +153,7 @@ def common(request: Request, api: Api, body: PooledFields) -> dict[str, Any]:
         "priority": place_of(body.priority),
         "urgency": urgency,
         "tenant": str(request.state.tenant),
+        "meter": request.state.meter,
         "salt": body.cache_salt or "",
         "deadline_s": deadline(api, urgency, body.deadline_ms),
     }

@@ -15,7 +15,9 @@ from ropeway.cli import (
     canary,
     chat,
     complete,
+    cost,
     doctor,
+    keys,
     perplexity,
     plan,
     quantize,
@@ -24,6 +26,7 @@ from ropeway.cli import (
     run_batch,
     serve,
     sim,
+    usage,
     version,
 )
 from ropeway.cli.options import show_settings
@@ -47,6 +50,9 @@ for verb in (
     batches,
     run_batch,
     canary,
+    keys,
+    usage,
+    cost,
     bench,
     sim,
     calibrate,

@@ -7,15 +7,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from typing import Any
 
+from ropeway.accounts.accounts import weights_in
 from ropeway.cli.models import Models, open_models
-from ropeway.config import EngineConfig, ServerConfig, preset_notes
+from ropeway.config import EngineConfig, ServerConfig, preset_notes, weights_of
 from ropeway.errors import RopewayError
 from ropeway.observe.logs import configure
 
 _log = logging.getLogger(__name__)
-_SECRET = {"api_key", "admin_key"}
+_SECRET = {"api_key", "admin_key", "redis_url", "webhook_secret"}
 
 
 def run_server(engine: EngineConfig, server: ServerConfig, origins: Mapping[str, str]) -> None:
@@ -29,6 +31,11 @@ def run_server(engine: EngineConfig, server: ServerConfig, origins: Mapping[str,
         _log.info("settings: %s", ", ".join(shown))
     for note in preset_notes(engine, origins):
         _log.info("%s", note)
+    weights = weights_in(server.data_path)
+    if weights:
+        weights |= weights_of(engine.tenant_weights)
+        engine = replace(engine, tenant_weights=",".join(f"{name}={weight:g}" for name, weight in weights.items()))
+        origins = {**origins, "tenant_weights": "the keys"}
     _run(_serve(engine, server, origins, begun))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ropeway.contract import ExecutorInfo
 from ropeway.errors import ContextLengthError, RequestError
 from ropeway.service.params import FIT
+from ropeway.service.request import TextRequest
 
 
 def fit_max_tokens(prompt_len: int, max_model_len: int) -> int:
@@ -47,6 +48,14 @@ def check_input(count: int, max_model_len: int, param: str = "input") -> None:
             f"the input. Shorten it, or send truncate_prompt_tokens: {max_model_len}.",
             param=param,
         )
+
+
+def reserve(request: TextRequest, prompt_len: int, sequences: int = 1) -> None:
+    """Tell the request's meter, if there is one, what the engine is about to be asked for. Raises what that raises."""
+    if request.meter is not None:
+        most = request.sampling.max_tokens
+        answer = None if most is None or most == FIT else most * sequences
+        request.meter.reserve(prompt_len, answer)
 
 
 def check_purpose(info: ExecutorInfo, pooling: str) -> None:

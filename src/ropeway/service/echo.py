@@ -31,7 +31,7 @@ from ropeway.errors import (
     RopewayError,
     TemplateError,
 )
-from ropeway.service.context import check_context, check_input, check_purpose
+from ropeway.service.context import check_context, check_input, check_purpose, reserve
 from ropeway.service.encoder import cut
 from ropeway.service.params import check_tokens, validate, with_max_tokens
 from ropeway.service.request import TextChunk, TextRequest, TextStream
@@ -172,6 +172,7 @@ class EchoService:
             check_input(len(tokens), self.max_model_len)
         else:
             sampling = with_max_tokens(sampling, check_context(len(tokens), sampling.max_tokens, self.max_model_len))
+        reserve(request, len(tokens))
         rid = next(self._rids)
         output = OutputText(
             self._tokenizer.decoder(

@@ -39,7 +39,7 @@ from ropeway.contract import (
 )
 from ropeway.contract.channel import EngineLink, LinkState
 from ropeway.errors import DrainingError, EngineError, NotReadyError, RopewayError
-from ropeway.service.context import check_context, check_input, check_purpose
+from ropeway.service.context import check_context, check_input, check_purpose, reserve
 from ropeway.service.decoding import AnswerDecoder
 from ropeway.service.encoder import Encoder
 from ropeway.service.grammars import Grammars
@@ -159,6 +159,7 @@ class EngineTextService:
         if sampling.seed is None:
             sampling = msgspec.structs.replace(sampling, seed=self._seeds.getrandbits(63))
         self._check_state()  # the engine may have gone while the prompt was being tokenized
+        reserve(request, len(tokens))
         rid = next(self._numbers)
         decoder = AnswerDecoder(
             self._text.tokenizer,
