@@ -71,28 +71,20 @@ class Fleet:
         self.gone: asyncio.Future[RopewayError | None] = asyncio.get_running_loop().create_future()
         targets = {route.name: list(route.targets) for route in table.routes.values()}
         self.canaries = Canaries(server.data_path / "canary.db", targets, table.deployments)
-        self._server = server
         self._command = command
         self._ways = {name: Way(route) for name, route in table.routes.items()}
-        self._places: dict[str, Place] = {}
+        local = {name: spec for name, spec in table.deployments.items() if isinstance(spec, Local)}
+        self._places = {name: self._place(name, spec, number) for number, (name, spec) in enumerate(local.items())}
+        self._supervisor = Supervisor(self._places.values(), budget=table.memory_gib, patience=table.start_timeout)
         self._proxies: list[Proxy] = []
-        self._supervisor: Supervisor | None = None
+        self._front: FastAPI
         self._opening: asyncio.Task[None] | None = None
-        self._created = 0
 
     def install(self, app: FastAPI) -> None:
-        """Put the router between the gate of `app`, the server's own application, and its routes."""
-        api = app.state.api
+        """Put the router between the gate of `app`, the server's own application, and its routes, and begin to load
+        what starts with the server."""
+        self._front, api = app, app.state.api
         api.cards = self.cards
-        self._created = api.created
-        for number, (name, spec) in enumerate(self.table.deployments.items()):
-            if isinstance(spec, Local):
-                self._places[name] = self._place(app, name, spec, number)
-        local = [spec for spec in self.table.deployments.values() if isinstance(spec, Local)]
-        supervisor = Supervisor(
-            self._places.values(), budget=self.table.memory_gib if local else None, patience=self.table.start_timeout
-        )
-        self._supervisor = supervisor
         for name, spec in self.table.deployments.items():
             backend: Backend
             if isinstance(spec, Remote):
@@ -100,7 +92,7 @@ class Fleet:
                 self._proxies.append(proxy)
                 backend = RemoteBackend(spec, proxy)
             else:
-                backend = LocalBackend(self._places[name], supervisor)
+                backend = LocalBackend(self._places[name], self._supervisor)
             self.deployments[name] = Deployment(name, backend)
         self.metrics.include(lambda: families(self.deployments.values(), self._ways.values()))
         app.state.deployments = self
@@ -125,8 +117,7 @@ class Fleet:
         """End all engines and connections."""
         if self._opening is not None:
             self._opening.cancel()
-        if self._supervisor is not None:
-            await self._supervisor.close()
+        await self._supervisor.close()
         for proxy in self._proxies:
             await proxy.close()
         await self.canaries.close()
@@ -140,7 +131,9 @@ class Fleet:
             spec, service = self.table.deployments[route.main], self.deployments[route.main].backend.service
             longest = service.max_model_len if service is not None else None
             root = spec.engine.model if isinstance(spec, Local) else spec.model
-            found.append(ModelCard(id=route.name, created=self._created, root=root, max_model_len=longest))
+            found.append(
+                ModelCard(id=route.name, created=self._front.state.api.created, root=root, max_model_len=longest)
+            )
         return found
 
     # What the operator may ask
@@ -157,7 +150,7 @@ class Fleet:
         """Take it into service, and load its model if there is room. Raises HttpError (404)."""
         one = self._known(name)
         one.held = False
-        if isinstance(one.backend, LocalBackend) and self._supervisor is not None:
+        if isinstance(one.backend, LocalBackend):
             self._supervisor.begin(one.backend.place)
         return self._state(one)
 
@@ -166,7 +159,7 @@ class Fleet:
         HttpError (404)."""
         one = self._known(name)
         one.held = True
-        if isinstance(one.backend, LocalBackend) and self._supervisor is not None:
+        if isinstance(one.backend, LocalBackend):
             self._supervisor.stop_when_idle(one.backend.place)
         return self._state(one)
 
@@ -194,7 +187,7 @@ class Fleet:
             memory_gib=spec.engine.memory_gib if isinstance(spec, Local) else None,
         )
 
-    def _place(self, front: FastAPI, name: str, spec: Local, number: int) -> Place:
+    def _place(self, name: str, spec: Local, number: int) -> Place:
         metrics = Metrics(name)  # of all its lives
         self.metrics.include(metrics.families)
 
@@ -203,7 +196,7 @@ class Fleet:
             try:
                 await model.ready
                 await model.warm_up(spec.warm_up)
-                return Engine(create_app(model.service, spec.server, metrics, front=front), model)
+                return Engine(create_app(model.service, spec.server, metrics, front=self._front), model)
             except BaseException:
                 await model.end()
                 raise
@@ -213,7 +206,6 @@ class Fleet:
     async def _open(self) -> None:
         """Load what starts with the server, one after the other: two at once would each be slower on the same cores,
         and would measure the same free memory."""
-        assert self._supervisor is not None
         for name, spec in self.table.deployments.items():
             if isinstance(spec, Local) and spec.start == "eager":
                 try:
