@@ -83,6 +83,10 @@ class Offers:
         self._offered.pop((work.item, work.attempt), None)
         self._left.tell()
 
+    async def withdraw(self) -> None:
+        """Offer nothing any more: who computes it learns of it, and who has not begun never does. Raises Away."""
+        await self._broker.forget(self._owner, [Ticket(*key, entry) for key, entry in self._offered.items() if entry])
+
     async def _dispatch(self) -> None:
         await self._broker.link.until_up()
         await self._compared.wait()

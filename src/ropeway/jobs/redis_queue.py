@@ -178,13 +178,16 @@ class RedisQueue:
         return await self._local.depth()
 
     async def close(self) -> None:
-        """Also closes `local`. What is on offer stays there: others may compute it, and the answers wait."""
+        """Also closes `local`, which puts this server's items back into its line."""
         with contextlib.suppress(Away, TimeoutError):
             async with asyncio.timeout(_FAREWELL_SECONDS):
                 await self._deliver_all()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(Away, TimeoutError):
+            async with asyncio.timeout(_FAREWELL_SECONDS):
+                await self._offers.withdraw()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FAREWELL_SECONDS):
                 await self._broker.close()

@@ -251,6 +251,22 @@ async def test_a_server_that_ends_leaves_its_work_to_others_at_once(redis: Redis
         await owner.ended([name])
 
 
+async def test_a_server_that_ends_takes_its_offers_with_it(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, helper = await all_of_them.add(), await all_of_them.add()
+        names = await owner.defer(3)
+        works = await lease(helper, 1)
+        await until(lambda: sum(owner.queue.tally.waiting.values()) == 2)
+        await owner.queue.close()
+        assert await helper.queue.extend(works) == works
+        assert await helper.queue.lease(3, wait=2 * BEAT) == []
+        owner = await all_of_them.add(owner.store.folder)
+        for work in await lease(helper, 3):
+            assert work.attempt == 2
+            assert await helper.queue.finish(work, reply("helper"))
+        assert all(item.state is ItemState.DONE for item in await owner.ended(names))
+
+
 async def test_a_call_that_kills_its_workers_ends_as_a_dead_letter(redis: RedisServer) -> None:
     async with peers(redis) as all_of_them:
         owner, victim = await all_of_them.add(), await all_of_them.add()
