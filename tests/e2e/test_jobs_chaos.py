@@ -191,12 +191,18 @@ async def test_killed_again_and_again(scene: Scene) -> None:
     dice = random.Random(7)
     batch = await submit(scene.store, mixed(ITEMS))
     begun = time.monotonic()
-    kills = 0
+    kills = done = 0
+    life_s = LIFE_SECONDS
     while True:
         process = scene.worker("--concurrency", str(CONCURRENCY))
-        life = time.monotonic() + LIFE_SECONDS * dice.uniform(0.7, 1.0)
-        while time.monotonic() < life:
+        life = time.monotonic() + life_s * dice.uniform(0.7, 1.0)
+        before, more = (
+            done,
+            done + ITEMS * dice.uniform(0.05, 0.15),
+        )  # or a fast machine would be done before it is killed
+        while time.monotonic() < life and done < more:
             found = await again(scene.store, batch)
+            done = found.counts.completed + found.counts.failed
             if found.status.ended:
                 break
             await asyncio.sleep(0.02)
@@ -205,12 +211,14 @@ async def test_killed_again_and_again(scene: Scene) -> None:
         process.kill()
         await dead(process)
         kills += 1
-        assert time.monotonic() - begun < 60 + ITEMS / 50, f"too slow: {found} after {kills} kills"
+        if done == before:
+            life_s *= 1.3  # too short on this machine to get anywhere
+        assert time.monotonic() - begun < 150 + ITEMS / 50, f"too slow: {found} after {kills} kills"
     assert found.status is BatchState.COMPLETED
     assert len(results(scene.store, found)) == ITEMS
     calls = sum(scene.calls().values())
     print(f"{ITEMS} items, {kills} kills, {calls - ITEMS} computed again, {time.monotonic() - begun:.1f} s")
-    assert kills >= 2
+    assert kills >= 5
     assert ITEMS <= calls <= ITEMS + kills * CONCURRENCY
 
 
