@@ -126,8 +126,8 @@ def test_the_page_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # the server too: a page can name a directory that both use
     url, names = server_for(page).url, {"__name__": "__main__"}
-    monkeypatch.chdir(tmp_path)
     environment = shell(tmp_path)
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
         monkeypatch.delenv(name, raising=False)
