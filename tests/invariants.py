@@ -12,7 +12,8 @@ from ropeway.scheduler.sequence import State
 def check(scheduler: Scheduler) -> None:
     """Raise AssertionError unless each block, slot and request is in exactly one place."""
     memory = scheduler.memory
-    check_pool(memory.pool, [*[seq.blocks for seq in scheduler.running], *memory.pins.tables()])
+    pinned = [block for block in memory.pins._held.values() if block is not None]
+    check_pool(memory.pool, [*[seq.blocks for seq in scheduler.running], pinned])
     for shelf in memory.lower:
         check_pool(shelf.pool, [])
     running, waiting, size = scheduler.running, list(scheduler.waiting), scheduler.resources.block_size

@@ -56,6 +56,8 @@ class World:
     tiers: tuple[Tier, ...] = ()
     mode: PreemptionMode = "swap"
     quota: float = 1.0
+    reserved: int = 0
+    gap: float | None = 0.0
     spoilt: Callable[[BlockCopy], bool] = lambda copy: False
     kept: dict[str, dict[int, Content]] | None = None
     requests: dict[int, GenerateRequest] = field(default_factory=dict)
@@ -77,7 +79,8 @@ class World:
                 max_model_len=self.max_model_len, max_step_tokens=self.max_step_tokens,
                 prefix_caching=self.prefix_caching, chunked_prefill=self.chunked_prefill,
                 static_batching=self.static_batching, tiers=tuple(self.executor.info.tiers),
-                tenant_quota=self.quota, preemption_mode=self.mode,
+                tenant_quota=self.quota, preemption_mode=self.mode, reserved_seats=self.reserved,
+                background_gap=self.gap,
             ),
             make_order(self.policy, self.rules),
             MostToGo() if self.policy.startswith("priority") else Newest(),

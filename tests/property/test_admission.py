@@ -99,9 +99,9 @@ def test_nothing_idles_while_somebody_could_board(shape: dict[str, bool], policy
 
     def plan(now: float) -> StepPlan | None:
         nonlocal watched
-        paused = not scheduler._calm and bool(scheduler.running)
+        paused = scheduler._last.calm == 0 and bool(scheduler.running)
         made = honest(now)
-        if not paused and scheduler._calm:
+        if not paused and scheduler._last.calm:
             assert not _idles(world)
             watched += len(scheduler.waiting) > 0 and scheduler._limits.tokens.left > 0
         return made
@@ -123,7 +123,7 @@ def test_a_pause_follows_a_preemption_and_progress_never_stops(foresight: bool) 
         world.submit(random_request(random, rid, world, longest=64))
     while scheduler.busy:
         before = scheduler.counters.preemptions
-        paused = not scheduler._calm and bool(scheduler.running)
+        paused = scheduler._last.calm == 0 and bool(scheduler.running)
         world.step()
         if paused or scheduler.counters.preemptions > before:
             assert not world.plans[-1].admit

@@ -21,7 +21,6 @@ from ropeway.contract import (
     Why,
 )
 from ropeway.engine.engine import Engine
-from ropeway.engine.intake import Pace
 from ropeway.sim import CostModel, FakeExecutor, VirtualClock, expected_tokens
 
 
@@ -101,10 +100,9 @@ def test_the_queue_is_bounded_and_the_hint_follows_the_measured_pace() -> None:
 
 
 def test_pace_says_how_long_a_queue_takes() -> None:
-    pace = Pace()
+    pace = Driver().engine.intake
     assert pace.wait(10, 0.0) == 1.0
-    for second in range(11):
-        pace.boarded(float(second) * 2)
+    pace.boarded += [float(second) * 2 for second in range(11)]
     assert pace.wait(5, 20.0) == pytest.approx(5 * 20 / 11)
     assert pace.wait(5, 200.0) == pytest.approx(5 * 200 / 11)  # nobody has boarded since: it looks slower
     assert pace.wait(1000, 200.0) == 120.0

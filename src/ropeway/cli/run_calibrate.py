@@ -18,8 +18,8 @@ from ropeway.bench.spawn import serving
 from ropeway.cli.engine import make_executor
 from ropeway.cli.progress import counting
 from ropeway.config import EngineConfig
+from ropeway.contract.clock import SystemClock
 from ropeway.contract.codec import encode
-from ropeway.engine.clock import SystemClock
 from ropeway.sim.calibrate import fit, grid, measure, measure_loop
 from ropeway.sim.profile import Profile, Serving, save_profile
 from ropeway.sim.serving import Level, fit_serving

@@ -47,6 +47,12 @@ def run(
     points = run_sweep(sim, engine, sweeps, told)
     print(_heading(points, time.perf_counter() - begun))
     print(table([(point.label, point.report) for point in points]))
+    for point in points:
+        if point.sim.backlog:
+            print(
+                f"{point.label}: beside these {point.report.backlog:,} requests of the backlog were served; in all "
+                f"{point.report.computed_rate:,.0f} tokens/s were computed."
+            )
     if len(points) > 1:
         print(f"\n{recommend(points)}")
     if output is not None:

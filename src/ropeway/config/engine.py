@@ -137,6 +137,22 @@ class EngineConfig:
     max_queue: int = option(
         256, "Scheduling", "Waiting requests beyond which newcomers get 503 and a Retry-After.", low=1
     )
+    reserved_seats: int = option(
+        0, "Scheduling", "Seats that background requests (of urgency MEDIUM and LOW) leave free for others.", low=0
+    )
+    background_gap_ms: float | None = option(
+        None,
+        "Scheduling",
+        "Milliseconds that a step may last for the sake of background requests while interactive ones stream. Default: "
+        "so that the 99th percentile of their gaps hardly grows; 0: no limit.",
+        low=0,
+    )
+    promote_medium_after: float = option(
+        120.0, "Scheduling", "Seconds after which a request of urgency MEDIUM counts as interactive.", low=0
+    )
+    promote_low_after: float = option(
+        3600.0, "Scheduling", "Seconds after which a request of urgency LOW counts as interactive.", low=0
+    )
     default_priority: int = option(0, "Scheduling", "Priority of requests that name none; lower is served earlier.")
 
     journal: str | None = option(
@@ -230,6 +246,12 @@ def check(engine: EngineConfig) -> EngineConfig:
         raise ConfigError(
             f"tensor_parallel_size is {engine.tensor_parallel_size}, but this version runs on one device. Use 1.",
             param="tensor_parallel_size",
+        )
+    if engine.reserved_seats >= engine.max_num_seqs:
+        raise ConfigError(
+            f"reserved_seats ({engine.reserved_seats}) leaves none of {engine.max_num_seqs} seats to background "
+            "requests, which could never run. Lower it, or raise max_num_seqs.",
+            param="reserved_seats",
         )
     if engine.max_num_batched_tokens < engine.max_num_seqs:
         raise ConfigError(

@@ -94,7 +94,8 @@ class TierStats(Struct, frozen=True):
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):
-    """The engine after a step. Counters are totals since the engine started."""
+    """The engine after a step. Counters are totals since the engine started. `urgencies` are the requests that run and
+    those that wait, of HIGH, MEDIUM and LOW urgency; who has waited for long counts as HIGH."""
 
     step: int
     running: int
@@ -112,6 +113,7 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     cache_hits: int
     preemptions: int
     tiers: list[TierStats] = []
+    urgencies: list[tuple[int, int]] = []
 
 
 class Why(Struct, frozen=True):

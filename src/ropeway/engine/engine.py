@@ -8,76 +8,41 @@ from collections.abc import Sequence
 from typing import Any
 
 from ropeway.config import EngineConfig, weights_of, whole_prompts
-from ropeway.contract import (
-    Cancel,
-    Command,
-    Drain,
-    EngineStats,
-    ErrorInfo,
-    Explain,
-    Explained,
-    FinishReason,
-    Ordered,
-    Pin,
-    Pins,
-    Ready,
-    Reorder,
-    Report,
-    Step,
-    StepPlan,
-    Stopped,
-    Submit,
-    TokenEvent,
-    with_extras,
-)
+from ropeway.contract import Explained, Ordered, Pins, Ready, Report, Step, StepPlan, Stopped, Urgency
 from ropeway.contract.channel import Channel
-from ropeway.contract.clock import Clock
+from ropeway.contract.clock import Clock, SystemClock
+from ropeway.contract.event import EngineStats, ErrorInfo, FinishReason, TokenEvent, with_extras
 from ropeway.contract.executor import Executor
-from ropeway.engine.clock import SystemClock
+from ropeway.contract.message import Cancel, Command, Drain, Explain, Pin, Reorder, Submit
 from ropeway.engine.intake import Intake
 from ropeway.errors import ConfigError, EngineError, RequestError
-from ropeway.scheduler import (
-    Budget,
-    FixedTokens,
-    MostToGo,
-    Order,
-    Resources,
-    Rules,
-    Scheduler,
-    TargetLatency,
-    make_order,
-)
+from ropeway.scheduler import MostToGo, Order, Resources, Rules, Scheduler, make_order
+from ropeway.scheduler.budget import Budget, FixedTokens, TargetLatency
 
 
 def make_scheduler(config: EngineConfig, executor: Executor, secret: bytes) -> Scheduler:
     """The scheduler that `config` asks for, over what `executor` has."""
     info = executor.info
     config = config if info.generates else whole_prompts(config, info.max_model_len)
+    slots, pause = min(config.max_num_seqs, info.max_slots), config.background_gap_ms
+    in_parts = config.enable_chunked_prefill and config.batching == "continuous"
     resources = Resources(
-        num_blocks=info.num_blocks,
-        block_size=info.block_size,
-        slots=min(config.max_num_seqs, info.max_slots),
-        max_model_len=info.max_model_len,
-        max_step_tokens=config.max_num_batched_tokens,
-        prefix_caching=config.enable_prefix_caching,
-        chunked_prefill=config.enable_chunked_prefill,
-        static_batching=config.batching == "static",
-        secret=secret,
-        tiers=tuple(info.tiers),
-        tenant_quota=config.kv_tenant_quota,
-        preemption_mode=config.preemption_mode,
-    )
+        num_blocks=info.num_blocks, block_size=info.block_size, slots=slots, max_model_len=info.max_model_len,
+        reserved_seats=min(config.reserved_seats, slots - 1), max_step_tokens=config.max_num_batched_tokens,
+        prefix_caching=config.enable_prefix_caching, chunked_prefill=config.enable_chunked_prefill,
+        static_batching=config.batching == "static", secret=secret, tiers=tuple(info.tiers),
+        tenant_quota=config.kv_tenant_quota, preemption_mode=config.preemption_mode,
+        background_gap=(pause and pause / 1000) if in_parts else 0.0,
+    )  # fmt: skip
     return Scheduler(resources, policy_order(config), MostToGo(), make_budget(config))
 
 
 def policy_order(config: EngineConfig, policy: str | None = None) -> Order:
     """The order that `policy` names (default: the configured one), by the rules in `config`. Raises ConfigError."""
     rules = Rules(
-        promote_after=config.promote_after,
-        age_cap=config.age_cap,
-        quantum=config.fair_quantum,
-        weights=weights_of(config.tenant_weights),
-    )
+        promote_after=config.promote_after, age_cap=config.age_cap, weights=weights_of(config.tenant_weights),
+        quantum=config.fair_quantum, patience=(0.0, config.promote_medium_after, config.promote_low_after),
+    )  # fmt: skip
     return make_order(policy or config.scheduling_policy, rules)
 
 
@@ -154,9 +119,7 @@ class Engine:
             plan = self.scheduler.plan(self._clock.now())
             if plan is None:
                 break
-            for admitted in plan.admit:
-                if admitted.epoch == 1:
-                    self.intake.pace.boarded(self._clock.now())
+            self.intake.boarded += [self._clock.now() for admitted in plan.admit if admitted.epoch == 1]
             self._under_way.append((plan, self.executor.submit(plan)))
         if self._under_way:
             plan, ticket = self._under_way.popleft()
@@ -208,11 +171,12 @@ class Engine:
         scheduler, counters = self.scheduler, self.scheduler.counters
         pool = scheduler.pool
         step, rows, tokens, seconds = self._last
+        aboard, waiting = [seq.urgency for seq in scheduler.running], scheduler.waiting.count
         return EngineStats(
             step=step, running=len(scheduler.running), waiting=len(scheduler.waiting),
             slots=scheduler.resources.slots, blocks_total=pool.num_blocks, blocks_used=pool.used,
             blocks_cached=pool.remembered, rows=rows, step_tokens=tokens, step_seconds=seconds,
             prompt_tokens=counters.prompt_tokens, generation_tokens=counters.generation_tokens,
             cache_queries=counters.cache_queries, cache_hits=counters.cache_hits, preemptions=counters.preemptions,
-            tiers=scheduler.memory.stats(),
+            tiers=scheduler.memory.stats(), urgencies=[(aboard.count(n), waiting[n]) for n in Urgency],
         )  # fmt: skip

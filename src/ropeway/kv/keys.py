@@ -18,8 +18,7 @@ class KeyChain:
     """Makes keys for blocks of `block_size` tokens under one `secret` (at most 64 bytes)."""
 
     def __init__(self, block_size: int, secret: bytes) -> None:
-        self._block_size = block_size
-        self._secret = secret
+        self._block_size, self._secret = block_size, secret
         self._keyed = blake2b(digest_size=KEY_BYTES, key=secret)  # copied for each block: the key is hashed in once
         self._content = Struct(f"={block_size}q")
 

@@ -8,8 +8,7 @@ from ropeway.contract import Pinned
 from ropeway.errors import RequestError
 from ropeway.kv.pool import BlockPool
 
-MOST = 4
-"""One block in so many may be pinned."""
+MOST = 4  # one block in so many may be pinned
 
 
 class Pins:
@@ -74,7 +73,3 @@ class Pins:
             Pinned(name, len(keys) * block_size, len(keys), sum(self._held[key] is not None for key in keys))
             for name, keys in self._keys.items()
         ]
-
-    def tables(self) -> list[list[int]]:
-        """What is held, as a block table."""
-        return [[block for block in self._held.values() if block is not None]]

@@ -15,10 +15,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 LEVELS = 5
-CREDIT = 500
-"""Releases, most of them of whole requests, that having been asked for once more outweighs."""
-PAST = 1 << 14
-"""Names of lost content that are kept."""
+CREDIT = 500  # releases, most of them of whole requests, that having been asked for once more outweighs
+PAST = 1 << 14  # names of lost content that are kept
 
 
 class Age:

@@ -19,10 +19,8 @@ from ropeway.kv.pool import Age, BlockPool
 PreemptionMode = Literal["auto", "swap", "recompute"]
 
 DEVICE = "device"
-_KEEP = 0.9
-"""What a mean of times keeps of itself when another is taken in."""
-_FADE = 0.999
-"""What the time of a copy becomes with each step, so that a tier that seemed slow is tried again."""
+_KEEP = 0.9  # what a mean of times keeps of itself when another is taken in
+_FADE = 0.999  # what the time of a copy becomes with each step, so that a tier that seemed slow is tried again
 
 
 class Shelf:

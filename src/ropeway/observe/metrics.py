@@ -20,7 +20,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ready, Report, Step, TokenEvent, Usage
+from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ready, Report, Step, TokenEvent, Urgency, Usage
 
 TTFT_BUCKETS: Final = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -263,6 +263,14 @@ def _engine_families(stats: EngineStats, labels: Sequence[str], values: Sequence
         counter = CounterMetricFamily(name, text, labels=labels)
         counter.add_metric(values, value)
         yield counter
+    by_urgency = (*labels, "urgency")
+    running = GaugeMetricFamily("ropeway_requests_running", "Requests in the running batch", labels=by_urgency)
+    waiting = GaugeMetricFamily("ropeway_requests_waiting", "Requests waiting for a slot", labels=by_urgency)
+    all_high = [(stats.running, stats.waiting), (0, 0), (0, 0)]
+    for urgency, (runs, waits) in zip(Urgency, stats.urgencies or all_high, strict=True):
+        running.add_metric((*values, urgency.name.lower()), runs)
+        waiting.add_metric((*values, urgency.name.lower()), waits)
+    yield from (running, waiting)
     labels, of_tier = (*labels, "tier"), [((*values, tier.name), tier) for tier in stats.tiers]
     blocks = GaugeMetricFamily("ropeway_kv_tier_blocks", "KV blocks that a tier has room for", labels=labels)
     used = GaugeMetricFamily("ropeway_kv_tier_blocks_used", "KV blocks that a tier remembers", labels=labels)

@@ -19,9 +19,8 @@ from typing import Any
 from ropeway._version import __version__
 from ropeway.config import EngineConfig
 from ropeway.contract import Command, ExecutorInfo, FinishReason, Report, Step, StepPlan, StepResult
-from ropeway.contract.clock import Clock
+from ropeway.contract.clock import Clock, SystemClock
 from ropeway.contract.executor import Executor
-from ropeway.engine.clock import SystemClock
 from ropeway.engine.engine import Engine
 from ropeway.errors import ConfigError
 from ropeway.recorder import journal as record

@@ -43,68 +43,42 @@ class Limit:
 
 
 class TokenLimit(Limit):
-    """The step's token budget. Whoever plans a row takes its tokens from `left`."""
+    """The step's token budget. Whoever plans a row takes its tokens from `left`. Without chunked prefill a sequence
+    runs everything it wants in one step, or nothing."""
 
     name = "tokens"
     aboard = True
 
-    def __init__(self) -> None:
-        self.left = 0
-        self._budget = 0
+    def __init__(self, in_parts: bool) -> None:
+        self.left = self._budget = 0
+        self._in_parts, self.passes = in_parts, 0 if in_parts else 16
 
-    def fill(self, tokens: int) -> None:
-        self.left = self._budget = tokens
-
-    def cap(self, seq: Sequence, want: int) -> int:
-        return want if want <= self.left else self.left
-
-    def why(self, seq: Sequence) -> str:
-        return f"the step's budget of {self._budget} tokens is taken by requests before it"
-
-
-class WholePrompt(Limit):
-    """Without chunked prefill a sequence runs everything it wants in one step, or nothing."""
-
-    name = "whole-prompt"
-    aboard = True
-    passes = 16
-
-    def __init__(self, tokens: TokenLimit) -> None:
-        self._tokens = tokens
+    def fill(self, tokens: int, used: int = 0) -> None:
+        """The step may carry `tokens`, of which more urgent rows have taken `used`."""
+        self.left, self._budget = tokens - used, tokens
 
     def cap(self, seq: Sequence, want: int) -> int:
-        return want if seq.want <= self._tokens.left else 0
+        return want if want <= self.left else self.left if self._in_parts else 0
 
     def why(self, seq: Sequence) -> str:
-        return f"its {seq.want} tokens must run in one step, which has {self._tokens.left} left"
-
-
-class LengthLimit(Limit):
-    """Nobody computes past its own end or the model's context: the last token needs no KV."""
-
-    name = "length"
-    aboard = True
-
-    def cap(self, seq: Sequence, want: int) -> int:
-        left = seq.end - 1 - seq.computed
-        return want if want <= left else left
-
-    def why(self, seq: Sequence) -> str:
-        return "all its tokens are under way"
+        if not self._in_parts:
+            return f"its {seq.known - seq.computed} tokens must run in one step, which has {self.left} left"
+        beside = " beside interactive requests" if seq.urgency else ""
+        return f"the step's budget of {self._budget} tokens{beside} is taken by requests before it"
 
 
 class SlotLimit(Limit):
-    """A sequence needs a seat."""
+    """A sequence needs a seat; the last `reserved` ones are not for background work."""
 
     name = "seats"
 
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
+    def __init__(self, slots: int, reserved: int) -> None:
+        self._slots, self._reserved = slots, reserved
         # Taken from the end: the lowest free number first, which keeps the runner's rows dense.
         self.free = list(range(slots - 1, -1, -1))
 
     def cap(self, seq: Sequence, want: int) -> int:
-        return want if self.free else 0
+        return want if len(self.free) > (self._reserved if seq.urgency else 0) else 0
 
     def boards(self, seq: Sequence) -> None:
         seq.slot = self.free.pop()
@@ -114,7 +88,8 @@ class SlotLimit(Limit):
         seq.slot = -1
 
     def why(self, seq: Sequence) -> str:
-        return f"all {self._slots} seats are taken; the next request to finish frees one"
+        kept = f" or kept for interactive requests ({self._reserved})" if seq.urgency and self._reserved else ""
+        return f"all {self._slots} seats are taken{kept}; the next request to finish frees one"
 
 
 class BlockLimit(Limit):
@@ -127,9 +102,7 @@ class BlockLimit(Limit):
     RENEW = 16  # steps in which somebody may board, after which expectations are asked for again
 
     def __init__(self, pool: BlockPool, block_size: int, forecast: Forecast) -> None:
-        self._pool = pool
-        self._block_size = block_size
-        self._forecast = forecast
+        self._pool, self._block_size, self._forecast = pool, block_size, forecast
         self._running: Collection[Sequence] = ()
         self._spare = 0  # free blocks if all on board become as long as they may
         self._peak = Peak(())
@@ -191,19 +164,21 @@ class BlockLimit(Limit):
 
 class SharedPrefix(Limit):
     """Of waiting sequences with the same beginning one computes it and the others board when it is cached. Whoever
-    computes it runs, so nobody waits for ever; if it is preempted or ends, the others are free to go."""
+    computes it runs, so nobody waits for ever; if it is preempted or ends, the others are free to go. Nobody waits for
+    one that is less urgent."""
 
     name = "shared-prefix"
     passes = ANYBODY
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self._coming: dict[bytes, int] = {}  # names of blocks under way, and the request that computes each
+        self._coming: dict[bytes, Sequence] = {}  # names of blocks under way, and who computes each
 
     def boards(self, seq: Sequence) -> None:
         """It is going to compute its full blocks that are not cached."""
         for key in seq.keys[len(seq.blocks) :]:
-            self._coming.setdefault(key, seq.rid)
+            if self._coming.setdefault(key, seq).urgency > seq.urgency:
+                self._coming[key] = seq
 
     def leaves(self, seq: Sequence) -> None:
         self.settle(seq, seq.keys[seq.published :])
@@ -211,20 +186,22 @@ class SharedPrefix(Limit):
     def settle(self, seq: Sequence, keys: list[bytes]) -> None:
         """`keys` of `seq` are cached now, or will not be computed by it after all."""
         for key in keys:
-            if self._coming.get(key) == seq.rid:
+            if self._coming.get(key) is seq:
                 del self._coming[key]
 
     def cap(self, seq: Sequence, want: int) -> int:
         return want if self._leader(seq) is None else 0
 
     def why(self, seq: Sequence) -> str:
-        return f"request {self._leader(seq)} computes the beginning of the prompt that both share; then it boards"
+        rid = getattr(self._leader(seq), "rid", None)
+        return f"request {rid} computes the beginning of the prompt that both share; then it boards"
 
-    def _leader(self, seq: Sequence) -> int | None:
+    def _leader(self, seq: Sequence) -> Sequence | None:
         """Who computes the first block that `seq` could match but cannot yet. Its last token is always its own."""
         first = seq.computed // self._block_size
         shareable = (len(seq.tokens) - 1) // self._block_size
-        return self._coming.get(seq.keys[first]) if first < min(shareable, len(seq.keys)) else None
+        found = self._coming.get(seq.keys[first]) if first < min(shareable, len(seq.keys)) else None
+        return found if found is not None and found.urgency <= seq.urgency else None
 
 
 class StaticBatch(Limit):
@@ -253,24 +230,24 @@ class Limits:
     """All limits that apply, in the order in which they are asked."""
 
     def __init__(self, resources: Resources, pool: BlockPool, forecast: Forecast) -> None:
-        self.tokens = TokenLimit()
-        self.slots = SlotLimit(resources.slots)
+        self.tokens = TokenLimit(resources.chunked_prefill)
+        self.slots = SlotLimit(resources.slots, resources.reserved_seats)
         self.shared = SharedPrefix(resources.block_size)
         self.blocks = BlockLimit(pool, resources.block_size, forecast)
         self._all: list[Limit] = [
             *([StaticBatch(resources.slots)] if resources.static_batching else []),
-            LengthLimit(),
             self.slots,
             self.shared,
             self.tokens,
-            *([] if resources.chunked_prefill else [WholePrompt(self.tokens)]),
             self.blocks,
         ]
         self._aboard = [limit for limit in self._all if limit.aboard]
+        self.places = (self.slots, self.blocks)  # what somebody else can give up
 
     def cap(self, seq: Sequence) -> tuple[int, Limit | None]:
-        """How many tokens `seq` may run, and the limit that held it to that."""
-        count, holder = seq.known - seq.computed, None
+        """How many tokens `seq` may run, and the limit that held it to that. None holds back who has come to its own
+        end or to that of the model's context: the last token needs no KV."""
+        count, holder = min(seq.known, seq.end - 1) - seq.computed, None
         for limit in self._aboard if seq.state is State.RUNNING else self._all:
             allowed = limit.cap(seq, count)
             if allowed < count:

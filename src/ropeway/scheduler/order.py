@@ -27,6 +27,7 @@ class Rules:
     age_cap: float = 10.0  # seconds of waiting after which no score counts any more
     quantum: float = 2000.0  # virtual tokens by which tenants may differ for the sake of cached prefixes
     weights: Mapping[str, float] = field(default_factory=dict)  # tenants' shares; 1 for those not named
+    patience: tuple[float, ...] = (0.0, 120.0, 3600.0)  # seconds after which requests count as interactive, by urgency
 
 
 class Place(NamedTuple):
@@ -147,8 +148,8 @@ class Deadline(Order):
     def __init__(self, rules: Rules) -> None:
         super().__init__(rules)
         self._boarded = -inf
-        self._pace = _Mean()  # seconds between boardings while somebody waited
-        self._prefill = _Mean()  # seconds for a prompt token
+        self._pace = Mean()  # seconds between boardings while somebody waited
+        self._prefill = Mean()  # seconds for a prompt token
         self._fastest = inf  # the same at the best
 
     def place(self, seq: Sequence, cached: int, now: float) -> Place:
@@ -180,12 +181,13 @@ class Deadline(Order):
 
     def boards(self, seq: Sequence, now: float) -> None:
         # Since then somebody was waiting, so this tells how fast a queue moves, and nothing while there is none.
-        self._pace.learn(now - max(self._boarded, seq.arrival), 1)
-        self._boarded = now
+        if not seq.urgency:  # who has waited for want of idle seats tells nothing
+            self._pace.learn(now - max(self._boarded, seq.arrival))
+            self._boarded = now
 
     def leaves(self, seq: Sequence) -> None:
         tokens = seq.prompt_len - seq.cached
-        if seq.first_token is not None and seq.first_scheduled is not None and not seq.preemptions:
+        if seq.first_token is not None and seq.first_scheduled is not None and not (seq.preemptions or seq.urgency):
             took = seq.first_token - seq.first_scheduled
             self._prefill.learn(took, tokens)
             self._fastest = min(self._fastest, took / tokens)
@@ -286,16 +288,15 @@ def make_order(policy: str, rules: Rules | None = None) -> Order:
     return order
 
 
-class _Mean:
-    """A mean in which old samples fade: some thirty count. 0 before the first."""
+class Mean:
+    """A mean in which old samples fade: with a `keep` of 0.97 some thirty count. 0 before the first."""
 
-    KEEP = 0.97
-
-    def __init__(self) -> None:
+    def __init__(self, keep: float = 0.97) -> None:
+        self._keep = keep
         self._sum = self._count = self.value = 0.0
 
-    def learn(self, amount: float, count: int) -> None:
-        self._sum, self._count = self._sum * self.KEEP + amount, self._count * self.KEEP + count
+    def learn(self, amount: float, count: int = 1) -> None:
+        self._sum, self._count = self._sum * self._keep + amount, self._count * self._keep + count
         self.value = self._sum / self._count
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Listing
 from heapq import heapify, heappop, heappush
 
 from ropeway.scheduler.forecast import Forecast
+from ropeway.scheduler.order import Mean
 from ropeway.scheduler.resources import Resources
 from ropeway.scheduler.sequence import Sequence
 
@@ -20,30 +21,23 @@ class Outlook:
     EVERY = 64  # steps from one such time to the next
     KEEP = 0.98  # what the weight of a step or of a wait becomes with the next: some fifty count
 
-    def __init__(self, resources: Resources, forecast: Forecast) -> None:
-        self._resources = resources
-        self._forecast = forecast
+    def __init__(self, resources: Resources, forecast: Forecast, cached: Callable[[Sequence], int]) -> None:
+        """`cached` tells how many tokens of a sequence the prefix cache holds."""
+        self._resources, self._forecast, self._cached = resources, forecast, cached
         self._last: float | None = None
-        self._steps = self._seconds = 0.0
+        self._step, self._error = Mean(self.KEEP), Mean(self.KEEP)  # seconds from one to the next, and see `error`
         self._foretold: dict[int, tuple[float, float, float]] = {}  # by number: when, the wait in outline, and as told
-        self._waits = self._errors = 0.0
-        self._outlined = self._waited = 1e-9
-
-    @property
-    def step_seconds(self) -> float | None:
-        """From one step to the next, lately; None before there was a second step."""
-        return self._seconds / self._steps if self._steps else None
+        self._outlined, self._waited = Mean(self.KEEP), Mean(self.KEEP)  # the waits of those who have boarded
 
     @property
     def error(self) -> float | None:
         """Mean of |wait foretold - wait| / wait of those who have boarded lately; None before the first."""
-        return self._errors / self._waits if self._waits else None
+        return self._error.value if self._waited.value else None
 
     def stepped(self, now: float) -> None:
         """A step has come back at `now`."""
         if self._last is not None:
-            self._steps = self._steps * self.KEEP + 1
-            self._seconds = self._seconds * self.KEEP + now - self._last
+            self._step.learn(now - self._last)
         self._last = now
 
     def idle(self) -> None:
@@ -52,42 +46,34 @@ class Outlook:
 
     def boards(self, seq: Sequence, now: float) -> None:
         when, outlined, told = self._foretold.pop(seq.number, (now, 0.0, 0.0))
-        if now > when:
-            self._waits = self._waits * self.KEEP + 1
-            self._errors = self._errors * self.KEEP + abs(told - (now - when)) / (now - when)
-            self._outlined = self._outlined * self.KEEP + outlined
-            self._waited = self._waited * self.KEEP + now - when
+        if now > when and not seq.urgency:
+            self._error.learn(abs(told - (now - when)) / (now - when))
+            self._outlined.learn(outlined)
+            self._waited.learn(now - when)
 
     def leaves(self, seq: Sequence) -> None:
         self._foretold.pop(seq.number, None)
 
-    def foretell(
-        self,
-        running: Iterable[Sequence],
-        line: Listing[Sequence],
-        cached: Callable[[Sequence], int],
-        tokens: int,
-        now: float,
-    ) -> list[float]:
+    def foretell(self, running: Iterable[Sequence], line: Listing[Sequence], tokens: int, now: float) -> list[float]:
         """In how many seconds each of `line` is expected to board; empty while the length of steps is not known.
         `tokens` is what a step has for prefill. What is first foretold to each is judged when it boards."""
-        seconds = self.step_seconds
-        if seconds is None:
+        seconds = self._step.value
+        if not seconds:
             return []
-        truth = min(max(self._waited / self._outlined, 0.1), 10.0)
+        truth = min(max(self._waited.value / (self._outlined.value or 1e-9), 0.1), 10.0) if self._waited.value else 1.0
         res, size = self._resources, self._resources.block_size
         leaving = []
         seats, blocks, prefill, step = res.slots, res.num_blocks, 0.0, 0.0
         for seq in running:
             left = self._forecast.draw(seq)
             hold = -(-(len(seq.tokens) + left // 2) // size) - seq.shared
-            prefill += max(0, seq.want - 1)
+            prefill += max(0, seq.known - seq.computed - 1)
             leaving.append((prefill / tokens + left, hold))
             seats, blocks = seats - 1, blocks - hold
         heapify(leaving)
         found = []
         for seq in line:
-            known, answer, had = len(seq.tokens), self._forecast.draw(seq), cached(seq)
+            known, answer, had = len(seq.tokens), self._forecast.draw(seq), self._cached(seq)
             need = min(-(-(known + answer // 2) // size), res.num_blocks)
             whole_batch = res.static_batching and seats <= 0
             while leaving and (seats <= 0 or blocks < need or whole_batch):

@@ -16,6 +16,7 @@ class Resources:
     num_blocks: int
     block_size: int
     slots: int
+    reserved_seats: int = 0
     max_model_len: int
     max_step_tokens: int
     prefix_caching: bool = True
@@ -25,6 +26,7 @@ class Resources:
     tiers: tuple[Tier, ...] = ()
     tenant_quota: float = 1.0
     preemption_mode: PreemptionMode = "auto"
+    background_gap: float | None = 0.0  # seconds; see `Backfill`
 
 
 @dataclass

@@ -4,33 +4,27 @@ There is no prefill phase and no decode phase. A sequence has known tokens and c
 second catch up with the first as far as the limits allow. A row that reaches the end of what is known yields a token.
 Continuous batching, chunked prefill, prefix reuse and resuming after preemption are all this one rule.
 
+Background work (requests of urgency MEDIUM and LOW) takes what is left: a step is planned for the interactive
+requests as if there were no others, and then for the others within what that leaves of seats, blocks, and tokens.
+
 The scheduler is a pure state machine: no clock, no I/O, no randomness, ordered containers only. The same calls give
 the same plans, so any run can be replayed, and simulation runs this very code.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import islice
 
-from ropeway.contract import (
-    Admit,
-    ErrorInfo,
-    FinishReason,
-    GenerateRequest,
-    Pinned,
-    Row,
-    StepPlan,
-    StepResult,
-    TokenEvent,
-    Why,
-)
+from ropeway.contract import Admit, ErrorInfo, FinishReason, GenerateRequest, Row, StepPlan, StepResult, Urgency
+from ropeway.contract.event import Pinned, TokenEvent, Why
 from ropeway.errors import RequestError
 from ropeway.kv import KeyChain, Memory
-from ropeway.scheduler.budget import Budget
+from ropeway.scheduler.budget import Backfill, Budget
 from ropeway.scheduler.forecast import Forecast
-from ropeway.scheduler.limits import ANYBODY, Limits
+from ropeway.scheduler.limits import ANYBODY, Limit, Limits
 from ropeway.scheduler.order import Order
 from ropeway.scheduler.outlook import Outlook
 from ropeway.scheduler.resources import Counters, Resources, check_fits
@@ -39,20 +33,19 @@ from ropeway.scheduler.stops import final_event, finish_after
 from ropeway.scheduler.victim import Victim
 from ropeway.scheduler.waiting import WaitingRoom
 
-_LOOK = 1024
-"""Waiting sequences that a step looks at, at most: those held back by what others compute are passed over."""
-
-_NONE: list[int] = []
-"""The new blocks of a row that needs none: one list for all, which nobody may change."""
+_LOOK = 1024  # waiting sequences that a step looks at, at most: those held back by what others compute are passed over
+_NONE: list[int] = []  # the new blocks of a row that needs none: one list for all, which nobody may change
 
 
 @dataclass
 class _Draft:
-    """A plan in the making."""
+    """A plan in the making. Its first `interactive` rows are those of interactive requests; `calm` is the urgency of
+    the most urgent that was put back, above all if nobody was."""
 
     rows: list[Row] = field(default_factory=list)
     admit: list[Admit] = field(default_factory=list)
-    preempted: bool = False
+    interactive: int = 0
+    calm: int = len(Urgency)
 
 
 class Scheduler:
@@ -74,11 +67,13 @@ class Scheduler:
         self._keys = KeyChain(resources.block_size, resources.secret)
         self._victim = victim
         self._budget = budget
+        self._backfill = Backfill(resources.background_gap)
         self._forecast = forecast or Forecast()
-        self._outlook = Outlook(resources, self._forecast)
+        self._outlook = Outlook(resources, self._forecast, self._cached)
         self._limits = Limits(resources, self.pool, self._forecast)
         self._release: list[int] = []
-        self._calm = True  # the last step put nobody back
+        self._last = _Draft()
+        self._interactive: deque[int] = deque()  # those of the steps under way
         self._step = self._arrivals = 0
 
     # Requests come and go
@@ -110,7 +105,6 @@ class Scheduler:
     def why(self, now: float, rids: Collection[int] = ()) -> list[Why]:
         """What each of `rids` (all waiting requests if empty) waits for. Unknown ids are left out."""
         line = list(self.waiting.line(now, len(self.waiting)))
-        self._limits.tokens.fill(self._budget.tokens(self.running))
         self._limits.begin(self.running, lambda: line)
         place = {seq.rid: position for position, seq in enumerate(line)}
         wanted = [self._sequences[rid] for rid in rids if rid in self._sequences] if rids else line
@@ -140,13 +134,16 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None if there is nothing to compute."""
         draft = _Draft()
-        self._limits.tokens.fill(self._budget.tokens(self.running))
-        self._continue_running(draft, now)
-        # Who was just put back must not board again at once: the blocks it gave are meant for others, and who is on
-        # board may want more of them in the next step.
-        if not draft.preempted and (self._calm or not self.running):
-            self._board(draft, now)
-        self._calm = not draft.preempted
+        for urgency, riders in self._classes(now):
+            self._fill(urgency, riders, draft)
+            self._continue_running(riders, draft, now)
+            # Who was just put back must not board again at once: the blocks it gave are meant for others, and who is
+            # on board may want more of them in the next step.
+            if urgency < self._last.calm or not self.running:
+                self._board(urgency, draft, now)
+            if urgency == Urgency.HIGH:
+                draft.interactive = len(draft.rows)
+        self._last = draft
         if not draft.rows:
             self._outlook.idle()
         if not draft.rows and not self.memory.copies:
@@ -155,6 +152,7 @@ class Scheduler:
         if self.waiting and self._step % Outlook.EVERY == 0:
             self._foretell(list(islice(self.waiting.line(now), Outlook.SAMPLE)), now)  # to see how good it is
         release, self._release = self._release, []
+        self._interactive.append(draft.interactive)
         return StepPlan(self._step, release, draft.admit, draft.rows, self.memory.take_copies())
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
@@ -182,22 +180,43 @@ class Scheduler:
                 continue
             self._publish(seq, computed)
             if row.emit:
-                seq.first_token = now if seq.first_token is None else seq.first_token
+                if seq.first_token is None:
+                    seq.first_token = now
+                    self._backfill.began(seq)
                 seq.tokens += tokens
                 events.append(self._end(seq, tokens, now))
                 generated += len(events[-1].tokens)
         self.counters.generation_tokens += generated
+        seconds, interactive = result.seconds - sum(result.copy_seconds), self._interactive.popleft()
         if plan.rows:
-            self._budget.learn(plan, result.seconds - sum(result.copy_seconds))
+            self._budget.learn(plan, seconds)
+            self._backfill.took(plan, seconds, interactive)
         self.memory.learn(plan, result)
         self._outlook.stepped(now)
         return events
 
     # How a step is planned
 
-    def _continue_running(self, draft: _Draft, now: float) -> None:
+    def _classes(self, now: float) -> list[tuple[int, list[Sequence]]]:
+        """Who runs, by urgency, as far as there is anybody."""
+        riders: list[list[Sequence]] = [[] for _ in Urgency]
+        for seq in self.running:
+            if seq.urgency:
+                self.waiting.age(seq, now)
+            riders[seq.urgency].append(seq)
+        return [(urgency, riders[urgency]) for urgency in Urgency if riders[urgency] or self.waiting.count[urgency]]
+
+    def _fill(self, urgency: int, riders: list[Sequence], draft: _Draft) -> None:
+        """Let `riders`, and who boards with their `urgency`, have what the `draft` has left of a step's tokens."""
+        used = sum([row.count for row in draft.rows])
+        most = self._budget.tokens(self.running if urgency else riders)
+        if urgency:
+            most = min(most, used + self._backfill.tokens(draft.rows, draft.interactive > 0, riders))
+        self._limits.tokens.fill(most, used)
+
+    def _continue_running(self, riders: list[Sequence], draft: _Draft, now: float) -> None:
         tokens, left = self._limits.tokens, self._limits.tokens.left
-        for seq in list(self.running):
+        for seq in riders:
             start, known = seq.computed, seq.known
             if known <= seq.room and known - start <= left:
                 # It holds all that it needs but tokens of the step: no other limit has a say.
@@ -206,18 +225,26 @@ class Scheduler:
                 left -= known - start
             elif seq.state is State.RUNNING:  # and not put back for the sake of an earlier one
                 tokens.left = left
-                count, holder = self._limits.cap(seq)
-                while count <= 0 and holder is self._limits.blocks and self._put_back(draft, now) not in (None, seq):
-                    count, holder = self._limits.cap(seq)
+                count, _ = self._cap(seq, draft, now)
                 if count > 0:
                     self._run(seq, count, draft)
                 left = tokens.left
         tokens.left = left
 
-    def _put_back(self, draft: _Draft, now: float) -> Sequence | None:
-        """Preempt somebody, perhaps the one that needs blocks, and tell whom. The oldest running sequence never has to
-        give way, so there is always progress. None if nobody else runs."""
-        candidates = self.running[1:]
+    def _cap(self, seq: Sequence, draft: _Draft, now: float) -> tuple[int, Limit | None]:
+        """How many tokens `seq` may run, if need be in the place of others, and the limit that held it to that."""
+        count, holder = self._limits.cap(seq)
+        while count <= 0 and holder in self._limits.places and self._put_back(seq, draft, now) not in (None, seq):
+            count, holder = self._limits.cap(seq)
+        return count, holder
+
+    def _put_back(self, seq: Sequence, draft: _Draft, now: float) -> Sequence | None:
+        """Preempt one of the least urgent on board for `seq`, and tell whom; None if there is nobody. Among equals this
+        is for those on board alone, perhaps `seq` itself, and the oldest never gives way: there is always progress."""
+        least = max([other.urgency for other in self.running], default=0)
+        candidates = [other for other in self.running if other.urgency == least]
+        if least <= seq.urgency:
+            candidates = candidates[1:] if seq.state is State.RUNNING else []
         if not candidates:
             return None
         victim = self._victim.pick(candidates, self._forecast)
@@ -226,8 +253,9 @@ class Scheduler:
             draft.rows.remove(row)
             self._limits.tokens.left += row.count
         self._requeue(victim, now)
-        self._forecast.preempted()
-        draft.preempted = True
+        if victim.urgency == seq.urgency:  # else it is no error in what was expected
+            self._forecast.preempted()
+        draft.calm = min(draft.calm, victim.urgency)
         return victim
 
     def _requeue(self, seq: Sequence, now: float) -> None:
@@ -247,14 +275,18 @@ class Scheduler:
             self._requeue(seq, now)
         self.memory.forget([key])
 
-    def _board(self, draft: _Draft, now: float) -> None:
-        if not self.waiting or not self._limits.slots.free or self._limits.tokens.left <= 0:
+    def _board(self, urgency: int, draft: _Draft, now: float) -> None:
+        """Let those board that have `urgency` or more; nobody before one that is more urgent, or was just put back."""
+        places = self._limits.slots.free or any(seq.urgency > urgency for seq in self.running)
+        if not any(self.waiting.count[: urgency + 1]) or not places or self._limits.tokens.left <= 0:
             return
         self._limits.begin(self.running, lambda: list(self.waiting.line(now)))
         held: list[Sequence] = []
         for seq in islice(self.waiting.line(now), _LOOK):
+            if seq.urgency > min(held[0].urgency if held else urgency, draft.calm - 1):
+                break
             self._match(seq)
-            count, holder = self._limits.cap(seq)
+            count, holder = self._cap(seq, draft, now)
             if count > 0:
                 self._admit(seq, draft, now)
                 self._run(seq, count, draft)
@@ -355,12 +387,7 @@ class Scheduler:
         seq.due = seq.end - 1 if committed == known else min((full + 1) * self.resources.block_size, known - 1)
 
     def _finish(
-        self,
-        seq: Sequence,
-        reason: FinishReason,
-        now: float,
-        error: ErrorInfo | None = None,
-        tokens: list[int] | None = None,
+        self, seq: Sequence, reason: FinishReason, now: float, error: ErrorInfo | None = None, tokens: list[int] = _NONE
     ) -> TokenEvent:
         if seq.state is State.RUNNING:
             self._vacate(seq)
@@ -372,7 +399,7 @@ class Scheduler:
         seq.finish = reason
         seq.move(State.FINISHED)
         del self._sequences[seq.rid]
-        return final_event(seq, now, error, tokens or [])
+        return final_event(seq, now, error, tokens)
 
     def _vacate(self, seq: Sequence) -> None:
         """Give back seat and blocks. Plans run in order, so the next plan may hand both out again even while a step
@@ -391,15 +418,18 @@ class Scheduler:
 
     def _foretell(self, line: list[Sequence], now: float) -> list[float]:
         tokens = max(1, self._budget.tokens(self.running) - len(self.running))
-        return self._outlook.foretell(self.running, line, self._cached, tokens, now)
+        return self._outlook.foretell(self.running, line, tokens, now)
 
     def _explain(self, seq: Sequence, position: int, waits: list[float], now: float) -> Why:
         if seq.state is State.RUNNING:
             return Why(seq.rid, "running", position, "", f"{seq.computed} of its {len(seq.tokens)} tokens are computed")
         self._match(seq)
+        aboard = [rider.urgency for rider in self.running]
+        self._fill(seq.urgency, [], self._last if seq.urgency else _Draft())
         count, holder = self._limits.cap(seq)
         name, why = "", "it boards with the next step"
-        if holder is not None and count <= 0:
+        gets_it = holder in self._limits.places and max(aboard, default=0) > seq.urgency  # from background work
+        if holder is not None and count <= 0 and not gets_it:
             name, why = holder.name, holder.why(seq)
         seq.blocks, seq.computed = [], 0
         if position > 0 and (count > 0 or holder is None or holder.passes < ANYBODY):

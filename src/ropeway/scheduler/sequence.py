@@ -8,19 +8,12 @@ from ropeway.contract import FinishReason, GenerateRequest
 
 
 class State(Enum):
-    """Where a sequence is. Everything else about it is a field, not a state."""
+    """Where a sequence is. It is admitted and preempted any number of times, and finishes once, from wherever it is.
+    Everything else about it is a field, not a state."""
 
     QUEUED = "queued"
     RUNNING = "running"
     FINISHED = "finished"
-
-
-_ARROWS = {
-    (State.QUEUED, State.RUNNING),  # admitted
-    (State.RUNNING, State.QUEUED),  # preempted
-    (State.RUNNING, State.FINISHED),
-    (State.QUEUED, State.FINISHED),  # cancelled or timed out before it boarded
-}
 
 
 class Sequence:
@@ -30,12 +23,13 @@ class Sequence:
     have KV (or are in a step under way). `keys` name its full blocks, of which `published` have come back from the
     device and been offered to the prefix cache. Below `due` tokens a commit notes nothing but a new token. Up to `room`
     it may compute in the blocks that it holds. `epoch` counts its turns on board: a result of an old one is void.
+    `urgency` is the request's, until it has waited for so long that it counts as interactive (`WaitingRoom.age`).
     """
 
     __slots__ = (
         "arrival", "blocks", "cached", "computed", "due", "end", "ends", "epoch", "finish", "first_scheduled",
         "first_token", "keys", "known", "number", "passed", "preemptions", "prompt_len", "published", "request", "rid",
-        "room", "shared", "shares", "slot", "state", "tokens",
+        "room", "shared", "shares", "slot", "state", "tokens", "urgency",
     )  # fmt: skip
 
     def __init__(self, request: GenerateRequest, number: int, now: float, longest: int, caching: bool = True) -> None:
@@ -45,6 +39,7 @@ class Sequence:
         self.rid = request.rid
         self.number = number  # order of arrival; breaks every tie
         self.arrival = now
+        self.urgency = int(request.urgency)
         self.tokens = list(request.tokens)
         self.prompt_len = self.known = len(self.tokens)
         self.end = min(self.prompt_len + sampling.max_tokens, longest + bool(request.pooling))  # done there in any case
@@ -65,16 +60,11 @@ class Sequence:
         self.finish: FinishReason | None = None
 
     @property
-    def want(self) -> int:
-        """Tokens to compute until everything known, or about to be known, is computed."""
-        return self.known - self.computed
-
-    @property
     def output_len(self) -> int:
         return len(self.tokens) - self.prompt_len
 
     def move(self, state: State) -> None:
-        """The only writer of `state`. Raises RuntimeError for an arrow that does not exist."""
-        if (self.state, state) not in _ARROWS:
+        """The only writer of `state`. Raises RuntimeError for what cannot follow."""
+        if self.state in (state, State.FINISHED):
             raise RuntimeError(f"request {self.rid} cannot go from {self.state.value} to {state.value}")
         self.state = state

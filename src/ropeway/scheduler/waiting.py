@@ -8,10 +8,11 @@ from heapq import heapify, heappop, heappush, heapreplace
 from itertools import islice
 from math import inf
 
+from ropeway.contract import Urgency
 from ropeway.scheduler.order import FIRST, Lane, Order
 from ropeway.scheduler.sequence import Sequence, State
 
-_Key = tuple[float, float, int]  # rank, score, number
+_Key = tuple[int, float, float, int]  # urgency, rank, score, number
 _Entry = tuple[_Key, Sequence]
 _Spot = tuple[Lane, _Key, float]  # the key's lane, and until when it holds
 
@@ -31,6 +32,7 @@ class WaitingRoom:
         self._at: dict[int, tuple[Sequence, _Spot]] = {}  # by number
         self._moves: list[tuple[float, int]] = []  # when somebody has to be placed anew, and the number
         self._urgent = 0  # the most urgent class that anybody has asked for
+        self.count = [0] * len(Urgency)  # how many wait, by urgency
 
     def __len__(self) -> int:
         return len(self._at)
@@ -51,6 +53,7 @@ class WaitingRoom:
     def remove(self, seq: Sequence) -> None:
         _, (lane, key, _) = self._at.pop(seq.number)
         entries = self._lanes[lane]
+        self.count[key[0]] -= 1
         del entries[bisect_left(entries, (key,))]
         if not entries:
             del self._lanes[lane]
@@ -81,6 +84,9 @@ class WaitingRoom:
     def explain(self, seq: Sequence, now: float) -> str:
         """Why `seq` stands where it stands, for people."""
         reason = self.order.explain(seq, now)
+        if seq.urgency:
+            left = seq.arrival + self.order.rules.patience[seq.urgency] - now
+            reason = f"it is background work, which boards after interactive requests for {left:.0f} s yet; {reason}"
         if not self.order.classes:
             return reason
         return (
@@ -88,23 +94,31 @@ class WaitingRoom:
             f"{self._class(seq, now)}; lower numbers board first, and among equals {reason}"
         )
 
+    def age(self, seq: Sequence, now: float) -> float:
+        """Count `seq` as interactive if it has waited for long enough. Until when it does not is returned."""
+        due = seq.arrival + self.order.rules.patience[seq.urgency]
+        seq.urgency *= now < due
+        return due if seq.urgency else inf
+
     def _class(self, seq: Sequence, now: float) -> int:
         """Each `promote_after` seconds lift a request by one class, up to the most urgent one asked for."""
         return max(self._urgent, seq.request.priority - int((now - seq.arrival) / self.order.rules.promote_after))
 
     def _place(self, seq: Sequence, now: float) -> _Spot:
         score, until, rank, lane = self.order.place(seq, self._look_up(seq), now)
+        until = min(until, self.age(seq, now))
         if seq.preemptions:  # it was chosen before, and most of its work may still be cached
             rank, score = 0, FIRST
         if self.order.classes:
             rank += self._class(seq, now)
             after = self.order.rules.promote_after
             until = min(until, seq.arrival + (int((now - seq.arrival) / after) + 1) * after)
-        return lane, (rank, score, seq.number), until
+        return lane, (seq.urgency, rank, score, seq.number), until
 
     def _put(self, seq: Sequence, spot: _Spot) -> None:
         lane, key, until = spot
         self._at[seq.number] = seq, spot
+        self.count[key[0]] += 1
         insort(self._lanes.setdefault(lane, []), (key, seq))
         if until < inf:
             heappush(self._moves, (until, seq.number))
@@ -121,10 +135,10 @@ class WaitingRoom:
             self._put(seq, self._place(seq, now))
 
     def _live(self, entry: _Entry, ahead: int, now: float) -> tuple[object, ...]:
-        (rank, score, number), seq = entry
+        (urgency, rank, score, number), seq = entry
         if not self.order.window or score == FIRST:
             return entry[0]
-        return (rank, score, self.order.live(seq, self._look_up(seq), ahead, now), number)
+        return (urgency, rank, score, self.order.live(seq, self._look_up(seq), ahead, now), number)
 
     def _look_up(self, seq: Sequence) -> int:
         return self._cached(seq) if self.order.uses_cache else 0

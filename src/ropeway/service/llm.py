@@ -235,6 +235,7 @@ class LLM(Pools, Beams):
                 eos_ids=() if sampling.ignore_eos and not sampling.grammar else self._text.eos_ids,
                 cache=output.index > 0 or sampling.prompt_logprobs is None,
                 priority=self.config.default_priority if priority is None else priority,
+                urgency=request.urgency,
             )
             jobs.append((_Job(output, result, decoder), generate))
         return result, jobs

@@ -33,6 +33,7 @@ class Biography:
                     self._born = now
                     limit = request.sampling.max_tokens
                     facts = [f"{len(request.tokens)} tokens of prompt, at most {limit} to generate"]
+                    facts += [f"{request.urgency.name} urgency"] if request.urgency else []
                     facts += [f"priority {request.priority}"] if request.priority else []
                     facts += [f"tenant {request.tenant}"] if request.tenant else []
                     facts += [f"{request.deadline_s:g} s to live"] if request.deadline_s is not None else []
@@ -66,7 +67,7 @@ class Biography:
         # Of a copy: to ask must not change what is decided.
         why = copy.deepcopy(scheduler).why(now, [self.rid])[0]
         if not self._waits and self._boarded:
-            self._say(now, "is preempted: others need its KV blocks")
+            self._say(now, "is preempted: others need its seat or its KV blocks")
         if why.holder != self._waits:
             place = f", at place {why.position + 1} in line" if why.position >= 0 else ""
             self._say(now, f"waits{place}: {why.reason}")

@@ -16,6 +16,7 @@ OBEYED = (
     "max_model_len", "block_size", "kv_cache_gib", "kv_host_gib", "kv_tenant_quota", "preemption_mode", "num_kv_blocks",
     "max_num_seqs", "max_num_batched_tokens", "step_budget_ms", "batching", "scheduling_policy", "promote_after",
     "age_cap", "fair_quantum", "tenant_weights", "enable_prefix_caching", "enable_chunked_prefill", "max_queue",
+    "reserved_seats", "background_gap_ms", "promote_medium_after", "promote_low_after",
 )  # fmt: skip
 """The engine's settings that a simulation obeys: those of scheduling and memory."""
 
@@ -57,6 +58,9 @@ class SimConfig:
         1, "Traffic", "Tenants who share the synthetic traffic; the n-th sends 1/n of the first.", low=1
     )
     seed: int = option(0, "Traffic", "Seed of the synthetic traffic.", low=0)
+    backlog: bool = option(
+        False, "Traffic", "Beside the traffic an endless backlog of such requests as background work of urgency LOW."
+    )
 
     profile: str = option("laptop-cpu", "Machine", "What a step costs: a shipped profile, or a file of `calibrate`.")
     replicas: int = option(1, "Machine", "Equal servers behind a balancer.", low=1, high=1000)

@@ -29,8 +29,9 @@ class Report:
     `goodput` is the share of all requests, refused ones included, that met both targets. `fairness` is Jain's index
     over tenants of the tokens that a tenant got per second that its requests were there: 1 if all were served at one
     pace. `wasted` counts tokens that were computed but are in no finished answer: again after a preemption, or for
-    requests that were given up. `hit_rate` is the share of prompt tokens that the prefix cache had. `busy` is the share
-    of time that steps took.
+    requests that were given up. `computed_rate` is the tokens a second that were computed in all, those of a backlog
+    included. `hit_rate` is the share of prompt tokens that the prefix cache had. `busy` is the share
+    of time that steps took. `backlog` is how many requests of a backlog have finished; nothing else is about those.
     """
 
     requests: int
@@ -53,6 +54,8 @@ class Report:
     hit_rate: float
     busy: float
     steps: int
+    computed_rate: float
+    backlog: int
 
     def fields(self) -> dict[str, Any]:
         """As JSON; times in milliseconds, named as `ropeway bench serve` names them."""
@@ -70,8 +73,10 @@ def report(run: Run, targets: Targets) -> Report:
     output = sum(o.output_len for o in done)
     prompts = sum(o.arrival.prompt_len for o in done)
     cached = sum(o.cached for o in done)
+    beside = [o for o in run.backlog if o.ok]
     # The last token of an answer is never computed.
     useful = prompts - cached + output - len(done)
+    useful += sum(o.arrival.prompt_len - o.cached + o.output_len - 1 for o in beside)
     return Report(
         requests=len(run.outcomes),
         finished=len(done),
@@ -93,6 +98,8 @@ def report(run: Run, targets: Targets) -> Report:
         hit_rate=cached / max(1, prompts),
         busy=run.busy / seconds / run.replicas,
         steps=run.steps,
+        computed_rate=run.computed / seconds,
+        backlog=len(beside),
     )
 
 

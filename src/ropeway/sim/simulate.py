@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ropeway.config import EngineConfig
-from ropeway.contract import EngineStats, FinishReason, Step, Submit, TokenEvent
+from ropeway.contract import EngineStats, FinishReason, Step, Submit, TokenEvent, Urgency
 from ropeway.engine.engine import Engine
 from ropeway.sim.clock import VirtualClock
 from ropeway.sim.profile import Profile
@@ -60,9 +61,11 @@ class Moment:
 @dataclass
 class Run:
     """What a simulation has seen. The i-th gap between two tokens of one answer, `gaps[i]` seconds, occurred
-    `gap_counts[i]` times. `computed` counts tokens that were computed, again after a preemption included."""
+    `gap_counts[i]` times. `computed` counts tokens that were computed, again after a preemption included. What became
+    of a `backlog` is kept apart: nobody looks at its gaps."""
 
     outcomes: list[Outcome]
+    backlog: list[Outcome] = field(default_factory=list)
     gaps: array[float] = field(default_factory=lambda: array("d"))
     gap_counts: array[int] = field(default_factory=lambda: array("q"))
     timeline: list[Moment] = field(default_factory=list)
@@ -93,7 +96,7 @@ class _Timeline:
 class _Replica:
     """One engine with its own clock, and the service before it: a process that does one thing at a time."""
 
-    def __init__(self, profile: Profile, config: EngineConfig, run: Run) -> None:
+    def __init__(self, profile: Profile, config: EngineConfig, run: Run, backlog: Iterator[Arrival]) -> None:
         self.clock = VirtualClock()
         loop = profile.serving.step, profile.serving.row
         self.executor = TimedExecutor(
@@ -106,6 +109,8 @@ class _Replica:
         self._free = 0.0  # when the service has done all that it was given so far
         self._coming: deque[tuple[float, int]] = deque()  # (when the engine hears of it, request)
         self._run = run
+        self._watched = len(run.outcomes)
+        self._backlog, self._most = backlog, min(config.max_num_seqs, config.max_queue // 2)
         self._last: dict[int, float] = {}
 
     def submit(self, rid: int, arrival: Arrival) -> None:
@@ -123,27 +128,36 @@ class _Replica:
             while self._coming and self._coming[0][0] <= now:
                 due.append(self._coming.popleft()[1])
             if due:
-                outcomes = self._run.outcomes
-                for report in self.engine.submit([Submit(outcomes[rid].arrival.request(rid)) for rid in due]):
-                    if isinstance(report, Step):
-                        self._take(report.events)
-            if now >= moment:
+                self._submit([(rid, self._run.outcomes[rid].arrival) for rid in due])
+            if now >= moment or (moment == _FOREVER and not self.open):
                 return
+            self._top_up()
             if self.engine.busy:
                 step = self.engine.step()
                 self.timeline.add(self.clock.now(), step.stats)
                 self._take(step.events)
             elif self._coming:
                 self.clock.advance_to(min(moment, self._coming[0][0]))
-            elif moment == _FOREVER:
-                return
             else:
                 self.clock.advance_to(moment)
+
+    def _top_up(self) -> None:
+        """Let as many of the backlog wait as there are seats, or all of it."""
+        missing = self._most - self.engine.scheduler.waiting.count[Urgency.LOW]
+        if missing > 0:
+            first, found = len(self._run.outcomes), list(itertools.islice(self._backlog, missing))
+            self._run.outcomes += [Outcome(arrival) for arrival in found]
+            self._submit([(first + number, arrival) for number, arrival in enumerate(found)])
+
+    def _submit(self, asked: Sequence[tuple[int, Arrival]]) -> None:
+        for report in self.engine.submit([Submit(arrival.request(rid)) for rid, arrival in asked]):
+            if isinstance(report, Step):
+                self._take(report.events)
 
     def _take(self, events: Sequence[TokenEvent]) -> None:
         """Write down when the clients are told."""
         run, last = self._run, self._last
-        rids = [event.rid for event in events if event.tokens]
+        rids = [event.rid for event in events if event.tokens and event.rid < self._watched]
         if rids:
             told = self.clock.now()
             before = Counter(map(last.get, rids))
@@ -170,7 +184,7 @@ class _Replica:
             outcome.output_len = event.usage.completion_tokens
             outcome.cached = event.usage.cached_tokens
             outcome.preemptions = event.usage.preemptions
-        self.open -= 1
+        self.open -= event.rid < self._watched
 
 
 def simulate(
@@ -180,16 +194,21 @@ def simulate(
     *,
     replicas: int = 1,
     balance: Balance = "least-loaded",
+    backlog: Iterable[Arrival] = (),
 ) -> Run:
-    """Serve `arrivals`, which are in order of time, on `replicas` equal servers, and see what becomes of them."""
+    """Serve `arrivals`, which are in order of time, on `replicas` equal servers, and see what becomes of them. Each
+    server takes background work of urgency LOW from `backlog` as it gets to it, until the last of `arrivals` ends."""
     run = Run([Outcome(arrival) for arrival in arrivals], replicas=replicas)
-    servers = [_Replica(profile, config, run) for _ in range(replicas)]
+    endless = iter(backlog)
+    servers = [_Replica(profile, config, run, endless) for _ in range(replicas)]
     for rid, arrival in enumerate(arrivals):
         for server in servers:
             server.run_until(arrival.at)
         _choose(servers, rid, balance).submit(rid, arrival)
     for server in servers:
         server.run_until(_FOREVER)
+    run.backlog = run.outcomes[len(arrivals) :]
+    del run.outcomes[len(arrivals) :]
     begun = arrivals[0].at if arrivals else 0.0
     run.seconds = max(_ends(run.outcomes), default=begun) - begun
     run.steps = sum(server.executor.steps for server in servers)

@@ -18,7 +18,7 @@ from ropeway.sim.profile import Profile, load_profile
 from ropeway.sim.report import Report, report
 from ropeway.sim.simulate import Run, capacity, simulate
 from ropeway.sim.traces import read_trace
-from ropeway.sim.workload import Arrival, Traffic, generate, scale
+from ropeway.sim.workload import Arrival, Traffic, endless, generate, scale
 
 MOST_POINTS = 200
 SHORT = {
@@ -101,7 +101,14 @@ def run_sweep(
         chosen_engine = configuration.check(dataclasses.replace(engine, **rest))
         profile = load_profile(chosen_sim.profile)
         arrivals, rate = sources.arrivals(chosen_sim, chosen_engine, profile)
-        run = simulate(arrivals, profile, chosen_engine, replicas=chosen_sim.replicas, balance=chosen_sim.balance)
+        run = simulate(
+            arrivals,
+            profile,
+            chosen_engine,
+            replicas=chosen_sim.replicas,
+            balance=chosen_sim.balance,
+            backlog=endless(arrivals) if chosen_sim.backlog else (),
+        )
         found = report(run, chosen_sim.targets)
         points.append(Point(varied, chosen_engine, chosen_sim, profile, run, found, rate))
         progress(points[-1])

@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ropeway.contract import Urgency
 from ropeway.errors import ConfigError
 from ropeway.recorder.journal import SUFFIX
 from ropeway.sim.tape import requests
@@ -136,6 +137,7 @@ def _own(lines: Iterator[str]) -> Iterator[Arrival]:
             priority=int(record.get("priority", 0)),
             deadline_s=_seconds(record, "deadline_s"),
             ttft_deadline_s=_seconds(record, "ttft_deadline_s"),
+            urgency=Urgency[str(record.get("urgency", "high")).upper()],
         )
 
 
@@ -150,5 +152,5 @@ def _recorded(path: Path) -> Iterator[Arrival]:
         prompt = tuple((token, len(list(run))) for token, run in itertools.groupby(request.tokens))
         yield Arrival(
             one.at, prompt, one.output_len or request.sampling.max_tokens, answer_of(number), request.tenant,
-            request.priority, request.deadline_s, request.ttft_deadline_s,
+            request.priority, request.deadline_s, request.ttft_deadline_s, urgency=request.urgency,
         )  # fmt: skip

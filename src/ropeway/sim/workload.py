@@ -7,12 +7,13 @@ differs from minute to minute, as the traces' rates do.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ropeway.contract import GenerateRequest, SamplingParams
+from ropeway.contract import GenerateRequest, SamplingParams, Urgency
 from ropeway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Arrival:
     deadline_s: float | None = None
     ttft_deadline_s: float | None = None
     max_tokens: int | None = None
+    urgency: Urgency = Urgency.HIGH
 
     @property
     def prompt_len(self) -> int:
@@ -59,6 +61,7 @@ class Arrival:
         return GenerateRequest(
             rid=rid, tokens=tokens, sampling=sampling, eos_ids=(END,) if ends else (), priority=self.priority,
             tenant=self.tenant, salt=self.tenant, deadline_s=self.deadline_s, ttft_deadline_s=self.ttft_deadline_s,
+            urgency=self.urgency,
         )  # fmt: skip
 
 
@@ -239,6 +242,19 @@ def assign_tenants(arrivals: list[Arrival], tenants: int, seed: int) -> list[Arr
     shares = 1 / np.arange(1, tenants + 1)
     drawn = np.random.default_rng(seed + 1).choice(tenants, size=len(arrivals), p=shares / shares.sum())
     return [dataclasses.replace(a, tenant=f"tenant-{n + 1}") for a, n in zip(arrivals, drawn, strict=True)]
+
+
+def endless(arrivals: Sequence[Arrival]) -> Iterator[Arrival]:
+    """The same again and again as background work that nobody waits for. Tokens differ each time, so that nothing is
+    shared with an earlier one."""
+    for turn in itertools.count(1):
+        shift = turn << 44
+        for a in arrivals:
+            prompt = tuple((token + shift, count) for token, count in a.prompt)
+            yield dataclasses.replace(
+                a, at=0.0, prompt=prompt, answer=a.answer + shift, deadline_s=None, ttft_deadline_s=None,
+                urgency=Urgency.LOW,
+            )  # fmt: skip
 
 
 def scale(arrivals: Sequence[Arrival], *, rate: float = 1.0, length: float = 1.0) -> list[Arrival]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ropeway.contract import ExecutorInfo
-from ropeway.engine.clock import SystemClock
+from ropeway.contract.clock import SystemClock
 from ropeway.errors import ConfigError, EngineError
 from ropeway.sim import CostModel, FakeExecutor, TimedExecutor, VirtualClock
 from ropeway.sim.calibrate import Line, fit, grid, measure, measure_loop
