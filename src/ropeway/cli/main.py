@@ -28,6 +28,7 @@ from ropeway.cli import (
     sim,
     usage,
     version,
+    webhooks,
 )
 from ropeway.cli.options import show_settings
 from ropeway.config import EngineConfig, ServerConfig
@@ -49,6 +50,7 @@ for verb in (
     requests,
     batches,
     run_batch,
+    webhooks,
     canary,
     keys,
     usage,

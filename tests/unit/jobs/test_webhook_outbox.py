@@ -137,7 +137,7 @@ def test_a_receiver_that_asks_for_quiet_gets_it_for_all_events_of_its_url(connec
     [one] = claim(connection, 0.0, most=1)
     fail(connection, one, 0.0, quiet_until=100.0)
     assert [delivery.url for delivery in claim(connection, 99.0)] == ["https://a.example/y"]
-    assert len(claim(connection, 100.0, each=9)) == 3, "the lease of y has passed too"
+    assert [delivery.attempt for delivery in claim(connection, 100.0)] == [2, 1]
 
 
 def test_410_ends_what_is_owed_to_the_url_until_somebody_tries_again(connection: sqlite3.Connection) -> None:
