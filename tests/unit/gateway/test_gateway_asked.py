@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ropeway.errors import RequestError
@@ -19,7 +19,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=20,
+    max_leaves=8,
 )
 TURN = st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["user", "assistant"]), st.text())
 
@@ -28,7 +28,8 @@ def asked(body: Any, tenant: str = "") -> Asked:
     return Asked.of(json.dumps(body).encode(), tenant)
 
 
-@given(st.dictionaries(st.text(max_size=12), JSON, max_size=8), st.text())
+@settings(max_examples=40)
+@given(st.dictionaries(st.text(max_size=12), JSON, max_size=4), st.text(max_size=20))
 def test_only_the_model_changes(fields: dict[str, Any], model: str) -> None:
     fields = {**fields, "model": "before"}
     assert json.loads(asked(fields).body(model)) == {**fields, "model": model}
