@@ -200,7 +200,10 @@ class Files:
         return await self._store.read(work)
 
 
-READING: Final = "(status = 'validating' OR (status IN ('in_progress', 'cancelling') AND lines < total))"
+OPEN: Final = "status IN ('validating', 'in_progress', 'finalizing', 'cancelling')"
+"""Batches that have not ended, in the words of the index that finds them among all the others."""
+
+READING: Final = f"{OPEN} AND (status = 'validating' OR lines < total)"
 """Which batches still need their input file: later, all of it is in `items`."""
 
 

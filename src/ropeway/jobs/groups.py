@@ -14,7 +14,7 @@ import msgspec
 
 from ropeway.contract import Urgency
 from ropeway.errors import RequestError
-from ropeway.jobs.files import KEEP_SECONDS, find, insert, page
+from ropeway.jobs.files import KEEP_SECONDS, OPEN, find, insert, page
 from ropeway.jobs.records import (
     MOVES,
     Batch,
@@ -139,10 +139,9 @@ class Batches:
 
         def work(c: sqlite3.Connection) -> list[Batch]:
             rows = c.execute(
-                "SELECT * FROM batches WHERE status IN ('validating', 'finalizing', 'cancelling') "
-                "OR (status = 'in_progress' AND lines < total) ORDER BY number"
+                f"SELECT * FROM batches WHERE {OPEN} AND (status <> 'in_progress' OR lines < total)"
             ).fetchall()
-            return [_record(c, row) for row in rows]
+            return [_record(c, row) for row in sorted(rows, key=lambda row: int(row["number"]))]
 
         return await self._store.read(work)
 
@@ -245,9 +244,8 @@ class Batches:
         now = self._store.clock()
 
         def work(c: sqlite3.Connection) -> tuple[int, float | None]:
-            rows = c.execute(
-                "SELECT * FROM batches WHERE expires_at <= ? AND status IN ('validating', 'in_progress')", (now,)
-            ).fetchall()
+            running = f"{OPEN} AND status IN ('validating', 'in_progress')"
+            rows = c.execute(f"SELECT * FROM batches WHERE {running} AND expires_at <= ?", (now,)).fetchall()
             for row in rows:
                 if row["status"] == BatchState.IN_PROGRESS:
                     _end_open(c, row["number"], ItemState.EXPIRED, now)
@@ -255,8 +253,7 @@ class Batches:
                 elif _move(c, row["number"], BatchState.EXPIRED, int(now)):
                     self._told(c, _record(c, row), BatchState.EXPIRED)
             following: float | None = c.execute(
-                "SELECT min(expires_at) FROM batches WHERE expires_at > ? AND status IN ('validating', 'in_progress')",
-                (now,),
+                f"SELECT min(expires_at) FROM batches WHERE {running} AND expires_at > ?", (now,)
             ).fetchone()[0]
             return len(rows), following
 
@@ -269,14 +266,13 @@ class Batches:
         """Drop up to `most` items of batches that have ended: their files have all of it. True if there are more."""
 
         def work(c: sqlite3.Connection) -> bool:
-            row = c.execute(
-                "SELECT number FROM batches WHERE status IN ('completed', 'expired', 'cancelled') "
-                "AND EXISTS (SELECT 1 FROM items WHERE batch = number) LIMIT 1"
-            ).fetchone()
+            ended = "status IN ('completed', 'expired', 'cancelled')"
+            row = c.execute(f"SELECT number FROM batches WHERE cleared = 0 AND {ended} LIMIT 1").fetchone()
             if row is None:
                 return False
             chosen = "SELECT id FROM items WHERE batch = ? LIMIT ?"
-            c.execute(f"DELETE FROM items WHERE id IN ({chosen})", (row["number"], most))
+            if c.execute(f"DELETE FROM items WHERE id IN ({chosen})", (row["number"], most)).rowcount < most:
+                c.execute("UPDATE batches SET cleared = 1 WHERE number = ?", (row["number"],))
             return True
 
         return await self._store.write(work)

@@ -72,11 +72,14 @@ SCHEMA: Final = Schema(
             loaded INTEGER NOT NULL DEFAULT 0,
             total INTEGER NOT NULL DEFAULT 0,
             completed INTEGER,
-            failed INTEGER
+            failed INTEGER,
+            cleared INTEGER NOT NULL DEFAULT 0
         );
         CREATE INDEX batches_of ON batches (tenant, number);
         CREATE INDEX batches_open ON batches (expires_at)
             WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
+        CREATE INDEX batches_full ON batches (number)
+            WHERE cleared = 0 AND status IN ('completed', 'expired', 'cancelled');
         CREATE TABLE items (
             id INTEGER PRIMARY KEY AUTOINCREMENT,
             batch INTEGER REFERENCES batches (number),
@@ -125,7 +128,8 @@ SCHEMA: Final = Schema(
     ],
 )
 """`items` has the small columns that change, so that a change of state rewrites no body. `lines` and `loaded` of a
-batch are how far its input has been read: requests that have become items, and bytes of the file."""
+batch are how far its input has been read: requests that have become items, and bytes of the file. It is `cleared` when
+its items have gone, because its files have all of them."""
 
 
 class Signal:
