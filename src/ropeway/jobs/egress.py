@@ -67,7 +67,7 @@ class Egress:
             async with asyncio.timeout(self._timeout):
                 target = self.rules.check_url(url, param="The URL")
                 where = httpcore2.URL(scheme=target.scheme, host=target.host, port=target.port, target=target.path)
-                sent: dict[bytes | str, bytes | str] = {"Host": target.header, **headers, "Connection": "close"}
+                sent = [("Host", target.header), *headers.items(), ("Connection", "close")]
                 async with (
                     httpcore2.AsyncHTTPConnection(
                         where.origin,
