@@ -112,7 +112,7 @@ class Backfill(StepCost):
             return 1 << 62
         calm = max(min(0.1 * self._first, 10 * self.fixed), 2 * self.fixed, self.SHORTEST)
         pause = self._pause or min(self._gap or calm, calm)
-        room = (pause if beside else max(pause, calm)) - self._cost(rows)
+        room = (pause if beside else max(pause, calm)) - self._cost([row.count for row in rows])
         each, decoding = max(self.each, 1e-9), [seq.known - seq.computed for seq in riders].count(1)
         spare = room - each * decoding
         return max(int(room / each if spare < 0 else decoding + spare / (self._prompt.value or each)), not rows)
@@ -124,21 +124,21 @@ class Backfill(StepCost):
 
     def took(self, plan: StepPlan, seconds: float, interactive: int) -> None:
         """The step `plan`, of whose rows the first are `interactive`, took `seconds`."""
-        fixed, each, mine = self.fixed, self.each, plan.rows[:interactive]
-        decoding = [row for row in plan.rows if row.count == 1]
-        if len(decoding) < len(plan.rows):
-            self._prompt.learn(max(0.0, seconds - self._cost(decoding)), plan.num_tokens - len(decoding))
+        fixed, each, counts = self.fixed, self.each, [row.count for row in plan.rows]
+        decoding, mine = counts.count(1), counts[:interactive]
+        if decoding < len(counts):
+            self._prompt.learn(max(0.0, seconds - fixed - each * decoding), plan.num_tokens - decoding)
         else:
             self.learn(plan, seconds)
             if self.each == each:  # steps were too alike to tell the costs apart: these keep their proportion
                 tokens = self._x / self._weight
                 scale = (self.fixed + each * tokens) / (fixed + each * tokens)
                 self.fixed, self.each = fixed * scale, each * scale
-        if any(row.count == 1 for row in mine):
-            self._gap = _percentile(self._gap, seconds * self._cost(mine) / self._cost(plan.rows))
+        if 1 in mine:
+            share = self._cost(mine) / self._cost(counts) if interactive < len(counts) else 1.0
+            self._gap = _percentile(self._gap, share * seconds)
 
-    def _cost(self, rows: Collection[Row]) -> float:
-        counts = [row.count for row in rows]
+    def _cost(self, counts: list[int]) -> float:
         decoding = counts.count(1)
         return self.fixed + self.each * decoding + self._prompt.value * (sum(counts) - decoding)
 

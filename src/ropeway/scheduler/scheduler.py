@@ -199,12 +199,12 @@ class Scheduler:
 
     def _classes(self, now: float) -> list[tuple[int, list[Sequence]]]:
         """Who runs, by urgency, as far as there is anybody."""
-        riders: list[list[Sequence]] = [[] for _ in Urgency]
+        riders: list[list[Sequence]] = [[], [], []]
         for seq in self.running:
             if seq.urgency:
                 self.waiting.age(seq, now)
             riders[seq.urgency].append(seq)
-        return [(urgency, riders[urgency]) for urgency in Urgency if riders[urgency] or self.waiting.count[urgency]]
+        return [(urgency, them) for urgency, them in enumerate(riders) if them or self.waiting.count[urgency]]
 
     def _fill(self, urgency: int, riders: list[Sequence], draft: _Draft) -> None:
         """Let `riders`, and who boards with their `urgency`, have what the `draft` has left of a step's tokens."""
