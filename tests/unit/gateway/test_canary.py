@@ -22,7 +22,7 @@ from ropeway.gateway.canary import Canary, Record
 from ropeway.gateway.outcome import Outcome
 
 RUNS = int(os.environ.get("ROPEWAY_CANARY_RUNS", "20"))
-ANSWERS = 20_000 if RUNS > 20 else 3000
+ANSWERS = 6000 if RUNS > 20 else 3000
 
 
 class World:
@@ -76,7 +76,8 @@ def test_arms_that_are_equal_are_never_taken_for_unequal() -> None:
         world.until_stopped(ANSWERS, failing=0.01, base_failing=0.01)
         if world.canary.record.state != "running":
             stopped.append((seed, world.canary.record.reason))
-    assert len(stopped) <= RUNS // 50, stopped
+    print(f"{len(stopped)} of {RUNS} equal canaries stopped")
+    assert len(stopped) <= RUNS // 100, stopped
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.5])
