@@ -185,4 +185,4 @@ def test_a_large_input_needs_little_memory(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(path), ENDPOINT], capture_output=True, text=True, check=True)
     used = int(done.stdout) / 1000
-    assert used < 120, f"{used:.0f} MB for a file of {megabytes} MB"
+    assert used < 80, f"{used:.0f} MB for a file of {megabytes} MB"
