@@ -5,8 +5,9 @@
 A server with a Redis of its own answers short chats that arrive at random at a fixed mean rate, while deferred requests
 trickle in beside them. Redis is there for a while, then it is away for as long, and so on in turn: frozen (it takes
 connections and says nothing), gone, or flapping between the two every second. Printed are the times of chats under each
-condition, from the moment at which they were due, with a bootstrapped 95 % interval of the difference of their p99.
-Needs redis-server. The machine should do nothing else.
+condition, from the moment at which they were due, with a bootstrapped 95 % interval of the difference of their p99:
+stretches are drawn, not chats, because whatever else disturbs the machine disturbs many chats in a row. Needs
+redis-server. The machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import httpx2
@@ -93,11 +94,12 @@ async def trickle(client: httpx2.AsyncClient, rate: float, pick: random.Random) 
         (await client.post("/v1/chat/completions", json=DEFERRED)).raise_for_status()
 
 
-async def measure(url: str, redis: Redis, options: argparse.Namespace) -> dict[str, list[float]]:
+async def measure(url: str, redis: Redis, options: argparse.Namespace) -> dict[str, list[list[float]]]:
+    """Times of chats in each stretch, by condition."""
     outages: dict[str, Callable[[], Awaitable[None]]] = {
         "frozen": redis.frozen, "gone": redis.gone, "flapping": redis.flapping,
     }  # fmt: skip
-    times: dict[str, list[float]] = defaultdict(list)
+    times: dict[str, list[list[float]]] = defaultdict(list)
     pick = random.Random(options.seed)
     async with httpx2.AsyncClient(base_url=url, timeout=60.0) as client:
         await load(client, options.rate, 5.0, pick)
@@ -107,18 +109,22 @@ async def measure(url: str, redis: Redis, options: argparse.Namespace) -> dict[s
                 for condition, change in (("there", redis.there), (name, outages[name])):
                     changing = asyncio.ensure_future(change())
                     await asyncio.sleep(SETTLE_SECONDS)
-                    times[condition] += await load(client, options.rate, options.seconds, pick)
+                    times[condition].append(await load(client, options.rate, options.seconds, pick))
                     changing.cancel()
                 await redis.there()
         trickling.cancel()
     return times
 
 
-def interval(of: list[float], against: list[float], seed: int) -> tuple[float, float]:
-    """A 95 % interval of the difference of two p99, by resampling."""
-    rng = np.random.default_rng(seed)
-    a, b = np.array(of), np.array(against)
-    draws = [np.percentile(rng.choice(a, len(a)), 99) - np.percentile(rng.choice(b, len(b)), 99) for _ in range(2000)]
+def p99(stretches: Sequence[list[float]]) -> float:
+    """In milliseconds, of all chats in these stretches together."""
+    return float(1000 * np.percentile(np.concatenate(stretches), 99))
+
+
+def interval(of: list[list[float]], against: list[list[float]], seed: int) -> tuple[float, float]:
+    """A 95 % interval of the difference of two p99, by drawing stretches."""
+    pick = random.Random(seed)
+    draws = [p99(pick.choices(of, k=len(of))) - p99(pick.choices(against, k=len(against))) for _ in range(2000)]
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
 
@@ -143,12 +149,11 @@ def main() -> None:
             redis.stop()
     print(f"{'Redis':<10} {'chats':>7} {'p50 (ms)':>9} {'p99 (ms)':>9}   p99 against `there`")
     for condition, found in times.items():
-        p50, p99 = (1000 * np.percentile(found, share) for share in (50, 99))
-        line = f"{condition:<10} {len(found):>7} {p50:>9.1f} {p99:>9.1f}"
+        p50 = 1000 * np.percentile(np.concatenate(found), 50)
+        line = f"{condition:<10} {sum(map(len, found)):>7} {p50:>9.1f} {p99(found):>9.1f}"
         if condition != "there":
             low, high = interval(found, times["there"], options.seed)
-            difference = p99 - 1000 * np.percentile(times["there"], 99)
-            line += f"   {difference:+.1f} ms ({1000 * low:+.1f} to {1000 * high:+.1f})"
+            line += f"   {p99(found) - p99(times['there']):+.1f} ms ({low:+.1f} to {high:+.1f})"
         print(line)
 
 
