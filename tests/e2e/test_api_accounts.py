@@ -49,6 +49,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {**BODIES[CHAT], "n": 3}),
     (CHAT, {**BODIES[CHAT], "stream": True}),
     ("/v1/completions", {"prompt": "hello", "n": 2, "max_tokens": 3, "stream": True}),
+    ("/v1/completions", {"prompt": "hello", "n": 2, "max_tokens": 3, "use_beam_search": True}),
     ("/v1/responses", {**BODIES["/v1/responses"], "background": True}),
     ("/v1/messages", {**BODIES["/v1/messages"], "stream": True}),
     ("/score", BODIES["/v1/score"]),
@@ -323,6 +324,29 @@ def test_a_job_is_paid_by_its_key_and_asks_no_rate(server: Server, folder: Path,
         return [reply.status for reply in replies]
 
     assert asyncio.run_coroutine_threadsafe(run(), server._loop).result(20) == [200] * 5
+
+
+def test_a_deferred_request_is_paid_by_who_deferred_it(server: Server, folder: Path, key: Callable[..., str]) -> None:
+    limited, other = key(requests_per_minute=1, tokens_per_minute=1), key(models=("other",))
+    body = {**BODIES[CHAT], "deferred": True, "priority": "low"}
+    refused = server.http.post(CHAT, json=body, headers=auth(other))
+    assert refused.status_code == 404, "not first when it is computed"
+    accepted = server.http.post(CHAT, json=body, headers=auth(limited))
+    assert accepted.status_code == 202, accepted.text
+    assert accepted.headers["x-ratelimit-remaining-requests"] == "0"
+    where = f"/v1/jobs/{accepted.json()['id']}"
+    assert server.http.get(where, headers=auth(other)).status_code == 404
+    deadline = time.monotonic() + 20
+    while (found := server.http.get(where, headers=auth(limited)).json())["status"] in (
+        "queued",
+        "running",
+        "in_progress",
+    ):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    assert found["status"] == "completed", found
+    [row] = used(folder, by=(), key=id_of(folder, limited))
+    assert (row.requests, row.total_tokens) == (1, found["response"]["body"]["usage"]["total_tokens"])
 
 
 def test_an_open_server_closes_when_it_gets_its_first_key(tmp_path: Path) -> None:
