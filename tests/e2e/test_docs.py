@@ -77,7 +77,8 @@ def blocks(page: str) -> list[Block]:
 
 def flags_of(page: str) -> tuple[str, ...]:
     asked = _SERVER.search((ROOT / page).read_text())
-    return tuple(shlex.split(asked[1])) if asked else ()
+    words = shlex.split(asked[1]) if asked else []
+    return tuple(str(ROOT / word) if (ROOT / word).is_file() else word for word in words)
 
 
 @pytest.fixture(scope="module")
