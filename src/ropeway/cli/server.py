@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ropeway.accounts.accounts import weights_in
@@ -31,12 +32,19 @@ def run_server(engine: EngineConfig, server: ServerConfig, origins: Mapping[str,
         _log.info("settings: %s", ", ".join(shown))
     for note in preset_notes(engine, origins):
         _log.info("%s", note)
-    weights = weights_in(server.data_path)
-    if weights:
-        weights |= weights_of(engine.tenant_weights)
-        engine = replace(engine, tenant_weights=",".join(f"{name}={weight:g}" for name, weight in weights.items()))
-        origins = {**origins, "tenant_weights": "the keys"}
-    _run(_serve(engine, server, origins, begun))
+    _run(_serve(*with_weights(engine, origins, server.data_path), server, begun))
+
+
+def with_weights(
+    engine: EngineConfig, origins: Mapping[str, str], folder: Path
+) -> tuple[EngineConfig, Mapping[str, str]]:
+    """Settings and origins with the tenants' weights that keys in `folder` give them. Those of the settings win."""
+    weights = weights_in(folder)
+    if not weights:
+        return engine, origins
+    weights |= weights_of(engine.tenant_weights)
+    text = ",".join(f"{name}={weight:g}" for name, weight in weights.items())
+    return replace(engine, tenant_weights=text), {**origins, "tenant_weights": f"the keys in {folder}"}
 
 
 def _run(main: Coroutine[None, None, None]) -> None:
@@ -49,7 +57,7 @@ def _run(main: Coroutine[None, None, None]) -> None:
         uvloop.run(main)
 
 
-async def _serve(engine: EngineConfig, server: ServerConfig, origins: Mapping[str, str], begun: float) -> None:
+async def _serve(engine: EngineConfig, origins: Mapping[str, str], server: ServerConfig, begun: float) -> None:
     """Engine processes start first and load while everything else is put together beside them."""
     http = asyncio.create_task(asyncio.to_thread(_import_http))
     models = await open_models(engine, server, origins)

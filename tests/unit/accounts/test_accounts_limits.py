@@ -271,6 +271,33 @@ async def test_what_was_spent_before_a_restart_is_spent(world: World, tmp_path: 
             await accounts.close()
 
 
+async def test_two_servers_share_budgets_and_have_rates_of_their_own(
+    world: World, tmp_path: Path, clock: list[int]
+) -> None:
+    key, _ = await world.new_key("k", Limits(budget_tokens=100, requests_per_minute=1))
+    both = [world.accounts, Accounts(tmp_path, clock=world.clock, now=lambda: 1.8e9)]
+    for number, accounts in enumerate(both):
+        clock[0] += FRESH_NS + 1
+        found = await accounts.find(key)
+        meter = accounts.meter(found)
+        assert meter is not None
+        meter.enter()
+        with pytest.raises(RateLimitError):
+            accounts.meter(found).enter()  # type: ignore[union-attr]
+        meter.begin("m")
+        if number == 0:
+            meter.reserve(40, 40)
+            meter.end(40, 0, 40)
+            await accounts.flush()
+        else:
+            with pytest.raises(BudgetError, match="20 are left"):
+                meter.reserve(20, 1)
+            meter.end(0, 0, 0)
+        meter.leave()
+    for accounts in both:
+        await accounts.close()
+
+
 def meter_of(limits: Limits, tmp_path: Path) -> tuple[Meter, Standing]:
     accounts = Accounts(tmp_path, clock=lambda: 0, now=lambda: 1.8e9)
     account = Account(id="key-1", name="k", tenant="t", hint="rw-", created=0, limits=limits)

@@ -17,6 +17,8 @@ from ropeway.accounts import keys as table
 from ropeway.accounts.accounts import open_accounts
 from ropeway.accounts.usage import HOUR
 from ropeway.cli.main import app
+from ropeway.cli.server import with_weights
+from ropeway.config import EngineConfig, weights_of
 from ropeway.errors import RopewayError
 
 
@@ -137,3 +139,13 @@ def test_the_report_takes_what_the_server_has_measured(data: Path) -> None:
     [day] = [line for line in text.splitlines() if "tokens a day  " in line]
     assert float(day.split()[3].replace(",", "")) == pytest.approx(600_000, rel=0.05)
     assert "must be one price or two" in refused("cost", "--per-token-price", "cheap", "--tokens-per-day", "1m")
+
+
+def test_the_weights_of_keys_reach_the_scheduler_unless_the_operator_says_otherwise(data: Path) -> None:
+    engine, origins = EngineConfig(tenant_weights="b=5"), {"model": "default"}
+    assert with_weights(engine, origins, data) == (engine, origins)
+    for name, weight in (("a", "3"), ("b", "2"), ("c", "1")):
+        run("keys", "create", name, "--tenant", name, "--weight", weight)
+    found, where = with_weights(engine, origins, data)
+    assert weights_of(found.tenant_weights) == {"a": 3.0, "b": 5.0}
+    assert where["tenant_weights"] == f"the keys in {data}"
