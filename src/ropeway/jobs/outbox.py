@@ -51,13 +51,16 @@ SCHEMA: Final = Schema(
 
 _PENDING_HOSTS: Final = """
     WITH RECURSIVE hosts (host) AS (
-        SELECT min(host) FROM outbox WHERE state = 'pending'
+        SELECT min(host) FROM outbox WHERE state = 'pending' AND host > ?
         UNION ALL
         SELECT (SELECT min(host) FROM outbox WHERE state = 'pending' AND host > hosts.host)
         FROM hosts WHERE hosts.host IS NOT NULL
-    ) SELECT host FROM hosts WHERE host IS NOT NULL
+    ) SELECT host FROM hosts WHERE host IS NOT NULL LIMIT ?
 """
 """Each host once, by one look into the index for each, however many events wait for it."""
+
+_HOSTS: Final = 1000
+"""Hosts that one claim looks at, so that somebody who names a hundred thousand of them does not hold up the writer."""
 
 _GONE: Final = "The receiver answered 410 (gone), so nothing more is sent to it. `ropeway webhooks retry` tries again."
 
@@ -125,26 +128,29 @@ def claim(
     each: int,
     busy: Mapping[str, int],
     after: str = "",
-) -> list[Delivery]:
+) -> tuple[list[Delivery], str]:
     """Up to `most` of the due events for one attempt that takes at most `lease` seconds.
 
     A host gets `each` at a time, less what it is `busy` with. Hosts have their turns in alphabetical order, beginning
-    behind `after`, so that many events of some never starve another.
+    behind `after`, so that many events of some never starve another. Returns the last host that has had its turn too.
     """
-    hosts = [row["host"] for row in connection.execute(_PENDING_HOSTS)]
+    hosts = [row["host"] for row in connection.execute(_PENDING_HOSTS, (after, _HOSTS))]
+    if len(hosts) < _HOSTS:
+        hosts += [row["host"] for row in connection.execute(_PENDING_HOSTS, ("", _HOSTS)) if row["host"] <= after]
     claimed: list[Delivery] = []
-    for host in sorted(hosts, key=lambda host: (host <= after, host)):
-        room = min(each - busy.get(host, 0), most - len(claimed))
-        if room <= 0:
-            continue
-        rows = connection.execute(
-            "UPDATE outbox SET due = ?, attempts = attempts + 1 WHERE id IN "
-            "(SELECT id FROM outbox WHERE state = 'pending' AND host = ? AND due <= ? ORDER BY due, id LIMIT ?) "
-            "RETURNING id AS row, event, url, host, body, attempts AS attempt",
-            (now + lease, host, now, room),
-        )
-        claimed += [Delivery(**dict(row)) for row in rows.fetchall()]
-    return claimed
+    for host in hosts:
+        if len(claimed) == most:
+            break
+        after, room = host, min(each - busy.get(host, 0), most - len(claimed))
+        if room > 0:
+            rows = connection.execute(
+                "UPDATE outbox SET due = ?, attempts = attempts + 1 WHERE id IN "
+                "(SELECT id FROM outbox WHERE state = 'pending' AND host = ? AND due <= ? ORDER BY due, id LIMIT ?) "
+                "RETURNING id AS row, event, url, host, body, attempts AS attempt",
+                (now + lease, host, now, room),
+            )
+            claimed += [Delivery(**dict(row)) for row in rows.fetchall()]
+    return claimed, after
 
 
 def delivered(connection: sqlite3.Connection, delivery: Delivery, *, now: float, status: int) -> None:

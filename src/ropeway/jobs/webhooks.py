@@ -164,12 +164,12 @@ class Dispatcher:
         if due is None or due > now:
             return
         keys, busy, after = self._keys(), Counter(self._running.values()), self._last_host
-        claimed = await self._store.write(
+        claimed, self._last_host = await self._store.write(
             lambda c: outbox.claim(c, now=now, lease=LEASE, most=room, each=self._each, busy=busy, after=after)
         )
         for delivery in claimed:
             task = asyncio.create_task(self._deliver(delivery, keys))
-            self._running[task] = self._last_host = delivery.host
+            self._running[task] = delivery.host
             task.add_done_callback(self._done)
 
     async def idle(self, seconds: float | None = None) -> None:

@@ -74,9 +74,7 @@ def test_events_are_listed_and_sent_again(tmp_path: Path, capsys: pytest.Capture
     assert len(run(capsys, "list", *where)[1].splitlines()) == 1
     assert not list(tmp_path.iterdir()), "looking makes no files"
     database = owing(tmp_path, "https://a.example/x", "https://b.example/y")
-    failing = database.write_now(
-        lambda c: outbox.claim(c, now=2e9, lease=60.0, most=1, each=1, busy={})
-    )[0]  # fmt: skip
+    [failing], _ = database.write_now(lambda c: outbox.claim(c, now=2e9, lease=60.0, most=1, each=1, busy={}))
     database.write_now(lambda c: outbox.failed(c, failing, now=2e9, status=500, error="HTTP 500", due=None))
     shown = run(capsys, "list", *where)[1]
     assert "https://b.example/y" in shown

@@ -15,12 +15,13 @@ import httpcore2
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from webhookkit import LOOPBACK, receiving, status
 
 from ropeway.config import ServerConfig
 from ropeway.errors import ConfigError, RequestError
+from ropeway.jobs import destinations
 from ropeway.jobs.destinations import Address, Rules, is_own, is_public, take_apart
 from ropeway.jobs.egress import Egress
+from webhookkit import LOOPBACK, receiving, status
 
 STRICT = Rules(ports=(range(1, 65536),), allow_http=True)
 """Rules under which the address alone decides."""
@@ -158,9 +159,13 @@ async def test_a_slow_name_server_costs_the_time_of_one_attempt() -> None:
     release.set()
 
 
-def test_this_machine_is_known_by_all_its_addresses() -> None:
-    assert is_own(IPv4Address("127.0.0.1"))
+def test_this_machine_is_refused_by_all_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they are public: what listens on them may trust the machine that it runs on."""
     assert not is_own(IPv4Address("192.0.2.1"))
+    monkeypatch.setattr(destinations, "is_public", lambda address: True)
+    STRICT.check_url("http://192.0.2.1/")
+    with pytest.raises(RequestError, match="another machine"):
+        STRICT.check_url("http://127.0.0.1/")
 
 
 @given(st.from_regex(r"https?://[a-z0-9.:@#?/\\%\[\]_-]{1,30}", fullmatch=True))

@@ -36,6 +36,10 @@ def add(connection: sqlite3.Connection, url: str, now: float = 0.0) -> None:
 
 
 def claim(connection: sqlite3.Connection, now: float, **kwargs: Any) -> list[outbox.Delivery]:
+    return turn(connection, now, **kwargs)[0]
+
+
+def turn(connection: sqlite3.Connection, now: float, **kwargs: Any) -> tuple[list[outbox.Delivery], str]:
     return outbox.claim(connection, now=now, lease=LEASE, **{"most": 64, "each": 4, "busy": {}, **kwargs})
 
 
@@ -121,14 +125,28 @@ def test_no_host_gets_more_than_its_share_and_each_has_its_turn(connection: sqli
     served: Counter[str] = Counter()
     after = ""
     for _ in range(4):
-        found = claim(connection, 0.0, most=4, each=2, after=after)
+        found, after = turn(connection, 0.0, most=4, each=2, after=after)
         assert max(Counter(one.host for one in found).values()) <= 2
         served.update(one.host for one in found)
-        after = found[-1].host
     assert served == {f"{host}.example": 2 for host in "abcdefgh"}
     busy = {"a.example": 4, "b.example": 3}
     more = Counter(one.host for one in claim(connection, 0.0, busy=busy))
     assert (more["a.example"], more["b.example"], more["c.example"]) == (0, 1, 4)
+
+
+def test_a_claim_looks_at_so_many_hosts_and_goes_on_behind_them(
+    connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "_HOSTS", 3)
+    hosts = [f"{letter}.example" for letter in "abcdefg"]
+    for host in hosts:
+        add(connection, f"https://{host}/", now=0.0 if host in ("b.example", "g.example") else 9.0)
+    found, after = [], ""
+    for _ in range(3):
+        claimed, after = turn(connection, 0.0, after=after)
+        found += [one.host for one in claimed]
+    assert found == ["b.example", "g.example"]
+    assert after == "c.example", "behind the last one it goes on with the first"
 
 
 def test_a_receiver_that_asks_for_quiet_gets_it_for_all_events_of_its_url(connection: sqlite3.Connection) -> None:
