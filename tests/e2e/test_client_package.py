@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -372,3 +374,11 @@ async def test_it_works_where_an_event_loop_runs_already(endpoint: Endpoint) -> 
     """As in a notebook."""
     assert [result.content for result in process_batch(["a", "b"], endpoint=endpoint)] == ["a", "b"]
     assert process_batch([], endpoint=endpoint).results == []
+
+
+def test_without_the_openai_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match=r"ropeway\[client\]"):
+        Client(Endpoint(base_url="http://127.0.0.1:1/v1"))
+    loaded = "import sys, ropeway.client; sys.exit('openai' in sys.modules or 'fastapi' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
