@@ -63,6 +63,8 @@ async def test_every_end_is_told_to_those_who_asked(tmp_path: Path) -> None:
                 await receiver.until(6)
             async with server.async_client() as client:
                 assert (await client.batches.retrieve(good)).status == "completed"
+            async with httpx2.AsyncClient(base_url=server.url) as http:
+                assert 'ropeway_webhook_attempts_total{outcome="failed"} 0' in (await http.get("/metrics")).text
     ends = []
     for hit in receiver.hits:
         event = CLIENT.webhooks.unwrap(hit.body, hit.headers)

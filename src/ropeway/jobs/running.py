@@ -45,6 +45,7 @@ class Jobs:
     ) -> None:
         self.store = JobStore(config.data_path, webhook_url=config.webhook_url or "")
         self.rules = Rules.of(config)
+        self._webhooks = Dispatcher.of(self.store, config)
         self.serves = serves
         self._config = config
         if config.redis_url is not None:
@@ -70,7 +71,7 @@ class Jobs:
             serves=self.serves,
         )
         self._keeper.start()
-        self._telling = asyncio.create_task(Dispatcher.of(self.store, config).run())
+        self._telling = asyncio.create_task(self._webhooks.run())
         self._starting = asyncio.create_task(self._work(caller, seats))
 
     async def stop(self) -> None:
@@ -96,6 +97,7 @@ class Jobs:
     def families(self) -> Iterator[Metric]:
         """What /metrics shows of it."""
         yield from families(self._depth, self._worker, self._pace)
+        yield from self._webhooks.families()
         if self._redis is not None:
             yield from redis_families(self._redis)
 

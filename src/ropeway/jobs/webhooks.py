@@ -12,9 +12,11 @@ import logging
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Final
+
+from prometheus_client.core import CounterMetricFamily, Metric
 
 from ropeway._version import __version__
 from ropeway.config.jobs import JobsConfig
@@ -122,6 +124,7 @@ class Dispatcher:
         self._store, self._egress, self._keys, self._draw = store, egress, keys, draw
         self._most, self._each = most, each
         self._running: dict[asyncio.Task[None], str] = {}
+        self._outcomes = {"delivered": 0, "failed": 0}
         self._last_host = ""
         self._trouble = ""
         self._prune_at = 0.0
@@ -177,6 +180,13 @@ class Dispatcher:
         if self._running:
             await asyncio.wait(list(self._running), timeout=seconds)
 
+    def families(self) -> Iterator[Metric]:
+        """How attempts have gone, for /metrics."""
+        attempts = CounterMetricFamily("ropeway_webhook_attempts", "Attempts to deliver an event", labels=("outcome",))
+        for outcome, count in self._outcomes.items():
+            attempts.add_metric((outcome,), count)
+        yield attempts
+
     async def _deliver(self, delivery: Delivery, keys: Sequence[str]) -> None:
         headers = headers_of(keys, delivery.event, delivery.body, self._store.clock())
         answer = await self._egress.post(delivery.url, headers, delivery.body)
@@ -184,6 +194,7 @@ class Dispatcher:
         now, draw = self._store.clock(), self._draw()
         # If this fails, the event comes back when its lease has passed, and its receiver knows it by its id.
         trouble = await self._store.write(lambda c: settle(c, delivery, answer, now=now, draw=draw))
+        self._outcomes["failed" if trouble else "delivered"] += 1
         if trouble:
             _log.warning("webhook %s to %s, attempt %d: %s", delivery.event, delivery.host, delivery.attempt, trouble)
 
