@@ -481,6 +481,14 @@ def test_steps_that_have_all_been_alike_become_shorter_and_tell_more() -> None:
     assert _lasts(_rows(*[1] * rows)) == pytest.approx(0.008, rel=0.1)
 
 
+def test_steps_that_took_no_time_teach_nothing() -> None:
+    backfill = Backfill(None)
+    for step in range(20):
+        backfill.began(_Waiting(0.0))  # type: ignore[arg-type]
+        backfill.took(_rows(*[1] * (1 + step % 3)), 0.0, 1)
+        assert backfill.tokens([], False, []) >= 1
+
+
 def test_cancelled_background_work_leaves_nothing_behind() -> None:
     world = World(num_blocks=60, slots=2, rules=PATIENT)
     for rid in range(6):

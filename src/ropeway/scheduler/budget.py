@@ -101,8 +101,8 @@ class Backfill(StepCost):
 
     def __init__(self, pause: float | None) -> None:
         super().__init__()
-        self._pause, self.each = pause, 1e-9  # of rows that decode, which cost more than the tokens of prompts:
-        self._prompt = Mean()
+        self._pause, self.each = pause, 1e-9  # that of rows that decode, which cost more than
+        self._prompt = Mean()  # each token of a prompt
         self._gap = self._first = 0.0  # 99th percentiles of what interactive requests see, in seconds
 
     def tokens(self, rows: Collection[Row], beside: bool, riders: Collection[Sequence]) -> int:
@@ -130,12 +130,12 @@ class Backfill(StepCost):
             self._prompt.learn(max(0.0, seconds - fixed - each * decoding), plan.num_tokens - decoding)
         else:
             self.learn(plan, seconds)
-            if self.each == each:  # steps were too alike to tell the costs apart: these keep their proportion
+            if self.each == each and fixed + each > 0:  # steps were too alike to tell them apart: keep their proportion
                 tokens = self._x / self._weight
                 scale = (self.fixed + each * tokens) / (fixed + each * tokens)
                 self.fixed, self.each = fixed * scale, each * scale
         if 1 in mine:
-            share = self._cost(mine) / self._cost(counts) if interactive < len(counts) else 1.0
+            share = self._cost(mine) / (self._cost(counts) or 1.0) if interactive < len(counts) else 1.0
             self._gap = _percentile(self._gap, share * seconds)
 
     def _cost(self, counts: list[int]) -> float:
