@@ -43,6 +43,7 @@ _LOOK_SECONDS: Final = 60.0
 _TROUBLE_SECONDS: Final = 5.0
 _ROWS: Final = 64
 _ORPHAN_SECONDS: Final = 6 * 3600.0
+"""How often what crashes have left is looked for; no upload takes that long."""
 
 
 class _Answer(msgspec.Struct):
@@ -146,9 +147,10 @@ class Keeper:
         store = self._store
         now = store.clock()
         following = [await store.batches.expire(), await store.items.sweep(self._keep_s), await store.files.sweep()]
-        if now >= self._orphans:
+        uptime = asyncio.get_running_loop().time()
+        if uptime >= self._orphans:
             await store.files.sweep_orphans()
-            self._orphans = now + _ORPHAN_SECONDS
+            self._orphans = uptime + _ORPHAN_SECONDS
         troubles: list[Exception] = []
         for batch in await store.batches.todo():
             try:

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 KEEP_SECONDS: Final = 30 * 86400
 """How long a file is kept that says nothing of it."""
 
-_ORPHAN_SECONDS: Final = 3600.0
-"""Age from which a file without a row belongs to nobody who is still writing it."""
-
 _TEMPORARY: Final = ".partial"
 
 
@@ -84,6 +81,7 @@ class Files:
     def __init__(self, store: JobStore) -> None:
         self._store = store
         self._folder = store.folder / "files"
+        self._suspects: set[str] = set()
 
     def draft(self) -> Draft:
         """A new file to write. Raises StorageError."""
@@ -154,23 +152,23 @@ class Files:
         return following
 
     async def sweep_orphans(self) -> int:
-        """Drop what crashes left behind: bytes without a row. Returns how many. Looks at the whole directory."""
-        found = await asyncio.to_thread(self._old)
-        known: set[str] = await self._store.read(lambda c: {row["id"] for row in c.execute("SELECT id FROM files")})
-        orphans = [name for name in found if name not in known]
-        await asyncio.to_thread(self._unlink, orphans)
-        return len(orphans)
+        """Drop what crashes left behind: bytes without a row. Returns how many. Looks at the whole directory.
 
-    def _old(self) -> list[str]:
-        before = self._store.clock() - _ORPHAN_SECONDS
-        found = []
+        They go the second time that they are found, for what is without a row may be being written. No clock is asked:
+        if it were put forward, all would look old.
+        """
+        found = await asyncio.to_thread(self._names)
+        known: set[str] = await self._store.read(lambda c: {row["id"] for row in c.execute("SELECT id FROM files")})
+        orphans = set(found) - known
+        gone = orphans & self._suspects
+        self._suspects = orphans - gone
+        await asyncio.to_thread(self._unlink, list(gone))
+        return len(gone)
+
+    def _names(self) -> list[str]:
         with contextlib.suppress(FileNotFoundError), os.scandir(self._folder) as entries:
-            for entry in entries:
-                ours = entry.name.endswith(_TEMPORARY) or is_id("file-", entry.name)
-                with contextlib.suppress(FileNotFoundError):
-                    if ours and entry.stat().st_mtime < before:
-                        found.append(entry.name)
-        return found
+            return [name for entry in entries if (name := entry.name).endswith(_TEMPORARY) or is_id("file-", name)]
+        return []
 
     def _unlink(self, names: list[str]) -> None:
         for name in names:
