@@ -25,6 +25,7 @@ import psutil
 import pytest
 
 from jobkit import again, jsonl, quick_folder, request, results, submit
+from ropeway.jobs.batches import Keeper
 from ropeway.jobs.items import LEASE_SECONDS
 from ropeway.jobs.records import Batch, BatchState
 from ropeway.jobs.store import JobStore
@@ -143,9 +144,14 @@ async def test_killed_at_any_point(scene: Scene, failpoint: str, items: int) -> 
 
 
 async def test_a_frozen_owner_that_wakes_late_is_refused(scene: Scene) -> None:
-    """B02. It stops with an answer in hand; the other one's clock says that its lease is over."""
+    """B02. It stops with an answer in hand; the other one's clock says that its lease is over.
+
+    Its calls are slow, so that nothing is being written in that moment: who is frozen while it writes to the tables
+    holds up everybody on this directory, as SQLite has one writer.
+    """
     batch = await submit(scene.store, jsonl(20))
-    frozen = scene.worker("--concurrency", "4", failpoint="result:stop:1")
+    await Keeper(scene.store).round()
+    frozen = scene.worker("--concurrency", "4", "--call-ms", "500", failpoint="result:stop:1")
     await eventually(lambda: psutil.Process(frozen.pid).status() == psutil.STATUS_STOPPED)
     scene.worker("--ahead", str(LEASE_SECONDS + 1))
     ended = await scene.until_ended(batch)
