@@ -199,11 +199,11 @@ class Scheduler:
 
     def _classes(self, now: float) -> list[tuple[int, list[Sequence]]]:
         """Who runs, by urgency, as far as there is anybody."""
-        riders: list[list[Sequence]] = [[], [], []]
-        for seq in self.running:
-            if seq.urgency:
-                self.waiting.age(seq, now)
-            riders[seq.urgency].append(seq)
+        background, riders = [seq for seq in self.running if seq.urgency], [[*self.running], [], []]
+        for seq in background:
+            self.waiting.age(seq, now)
+        if background:
+            riders = [[seq for seq in self.running if seq.urgency == one] for one in Urgency]
         return [(urgency, them) for urgency, them in enumerate(riders) if them or self.waiting.count[urgency]]
 
     def _fill(self, urgency: int, riders: list[Sequence], draft: _Draft) -> None:
