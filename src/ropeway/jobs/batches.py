@@ -149,8 +149,8 @@ class Keeper:
         following = [await store.batches.expire(), await store.items.sweep(self._keep_s), await store.files.sweep()]
         uptime = asyncio.get_running_loop().time()
         if uptime >= self._orphans:
-            await store.files.sweep_orphans()
             self._orphans = uptime + _ORPHAN_SECONDS
+            await store.files.sweep_orphans()
         troubles: list[Exception] = []
         for batch in await store.batches.todo():
             try:
