@@ -1,5 +1,6 @@
 # `make serve` and `make test` need nothing but Python 3.11 or newer and a C++ compiler.
-# PYTHON=python3.12 chooses the interpreter, VENV=dir another environment, MODEL, PORT and ARGS go to `ropeway serve`.
+# PYTHON=python3.12 chooses the interpreter, VENV=dir another environment, WORKERS=4 tests in four processes; MODEL, PORT
+# and ARGS go to `ropeway serve`.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 
@@ -8,6 +9,7 @@ VENV ?= .venv
 MODEL ?= bundled
 PORT ?= 8000
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -28,7 +30,7 @@ serve: $(BUILT) ## set everything up, then serve the bundled model on http://127
 	@exec $(BIN)/ropeway serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: $(DEVELOP) $(LITELLM) $(BUILT) ## run the whole suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(DEVELOP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
