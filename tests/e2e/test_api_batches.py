@@ -151,7 +151,8 @@ def test_an_answer_of_a_batch_is_that_of_http(client: openai.OpenAI, http: httpx
 def unnamed(value: Any) -> Any:
     """Without what differs from answer to answer."""
     if isinstance(value, dict):
-        return {name: unnamed(one) for name, one in value.items() if name not in ("id", "created", "created_at")}
+        times = ("id", "created", "created_at", "completed_at")
+        return {name: unnamed(one) for name, one in value.items() if name not in times}
     return [unnamed(one) for one in value] if isinstance(value, list) else value
 
 

@@ -41,7 +41,7 @@ import asyncio, uvloop
 from ropeway.api.app import create_app
 from ropeway.api.server import serve
 from ropeway.config import ServerConfig
-from ropeway.contract import FinishReason
+from ropeway.contract import FinishReason, Usage
 from ropeway.observe.metrics import Metrics
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextChunk
@@ -50,7 +50,7 @@ async def main():
     release, gone = asyncio.Event(), asyncio.get_running_loop().create_future()
 
     class Stream:
-        request_id, prompt_tokens = "r", [1]
+        request_id, prompt_tokens, rid = "r", [1], 1
 
         async def __aiter__(self):
             yield TextChunk(text="a", tokens=[1])
@@ -59,6 +59,10 @@ async def main():
             gone.set_result(None)
             await asyncio.sleep(0.05)
             yield TextChunk(finish=FinishReason.STOP)
+
+        def account(self):
+            return Usage(prompt_tokens=1, completion_tokens=1, cached_tokens=0, preemptions=0, first_scheduled_s=0.0,
+                         first_token_s=0.0, total_s=0.0)
 
         def cancel(self): ...
 

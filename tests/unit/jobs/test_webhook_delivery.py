@@ -196,7 +196,7 @@ async def test_a_crash_between_delivery_and_record_repeats_the_event_with_the_sa
                     while (await entries(store))[0].state != "delivered":  # noqa: ASYNC110
                         await asyncio.sleep(0.02)
             finally:
-                second.send_signal(signal.SIGINT)
+                second.terminate()
                 await asyncio.to_thread(second.wait, 30)
         first, again = receiver.hits
         assert first.headers["webhook-id"] == again.headers["webhook-id"]
