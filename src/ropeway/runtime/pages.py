@@ -18,8 +18,16 @@ def huge_pages(elements: int, dtype: torch.dtype) -> Tensor:
     size = elements * dtype.itemsize
     if size < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(elements, dtype=dtype)
+    return own_pages(elements, dtype)
+
+
+def own_pages(elements: int, dtype: torch.dtype) -> Tensor:
+    """Zeros (elements,) on the CPU in whole pages that nothing else lies on, huge ones where the system grants them."""
+    size = max(1, -(-elements * dtype.itemsize // HUGE_PAGE)) * HUGE_PAGE
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype, count=elements)
     # Private, because Linux rarely gives huge pages to memory that could be shared, which is Python's default.
-    memory = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=elements)
 
