@@ -10,6 +10,8 @@ import torch
 from ropeway.runtime.memory import MemoryState, cpu_memory, gib
 
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)|you tried to allocate (\d+ bytes)")
+_SIGNS = ("allocate memory", "out of memory", "ALLOC_FAILED")
+"""How a RuntimeError of torch's says so, for a CPU, for the driver, and for NVIDIA's libraries."""
 
 
 class DeviceMemory(Protocol):
@@ -95,7 +97,7 @@ class CudaMemory:
         return (
             f"The GPU's memory ran out{asked_for(error)}: {gib(state.free)} of {gib(state.total)} are free, and this "
             f"process holds {gib(self.held())}, {gib(torch.cuda.memory_allocated(self._device))} of it in use. "
-            "Lower --gpu-memory-utilization or --max-num-batched-tokens."
+            "Lower --max-num-batched-tokens, --max-num-seqs or --gpu-memory-utilization."
         )
 
 
@@ -105,10 +107,10 @@ def open_memory(device: torch.device) -> DeviceMemory:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether `error` says that an allocation failed. torch says so of a CPU's in a plain RuntimeError."""
+    """Whether `error` says that an allocation failed."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def asked_for(error: Exception) -> str:

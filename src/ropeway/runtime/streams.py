@@ -67,7 +67,7 @@ class CudaStreams:
             work()
 
     def mark(self, queue: Queue) -> CudaMark:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, blocking=True)  # who waits for it sleeps
         event.record(self._stream(queue))
         return CudaMark(event)
 
