@@ -49,7 +49,8 @@ def _traced(served: Served, steps: int) -> list[Span]:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    on_gpu = served.executor.info.device == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         for _ in range(steps):
             served.step()
     spans = [
