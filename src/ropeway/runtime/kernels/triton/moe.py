@@ -1,0 +1,228 @@
+"""The experts of a mixture, computed together: a grouped product in which every tile belongs to one expert.
+
+Nothing here waits for the device. How many tokens each expert has is known there alone, so the grid is as large as any
+division of the tokens could need, and programs beyond what this one needs return at once. Four launches make a layer:
+
+1. `_order_kernel` sorts the pairs (token, rank of one of its experts) by expert: one program for each expert counts who
+   comes before it, then writes its own pairs in order. The sort is stable, so the same choice gives the same layout.
+2. `_expert_kernel` with FIRST: gate and up side by side in two accumulators, silu(gate) * up, rows gathered by pair.
+3. `_expert_kernel` again: the product that leads back, each row to the place of its pair.
+4. `_combine_kernel`: each token's weighted sum in float32, in the order of its ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+import triton
+from ropeway.runtime.layers.quantized import QuantizedWeight
+
+
+@triton.jit
+def _order_kernel(chosen, order, counts, pairs, BLOCK: tl.constexpr):
+    """`chosen` (pairs,) experts to `order` (pairs,), pairs sorted by expert, and `counts` (experts,)."""
+    expert = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    below = 0
+    for start in range(0, pairs, BLOCK):
+        pair = start + lane
+        found = tl.load(chosen + pair, mask=pair < pairs, other=0)
+        below += tl.sum(((found < expert) & (pair < pairs)).to(tl.int32), 0)
+    place = below
+    for start in range(0, pairs, BLOCK):
+        pair = start + lane
+        found = tl.load(chosen + pair, mask=pair < pairs, other=0)
+        mine = ((found == expert) & (pair < pairs)).to(tl.int32)
+        tl.store(order + place + tl.cumsum(mine, 0) - mine, pair, mask=mine == 1)
+        place += tl.sum(mine, 0)
+    tl.store(counts + expert, place - below)
+
+
+@triton.jit
+def _expert_kernel(
+    x,
+    weight,
+    scale,
+    out,
+    order,
+    counts,
+    experts,
+    columns,
+    depth,
+    each,
+    x_stride,
+    out_stride,
+    EXPERTS: tl.constexpr,
+    FIRST: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of one expert's product with `weight` (experts, rows, depth), where rows = columns, or twice that if
+    FIRST: then the lower half is `up`, and `x` is read by token and `out` written in sorted order; otherwise the other
+    way round. EXPERTS is a power of two, at least `experts`."""
+    number = tl.arange(0, EXPERTS)
+    held = tl.load(counts + number, mask=number < experts, other=0)
+    blocks = (held + BLOCK_M - 1) // BLOCK_M
+    block = tl.program_id(0)
+    expert = tl.sum((tl.cumsum(blocks, 0) <= block).to(tl.int32), 0)
+    if expert >= experts:
+        return
+    first = tl.sum(tl.where(number < expert, held, 0), 0)
+    count = tl.sum(tl.where(number == expert, held, 0), 0)
+    row = (block - tl.sum(tl.where(number < expert, blocks, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    used = row < count
+    pair = tl.load(order + first + row, mask=used, other=0)
+    if FIRST:
+        source, target = pair // each, first + row
+    else:
+        source, target = first + row, pair
+
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wanted = column < columns
+    rows = columns * 2 if FIRST else columns
+    lane = tl.arange(0, BLOCK_K)
+    x_at = x + source.to(tl.int64)[:, None] * x_stride + lane[None, :]
+    base = expert.to(tl.int64) * rows
+    weight_at = weight + (base + column)[None, :] * depth + lane[:, None]
+    up_at = weight + (base + columns + column)[None, :] * depth + lane[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        inside = start + lane < depth
+        part = tl.load(x_at + start, mask=used[:, None] & inside[None, :], other=0.0)
+        tile = inside[:, None] & wanted[None, :]
+        values = tl.load(weight_at + start, mask=tile, other=0.0).to(part.dtype)
+        total = tl.dot(part, values, total, input_precision="ieee")
+        if FIRST:
+            values = tl.load(up_at + start, mask=tile, other=0.0).to(part.dtype)
+            up = tl.dot(part, values, up, input_precision="ieee")
+    if SCALED:
+        total *= tl.load(scale + base + column, mask=wanted, other=0.0)[None, :]
+        if FIRST:
+            up *= tl.load(scale + base + columns + column, mask=wanted, other=0.0)[None, :]
+    if FIRST:
+        # Rounded where the layers round that are computed one by one.
+        kind = out.dtype.element_ty
+        total = total.to(kind).to(tl.float32)
+        total = (total / (1.0 + tl.exp(-total))).to(kind).to(tl.float32) * up.to(kind).to(tl.float32)
+    out_at = out + target.to(tl.int64)[:, None] * out_stride + column[None, :]
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=used[:, None] & wanted[None, :])
+
+
+@triton.jit
+def _combine_kernel(parts, weights, out, hidden, each, BLOCK: tl.constexpr):
+    """`parts` (tokens * each, hidden) times `weights` (tokens, each), summed to `out` (tokens, hidden)."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wanted = column < hidden
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for rank in range(0, each):
+        part = tl.load(parts + (token * each + rank) * hidden + column, mask=wanted, other=0.0)
+        total += part.to(tl.float32) * tl.load(weights + token * each + rank)
+    tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), mask=wanted)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The same matrix of all experts: `values` (experts, rows, depth), contiguous, and `scales` (experts, rows) float32
+    of values that are not in x's type."""
+
+    values: Tensor
+    scales: Tensor | None = None
+
+
+def stack(weight: Tensor | QuantizedWeight, experts: int) -> Stacked:
+    """`weight` (experts * rows, depth) expert by expert."""
+    if isinstance(weight, QuantizedWeight):
+        values, scales = weight.values, weight.scales.float().view(experts, -1).contiguous()
+    else:
+        values, scales = weight, None
+    return Stacked(values.contiguous().view(experts, -1, values.shape[1]), scales)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Block sizes of a product, and how Triton is to compile it."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def choose_tiles(pairs: int, experts: int, itemsize: int, *, first: bool) -> Tiles:
+    """By the tokens that an expert has on average. With few of them a product waits for its weights: many small tiles
+    keep more reads under way. With many it is bound by arithmetic and wants large tiles; two accumulators in the first
+    product halve its width. Reasoned from shared memory and registers of sm_80 and sm_90, not yet tuned on hardware."""
+    average = -(-pairs // experts)
+    depth = 128 // itemsize if itemsize > 1 else 64
+    if average <= 16:
+        return Tiles(16, 64, depth, 4, 4)
+    if average <= 64:
+        return Tiles(32 if average <= 32 else 64, 64 if first else 128, depth, 4, 3)
+    return Tiles(128, 64 if first else 128, depth, 8, 3)
+
+
+def most_blocks(pairs: int, experts: int, size: int) -> int:
+    """Blocks of `size` rows of one expert each that `pairs` pairs fill at most, however they are divided."""
+    used = min(pairs, experts)
+    return used + (pairs - used) // size
+
+
+def mixture(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Stacked, down: Stacked) -> Tensor:
+    """As `layers.moe.Experts`: `x` (T, hidden), `weights` (T, k) float32 and `chosen` (T, k) to (T, hidden).
+
+    `gate_up` is (experts, 2 * inner, hidden), `down` (experts, hidden, inner).
+    """
+    x, weights, chosen = x.contiguous(), weights.contiguous(), chosen.contiguous()
+    tokens, each = chosen.shape
+    experts, hidden, inner = down.values.shape
+    pairs = tokens * each
+    order = torch.empty(pairs, dtype=torch.int32, device=x.device)
+    counts = torch.empty(experts, dtype=torch.int32, device=x.device)
+    _order_kernel[(experts,)](chosen, order, counts, pairs, BLOCK=min(1024, triton.next_power_of_2(pairs)))
+
+    between = x.new_empty((pairs, inner))
+    _product(x, gate_up, between, order, counts, each, first=True)
+    parts = x.new_empty((pairs, hidden))
+    _product(between, down, parts, order, counts, each, first=False)
+    out = torch.empty_like(x)
+    size = min(1024, triton.next_power_of_2(hidden))
+    _combine_kernel[(tokens, triton.cdiv(hidden, size))](parts, weights, out, hidden, each, BLOCK=size)
+    return out
+
+
+def _product(x: Tensor, weight: Stacked, out: Tensor, order: Tensor, counts: Tensor, each: int, *, first: bool) -> None:
+    experts, _, depth = weight.values.shape
+    pairs, columns = out.shape
+    tiles = choose_tiles(pairs, experts, x.element_size(), first=first)
+    grid = (most_blocks(pairs, experts, tiles.m), triton.cdiv(columns, tiles.n))
+    _expert_kernel[grid](
+        x,
+        weight.values,
+        weight.values if weight.scales is None else weight.scales,
+        out,
+        order,
+        counts,
+        experts,
+        columns,
+        depth,
+        each,
+        x.stride(0),
+        out.stride(0),
+        EXPERTS=triton.next_power_of_2(experts),
+        FIRST=first,
+        SCALED=weight.scales is not None,
+        BLOCK_M=tiles.m,
+        BLOCK_N=tiles.n,
+        BLOCK_K=tiles.k,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
