@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ropeway.config import EngineConfig
-from ropeway.contract import EngineStats, FinishReason, Step, Submit, TokenEvent, Urgency
+from ropeway.contract import EngineStats, Executor, FinishReason, Step, Submit, TokenEvent, Urgency
 from ropeway.engine.engine import Engine
 from ropeway.sim.clock import VirtualClock
 from ropeway.sim.profile import Profile
@@ -19,6 +19,9 @@ from ropeway.sim.timed import TimedExecutor
 from ropeway.sim.workload import Arrival
 
 Balance = Literal["round-robin", "least-loaded"]
+Watch = Callable[[TimedExecutor, VirtualClock], Executor]
+"""Puts somebody who watches between an engine and its executor."""
+
 _FOREVER = float("inf")
 _POINTS = 2000
 """Points of a timeline between this number and twice as many are kept."""
@@ -96,13 +99,15 @@ class _Timeline:
 class _Replica:
     """One engine with its own clock, and the service before it: a process that does one thing at a time."""
 
-    def __init__(self, profile: Profile, config: EngineConfig, run: Run, backlog: Iterator[Arrival]) -> None:
+    def __init__(
+        self, profile: Profile, config: EngineConfig, run: Run, backlog: Iterator[Arrival], watch: Watch
+    ) -> None:
         self.clock = VirtualClock()
         loop = profile.serving.step, profile.serving.row
         self.executor = TimedExecutor(
             profile.executor_info(config), profile.cost, self.clock, loop=loop, copies=profile.copy_seconds(config)
         )
-        self.engine = Engine(self.executor, config, clock=self.clock, secret=b"simulation")
+        self.engine = Engine(watch(self.executor, self.clock), config, clock=self.clock, secret=b"simulation")
         self.timeline = _Timeline()
         self.open = 0
         self._serving = profile.serving
@@ -195,12 +200,14 @@ def simulate(
     replicas: int = 1,
     balance: Balance = "least-loaded",
     backlog: Iterable[Arrival] = (),
+    watch: Watch = lambda executor, clock: executor,
 ) -> Run:
     """Serve `arrivals`, which are in order of time, on `replicas` equal servers, and see what becomes of them. Each
-    server takes background work of urgency LOW from `backlog` as it gets to it, until the last of `arrivals` ends."""
+    server takes background work of urgency LOW from `backlog` as it gets to it, until the last of `arrivals` ends.
+    `watch` is asked for each server."""
     run = Run([Outcome(arrival) for arrival in arrivals], replicas=replicas)
     endless = iter(backlog)
-    servers = [_Replica(profile, config, run, endless) for _ in range(replicas)]
+    servers = [_Replica(profile, config, run, endless, watch) for _ in range(replicas)]
     for rid, arrival in enumerate(arrivals):
         for server in servers:
             server.run_until(arrival.at)

@@ -1,0 +1,301 @@
+// The first page: the batch as it moves, who waits and why, what the memory holds, and how fast all of it is.
+
+import { ask, get } from "./api.js";
+import { CELLS, cellsOf, Chart, drawMap } from "./charts.js";
+import { button, h, note, percent, seconds, short, show, sure, whole } from "./dom.js";
+import { mark } from "./shapes.js";
+import { life } from "./timeline.js";
+import { MOST_LANES, Track } from "./track.js";
+
+const TILES = [
+  ["generation_tps", "tokens/s"], ["prompt_tps", "prompt tokens/s"], ["ttft", "first token, p50"],
+  ["itl", "between tokens, p50"], ["seats", "seats taken"], ["waiting", "waiting"],
+];
+const ENDS = { finished: "finished", preempted: "preempted", cancelled: "cancelled", failed: "failed" };
+
+export class Ropeway {
+  constructor(feed) {
+    this.feed = feed;
+    this.element = this.build();
+    this.track = new Track(this.canvas);
+    const on = (event, act) => feed.addEventListener(event, () => this.element.isConnected && act());
+    on("hello", () => this.greet());
+    on("frame", () => this.take());
+    on("state", () => this.state());
+    new ResizeObserver(() => this.resize()).observe(this.element);
+  }
+
+  build() {
+    this.tiles = Object.fromEntries(TILES.map(([id]) => [id, h("b", {}, "–")]));
+    this.canvas = h("canvas", {
+      id: "track", tabIndex: 0, role: "img", "aria-label": "Seats",
+      "aria-describedby": "track-help",
+      on: { click: (event) => this.pick(event), keydown: (event) => this.key(event), blur: () => this.select(null) },
+    });
+    this.model = h("select", { "aria-label": "Model", on: { change: () => this.choose() } });
+    this.about = h("span", { class: "dim" });
+    this.pause = h("button", { type: "button", class: "plain", title: "Hold the picture (p)", on: { click: () => this.hold() } }, "Hold");
+    this.away = h("p", { class: "away", role: "status", hidden: true });
+    this.map = h("canvas", { role: "img", "aria-label": "KV blocks" });
+    this.counts = h("p", { class: "legend" });
+    this.tiers = h("div", { class: "tiers" });
+    this.line = h("ol", { class: "line" });
+    this.lineHead = h("span", { class: "dim" });
+    this.news = h("ul", { class: "news" });
+    const perSecond = (n) => `${whole(n)}/s`;
+    const charts = [
+      ["Tokens", [["generation_tps", "decode"], ["prompt_tps", "prefill"]], { format: perSecond }],
+      ["First token (p50, p99)", [["ttft_p50", "high"], ["ttft_p99", "high"]], { format: seconds }],
+      ["Between tokens (p50, p99)", [["itl_p50", "medium"], ["itl_p99", "medium"]], { format: seconds }],
+      ["Seats and KV in use", [["occupancy", "decode"], ["kv", "kv-shared"]], { most: 1, format: percent }],
+      ["Waiting", [["waiting", "low"]], { format: whole }],
+    ];
+    this.charts = charts.map(([name, lines, rest]) => {
+      const canvas = h("canvas", { class: "chart", role: "img", "aria-label": name });
+      return { name, canvas, chart: new Chart(canvas, lines, rest) };
+    });
+    return h("div", { class: "ropeway" },
+      h("div", { class: "row head" }, h("h1", {}, "The batch, live"), this.model, this.about,
+        h("span", { class: "right legend" }, swatch("prefill", "reads its prompt"), swatch("cached", "cached"), swatch("decode", "writes"),
+          ["high", "medium", "low"].map((one) => h("span", {}, mark(one), one)), this.pause)),
+      h("dl", { class: "tiles" }, TILES.map(([id, name]) => h("div", {}, h("dt", {}, name), h("dd", {}, this.tiles[id])))),
+      this.away,
+      h("div", { class: "halves" },
+        h("section", { class: "card wide", "aria-label": "Seats" }, h("div", { class: "track" }, this.canvas),
+          h("p", { id: "track-help", class: "dim small" },
+            "Each lane is a seat. Right of the line: tokens written so far, on a logarithmic scale, for nobody knows where a request gets off. ",
+            "Click a lane, or choose one by arrow keys and Enter.")),
+        h("div", { class: "side" },
+          h("section", { class: "card" }, h("h2", {}, "Waiting ", this.lineHead), this.line),
+          h("section", { class: "card" }, h("h2", {}, "KV blocks"), h("div", { class: "map" }, this.map), this.counts, this.tiers))),
+      h("div", { class: "charts" }, this.charts.map(({ name, canvas }) => h("section", { class: "card" }, h("h2", {}, name), canvas))),
+      h("section", { class: "card" }, h("h2", {}, "Lately"), this.news));
+  }
+
+  /** The page is looked at from now on. */
+  open() {
+    this.feed.start();
+    this.greet();
+    this.take();
+    this.state();
+    this.moving = true;
+    const step = (now) => {
+      if (!this.moving) return;
+      if (this.changed) {
+        this.changed = false;
+        this.paint();
+      }
+      if (!this.held && (this.track.busy || this.fresh)) {
+        this.fresh = this.track.busy;
+        this.track.draw(now);
+      }
+      requestAnimationFrame(step);
+    };
+    requestAnimationFrame(step);
+  }
+
+  close() {
+    this.moving = false;
+    this.feed.stop();
+  }
+
+  restyle() {
+    this.track.restyle();
+    this.redraw();
+  }
+
+  resize() {
+    if (!this.element.isConnected) return;
+    this.track.fit();
+    this.redraw();
+  }
+
+  redraw() {
+    this.track.draw();
+    this.paint();
+  }
+
+  choose() {
+    this.track.clear();
+    this.feed.choose(this.model.value);
+    this.take();
+    this.redraw();
+  }
+
+  hold() {
+    this.held = !this.held;
+    this.pause.textContent = this.held ? "Go on" : "Hold";
+    this.pause.setAttribute("aria-pressed", String(this.held));
+    if (!this.held) this.take();
+  }
+
+  greet() {
+    const { hello, chosen } = this.feed;
+    if (!hello) return;
+    this.model.replaceChildren(...hello.models.map((name) => h("option", { value: name, selected: name === chosen }, name)));
+    this.model.hidden = hello.models.length < 2;
+    const facts = [hello.models.length < 2 ? hello.models[0] : "", hello.device, `${hello.slots} seats`, `blocks of ${hello.block_size} tokens`];
+    this.about.textContent = facts.filter(Boolean).join(" · ");
+    if (this.track.lanes.length !== Math.min(MOST_LANES, hello.slots)) {
+      this.track.clear();
+      this.track.configure(hello.slots);
+    }
+    this.fresh = true;
+  }
+
+  state() {
+    const { state, error, again } = this.feed;
+    clearInterval(this.clock);
+    this.away.hidden = ["live", "off"].includes(state);
+    if (state === "connecting") this.away.textContent = "Connecting…";
+    if (state === "denied") this.away.replaceChildren("This server wants a key. ", button("Enter keys", () => dispatchEvent(new Event("enter-keys"))));
+    if (state === "missing") this.away.textContent = "This server has no live view.";
+    if (state === "away") {
+      const tell = () => {
+        const left = Math.max(0, Math.ceil((again - performance.now()) / 1000));
+        this.away.replaceChildren(`The server is away${error instanceof TypeError || !error ? "" : `: ${error.message}`} Trying again in ${left} s. `,
+          button("Now", () => this.feed.restart()));
+      };
+      tell();
+      this.clock = setInterval(() => (this.element.isConnected ? tell() : clearInterval(this.clock)), 1000);
+    }
+    this.element.classList.toggle("stale", state === "away" || state === "denied");
+  }
+
+  take() {
+    const { known, hello } = this.feed;
+    if (this.held || !known?.frame) return;
+    const { frame, interval } = known;
+    if (!this.track.lanes.length) this.track.configure(hello?.slots || frame.seats.length || 1);
+    const endings = Object.fromEntries((frame.events ?? []).filter((one) => ENDS[one.event]).map((one) => [one.id, one.event]));
+    this.track.update(frame.seats, { interval: interval * 1.1, endings });
+    this.fresh = this.changed = true;
+  }
+
+  /** Everything but the lanes; once for each picture, however many frames have come since the last one. */
+  paint() {
+    const { known, hello } = this.feed;
+    if (!known?.frame) return;
+    const { frame, history } = known;
+    const { rates, seats } = frame;
+    const says = {
+      generation_tps: whole(rates.generation_tps), prompt_tps: whole(rates.prompt_tps), ttft: seconds(rates.ttft_p50), itl: seconds(rates.itl_p50),
+      seats: `${seats.length} / ${hello?.slots ?? "–"}`, waiting: whole(frame.waiting_total),
+    };
+    for (const [id, text] of Object.entries(says)) if (this.tiles[id].textContent !== text) this.tiles[id].textContent = text;
+    for (const { chart } of this.charts) chart.draw(history);
+    this.paintLine(frame);
+    this.paintMemory(frame.kv);
+    this.paintNews(known.news);
+    const reading = seats.filter((one) => one.phase === "prefill").length;
+    const now = performance.now();
+    if (!this.told || now - this.told > 3000) {
+      this.told = now;
+      this.canvas.setAttribute("aria-label",
+        `${seats.length} of ${hello?.slots ?? "some"} seats are taken: ${reading} read their prompts, ${seats.length - reading} write. ${frame.waiting_total} wait.`);
+    }
+  }
+
+  paintLine(frame) {
+    if (this.line.querySelector(":active, :focus")) return; // a button under a finger stays where it is
+    this.lineHead.textContent = frame.waiting_total ? whole(frame.waiting_total) : "";
+    const shown = frame.waiting.slice(0, 50).map((one) => h("li", {},
+      h("span", { class: "place" }, one.position + 1), mark(one.urgency),
+      h("span", { class: "who" }, name(one.id) || "somebody"),
+      h("span", { class: "dim" }, one.reason || (one.holder ? `held by ${one.holder}` : "boards with the next step")),
+      h("span", { class: "right" }, one.eta_s === null || one.eta_s === undefined ? "" : `≈ ${seconds(one.eta_s)}`),
+      mine(one.id) && h("button", { type: "button", class: "plain", title: "Cancel", "aria-label": `Cancel ${one.id}`, on: { click: () => cancel(one.id) } }, "✕")));
+    if (!shown.length) shown.push(h("li", { class: "empty" }, "Nobody waits."));
+    if (frame.waiting_total > frame.waiting.length) shown.push(h("li", { class: "empty" }, `and ${whole(frame.waiting_total - frame.waiting.length)} more`));
+    this.line.replaceChildren(...shown);
+  }
+
+  paintMemory(kv) {
+    if (!kv?.total) return;
+    const cells = cellsOf(kv.cells);
+    drawMap(this.map, cells);
+    const found = CELLS.map((_, kind) => cells.reduce((sum, one) => sum + (one === kind), 0));
+    const each = cells.length ? kv.total / cells.length : 0;
+    this.map.setAttribute("aria-label", `${whole(kv.used)} of ${whole(kv.total)} KV blocks are in use, ${whole(kv.cached)} cached`);
+    this.counts.replaceChildren(...CELLS.map((kind, i) => swatch(`kv-${kind}`, kind, `about ${whole(found[i] * each)} blocks`)),
+      h("span", { class: "dim" }, `${whole(kv.used)} of ${whole(kv.total)} in use (${percent(kv.used / kv.total)}), ${whole(kv.cached)} cached`));
+    this.tiers.replaceChildren(...(kv.tiers ?? []).map((tier) => h("div", {},
+      h("span", {}, `${tier.name}: ${whole(tier.used)} of ${whole(tier.blocks)}`),
+      h("progress", { max: tier.blocks || 1, value: tier.used, "aria-label": `Tier ${tier.name}` }))));
+  }
+
+  paintNews(news) {
+    const last = news.at(-1);
+    if (last === this.last && this.news.children.length) return;
+    this.last = last;
+    const shown = news.slice(-12).reverse().map((one) => h("li", { class: one.event },
+      h("time", { class: "dim" }, new Date(one.t * 1000).toLocaleTimeString("en-GB")), h("b", {}, one.event), h("span", {}, name(one.id)),
+      one.reason && h("span", { class: "dim" }, one.reason)));
+    this.news.replaceChildren(...(shown.length ? shown : [h("li", { class: "empty" }, "Nothing has happened yet. Send a request from the playground.")]));
+  }
+
+  pick(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const slot = this.track.at(event.clientX - box.left, event.clientY - box.top);
+    this.select(slot);
+    if (slot !== null) this.details(slot);
+  }
+
+  select(slot) {
+    this.track.selected = slot;
+    this.fresh = true;
+  }
+
+  key(event) {
+    const lanes = this.track.lanes.length;
+    const { rows, selected } = this.track;
+    const step = { ArrowDown: 1, ArrowUp: -1, ArrowRight: rows, ArrowLeft: -rows }[event.key];
+    if (step && lanes) {
+      const next = selected === null ? 0 : Math.max(0, Math.min(lanes - 1, selected + step));
+      this.select(next);
+      const seat = this.track.lanes[next]?.seat;
+      this.canvas.setAttribute("aria-label", seat ? `Seat ${next + 1}: ${sentence(seat)}` : `Seat ${next + 1} is free.`);
+      event.preventDefault();
+    } else if (event.key === "Enter" && selected !== null) this.details(selected);
+    else if (event.key === "Delete" && selected !== null) {
+      const id = this.track.lanes[selected]?.seat.id;
+      if (mine(id)) cancel(id);
+    }
+  }
+
+  async details(slot) {
+    const seat = this.track.lanes[slot]?.seat;
+    if (!seat) return;
+    const body = h("div", {}, h("p", {}, mark(seat.urgency), " ", sentence(seat)));
+    const dialog = show(`Seat ${slot + 1}`, body);
+    if (!mine(seat.id)) return void body.append(h("p", { class: "dim" }, "It is somebody else's request."));
+    body.append(h("p", { class: "dim" }, seat.id), button("Cancel it", async () => { await cancel(seat.id); dialog.close(); }, "danger"));
+    try {
+      const state = await get(`v1/requests/${encodeURIComponent(seat.id)}`);
+      body.append(life(state));
+    } catch (error) { body.append(h("p", { class: "dim" }, error.message)); }
+  }
+}
+
+const mine = (id) => Boolean(id) && !id.startsWith("~");
+const name = (id) => (mine(id) ? short(id) : "");
+
+function sentence(seat) {
+  const written = Math.max(0, seat.known - seat.prompt);
+  const cached = seat.cached ? `, ${whole(seat.cached)} of them cached` : "";
+  const prompt = `${whole(seat.prompt)} tokens of prompt${cached}`;
+  if (seat.phase === "prefill") return `reads ${whole(seat.computed)} of ${prompt}; holds ${seat.blocks} KV blocks.`;
+  return `has read ${prompt}, and written ${whole(written)}; holds ${seat.blocks} KV blocks.`;
+}
+
+async function cancel(id) {
+  if (!(await sure(`End the request ${short(id)}? Its client is told so.`, "End it"))) return;
+  try {
+    await ask(`v1/requests/${encodeURIComponent(id)}`, { method: "DELETE" });
+    note(`${short(id)} is cancelled.`);
+  } catch (error) { note(error.message, "bad"); }
+}
+
+function swatch(colour, text, title) {
+  return h("span", { class: "swatch", title: title ?? "" }, h("i", { class: colour }), text);
+}
