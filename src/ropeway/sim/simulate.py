@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ropeway.config import EngineConfig
-from ropeway.contract import EngineStats, Executor, FinishReason, Step, Submit, TokenEvent, Urgency
+from ropeway.contract import EngineStats, FinishReason, Step, Submit, TokenEvent, Urgency
+from ropeway.contract.executor import Executor
 from ropeway.engine.engine import Engine
 from ropeway.sim.clock import VirtualClock
 from ropeway.sim.profile import Profile
