@@ -107,7 +107,7 @@ class GroupedExperts:
 
     def __init__(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight, count: int) -> None:
         """`gate_up` (count * 2 * inner, hidden), each expert's gate above its up, and `down` (count * hidden, inner),
-        plain or with a scale for each row; see `grouped_reason`."""
+        in a format of which `grouped_reason` says nothing."""
         from ropeway.runtime.kernels.triton import moe  # late: only a GPU, or a test, needs Triton
 
         self._moe = moe
@@ -123,17 +123,23 @@ def grouped_reason(device: torch.device, weights: Sequence[Tensor | QuantizedWei
         return f"grouped kernels run on CUDA, not on {device.type}"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    for weight in weights:
-        if isinstance(weight, QuantizedWeight) and not _per_row(weight):
-            return f"grouped kernels do not compute {weight.format} experts"
-        if isinstance(weight, QuantizedWeight) and weight.values.is_floating_point() and not _knows_fp8(device):
-            return "this GPU cannot read fp8"
+    return next((reason for reason in (_reason(weight, device) for weight in weights) if reason), None)
+
+
+def _reason(weight: Tensor | QuantizedWeight, device: torch.device) -> str | None:
+    if not isinstance(weight, QuantizedWeight):
+        return None
+    rows, depth = weight.values.shape
+    if weight.order is not None:
+        return "grouped kernels know no act-order"
+    if weight.format == "int4":
+        known = weight.group % 32 == 0 and depth % 64 == 0
+        return None if known else f"grouped kernels take 64 input features of int4 at once, which do not divide {depth}"
+    if weight.values.itemsize != 1 or tuple(weight.scales.shape) != (rows,):
+        return f"grouped kernels take {weight.format} with one scale for each row"
+    if weight.values.is_floating_point() and not _knows_fp8(device):
+        return "this GPU does not read fp8"
     return None
-
-
-def _per_row(weight: QuantizedWeight) -> bool:
-    """Whether values of one byte have one scale for each row."""
-    return weight.values.itemsize == 1 and weight.scales.shape == weight.values.shape[:1] and weight.order is None
 
 
 def _knows_fp8(device: torch.device) -> bool:

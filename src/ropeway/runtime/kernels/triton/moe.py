@@ -6,7 +6,7 @@ division of the tokens could need, and programs beyond what this one needs retur
 1. `_order_kernel` sorts the pairs (token, rank of one of its experts) by expert: one program for each expert counts who
    comes before it, then writes its own pairs in order. The sort is stable, so the same choice gives the same layout.
 2. `_expert_kernel` with FIRST: gate and up side by side in two accumulators, silu(gate) * up, rows gathered by pair.
-3. `_expert_kernel` again: the product that leads back, each row to the place of its pair.
+3. `_expert_kernel` again: the product that leads back, each row to the place of its pair. (`_int4_kernel` for int4.)
 4. `_combine_kernel`: each token's weighted sum in float32, in the order of its ranks.
 """
 
@@ -15,11 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
-from ropeway.runtime.layers.quantized import QuantizedWeight
+from ropeway.runtime.layers.quantized import QuantizedWeight, checked
 
 
 @triton.jit
@@ -43,6 +43,39 @@ def _order_kernel(chosen, order, counts, pairs, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _rows(order, counts, experts, each, EXPERTS: tl.constexpr, FIRST: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of this program's block: the expert (`experts` or more if there is no such block), the rows of x that it reads,
+    those of the result that it writes, and which of them there are. EXPERTS is a power of two, at least `experts`."""
+    number = tl.arange(0, EXPERTS)
+    held = tl.load(counts + number, mask=number < experts, other=0)
+    blocks = (held + BLOCK_M - 1) // BLOCK_M
+    block = tl.program_id(0)
+    expert = tl.sum((tl.cumsum(blocks, 0) <= block).to(tl.int32), 0)
+    first = tl.sum(tl.where(number < expert, held, 0), 0)
+    count = tl.sum(tl.where(number == expert, held, 0), 0)
+    row = (block - tl.sum(tl.where(number < expert, blocks, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    used = row < count
+    pair = tl.load(order + first + row, mask=used, other=0)
+    if FIRST:
+        source = pair // each
+        target = first + row
+    else:
+        source = first + row
+        target = pair
+    return expert, source.to(tl.int64), target.to(tl.int64), used
+
+
+@triton.jit
+def _write(total, up, out_at, mask, FIRST: tl.constexpr):
+    """Store `total`, or silu(total) * up, rounded where the layers round that are computed one by one."""
+    kind = out_at.dtype.element_ty
+    if FIRST:
+        total = total.to(kind).to(tl.float32)
+        total = (total / (1.0 + tl.exp(-total))).to(kind).to(tl.float32) * up.to(kind).to(tl.float32)
+    tl.store(out_at, total.to(kind), mask=mask)
+
+
+@triton.jit
 def _expert_kernel(
     x,
     weight,
@@ -63,32 +96,18 @@ def _expert_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of one expert's product with `weight` (experts, rows, depth), where rows = columns, or twice that if
+    """One tile of one expert's product with `weight` (experts, rows, depth), whose rows are `columns`, or twice that if
     FIRST: then the lower half is `up`, and `x` is read by token and `out` written in sorted order; otherwise the other
-    way round. EXPERTS is a power of two, at least `experts`."""
-    number = tl.arange(0, EXPERTS)
-    held = tl.load(counts + number, mask=number < experts, other=0)
-    blocks = (held + BLOCK_M - 1) // BLOCK_M
-    block = tl.program_id(0)
-    expert = tl.sum((tl.cumsum(blocks, 0) <= block).to(tl.int32), 0)
+    way round. If SCALED, `scale` (experts, rows) belongs to the weight."""
+    expert, source, target, used = _rows(order, counts, experts, each, EXPERTS, FIRST, BLOCK_M)
     if expert >= experts:
         return
-    first = tl.sum(tl.where(number < expert, held, 0), 0)
-    count = tl.sum(tl.where(number == expert, held, 0), 0)
-    row = (block - tl.sum(tl.where(number < expert, blocks, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    used = row < count
-    pair = tl.load(order + first + row, mask=used, other=0)
-    if FIRST:
-        source, target = pair // each, first + row
-    else:
-        source, target = first + row, pair
-
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     wanted = column < columns
     rows = columns * 2 if FIRST else columns
-    lane = tl.arange(0, BLOCK_K)
-    x_at = x + source.to(tl.int64)[:, None] * x_stride + lane[None, :]
     base = expert.to(tl.int64) * rows
+    lane = tl.arange(0, BLOCK_K)
+    x_at = x + source[:, None] * x_stride + lane[None, :]
     weight_at = weight + (base + column)[None, :] * depth + lane[:, None]
     up_at = weight + (base + columns + column)[None, :] * depth + lane[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -106,13 +125,78 @@ def _expert_kernel(
         total *= tl.load(scale + base + column, mask=wanted, other=0.0)[None, :]
         if FIRST:
             up *= tl.load(scale + base + columns + column, mask=wanted, other=0.0)[None, :]
-    if FIRST:
-        # Rounded where the layers round that are computed one by one.
-        kind = out.dtype.element_ty
-        total = total.to(kind).to(tl.float32)
-        total = (total / (1.0 + tl.exp(-total))).to(kind).to(tl.float32) * up.to(kind).to(tl.float32)
-    out_at = out + target.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(out_at, total.to(out.dtype.element_ty), mask=used[:, None] & wanted[None, :])
+    out_at = out + target[:, None] * out_stride + column[None, :]
+    _write(total, up, out_at, used[:, None] & wanted[None, :], FIRST)
+
+
+@triton.jit
+def _int4_sum(total, low, high, packed_at, scale_at, zero_at, start, group, wanted):
+    """`total` and `low` and `high` (BLOCK_M, 32), inputs [start, start + 32) and the 32 after them, times a tile of the
+    weight: `packed_at` (32, BLOCK_N) are pairs of nibbles 32 inputs apart, `scale_at` and `zero_at` (BLOCK_N,) the
+    first group of each row."""
+    packed = tl.load(packed_at, mask=wanted[None, :], other=0)
+    near, far = start // group, (start + 32) // group
+    scale = tl.load(scale_at + near, mask=wanted, other=0.0).to(tl.float32)
+    zero = tl.load(zero_at + near, mask=wanted, other=0).to(tl.float32)
+    values = ((packed & 15).to(tl.float32) - zero[None, :]) * scale[None, :]
+    total = tl.dot(low, values.to(low.dtype), total, input_precision="ieee")
+    scale = tl.load(scale_at + far, mask=wanted, other=0.0).to(tl.float32)
+    zero = tl.load(zero_at + far, mask=wanted, other=0).to(tl.float32)
+    values = ((packed >> 4).to(tl.float32) - zero[None, :]) * scale[None, :]
+    return tl.dot(high, values.to(high.dtype), total, input_precision="ieee")
+
+
+@triton.jit
+def _int4_kernel(
+    x,
+    packed,
+    scale,
+    zero,
+    out,
+    order,
+    counts,
+    experts,
+    columns,
+    depth,
+    group,
+    each,
+    x_stride,
+    out_stride,
+    EXPERTS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """As `_expert_kernel` with weights in int4: `packed` (experts, rows, depth / 2), see `stack`, `scale` and `zero`
+    (experts, rows, depth / group). Steps are of 64 inputs, which divide `depth`."""
+    expert, source, target, used = _rows(order, counts, experts, each, EXPERTS, FIRST, BLOCK_M)
+    if expert >= experts:
+        return
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wanted = column < columns
+    rows = columns * 2 if FIRST else columns
+    base = expert.to(tl.int64) * rows
+    lane = tl.arange(0, 32)
+    x_at = x + source[:, None] * x_stride + lane[None, :]
+    row, up_row = base + column, base + columns + column
+    packed_at = packed + row[None, :] * (depth // 2) + lane[:, None]
+    up_at = packed + up_row[None, :] * (depth // 2) + lane[:, None]
+    groups = depth // group
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, depth, 64):
+        low = tl.load(x_at + start, mask=used[:, None], other=0.0)
+        high = tl.load(x_at + start + 32, mask=used[:, None], other=0.0)
+        half = start // 2
+        total = _int4_sum(
+            total, low, high, packed_at + half, scale + row * groups, zero + row * groups, start, group, wanted
+        )
+        if FIRST:
+            up = _int4_sum(
+                up, low, high, up_at + half, scale + up_row * groups, zero + up_row * groups, start, group, wanted
+            )
+    out_at = out + target[:, None] * out_stride + column[None, :]
+    _write(total, up, out_at, used[:, None] & wanted[None, :], FIRST)
 
 
 @triton.jit
@@ -130,20 +214,42 @@ def _combine_kernel(parts, weights, out, hidden, each, BLOCK: tl.constexpr):
 
 @dataclass(frozen=True)
 class Stacked:
-    """The same matrix of all experts: `values` (experts, rows, depth), contiguous, and `scales` (experts, rows) float32
-    of values that are not in x's type."""
+    """The same matrix of all experts, contiguous.
+
+    `values` (experts, rows, depth), in x's type or, with `scales` (experts, rows) float32, of one byte. Or int4:
+    `values` (experts, rows, depth / 2), with `scales` float16 and `zeros` uint8 (experts, rows, depth / group).
+    """
 
     values: Tensor
     scales: Tensor | None = None
+    zeros: Tensor | None = None
+    group: int = 0
+
+    @property
+    def depth(self) -> int:
+        return self.values.shape[2] * (1 if self.zeros is None else 2)
 
 
 def stack(weight: Tensor | QuantizedWeight, experts: int) -> Stacked:
-    """`weight` (experts * rows, depth) expert by expert."""
-    if isinstance(weight, QuantizedWeight):
-        values, scales = weight.values, weight.scales.float().view(experts, -1).contiguous()
-    else:
-        values, scales = weight, None
-    return Stacked(values.contiguous().view(experts, -1, values.shape[1]), scales)
+    """`weight` (experts * rows, depth) expert by expert. Of an int4 weight each byte gets two values that are 32 inputs
+    apart, so that a kernel multiplies either half as it is."""
+    if not isinstance(weight, QuantizedWeight):
+        return Stacked(_by_expert(weight, experts))
+    weight = checked(weight)
+    if weight.format != "int4":
+        return Stacked(_by_expert(weight.values, experts), weight.scales.float().view(experts, -1).contiguous())
+    low, high = weight.values.view(weight.values.shape[0], -1, 2, 32).unbind(2)
+    zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
+    return Stacked(
+        _by_expert((low | (high << 4)).flatten(1), experts),
+        _by_expert(weight.scales.half(), experts),
+        _by_expert(zeros, experts),
+        weight.group,
+    )
+
+
+def _by_expert(tensor: Tensor, experts: int) -> Tensor:
+    return tensor.contiguous().view(experts, -1, tensor.shape[1])
 
 
 @dataclass(frozen=True)
@@ -183,8 +289,8 @@ def mixture(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Stacked, down: 
     """
     x, weights, chosen = x.contiguous(), weights.contiguous(), chosen.contiguous()
     tokens, each = chosen.shape
-    experts, hidden, inner = down.values.shape
-    pairs = tokens * each
+    experts, hidden, _ = down.values.shape
+    pairs, inner = tokens * each, down.depth
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     counts = torch.empty(experts, dtype=torch.int32, device=x.device)
     _order_kernel[(experts,)](chosen, order, counts, pairs, BLOCK=min(1024, triton.next_power_of_2(pairs)))
@@ -200,29 +306,18 @@ def mixture(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Stacked, down: 
 
 
 def _product(x: Tensor, weight: Stacked, out: Tensor, order: Tensor, counts: Tensor, each: int, *, first: bool) -> None:
-    experts, _, depth = weight.values.shape
-    pairs, columns = out.shape
+    experts, (pairs, columns) = weight.values.shape[0], out.shape
     tiles = choose_tiles(pairs, experts, x.element_size(), first=first)
     grid = (most_blocks(pairs, experts, tiles.m), triton.cdiv(columns, tiles.n))
-    _expert_kernel[grid](
-        x,
-        weight.values,
-        weight.values if weight.scales is None else weight.scales,
-        out,
-        order,
-        counts,
-        experts,
-        columns,
-        depth,
-        each,
-        x.stride(0),
-        out.stride(0),
-        EXPERTS=triton.next_power_of_2(experts),
-        FIRST=first,
-        SCALED=weight.scales is not None,
-        BLOCK_M=tiles.m,
-        BLOCK_N=tiles.n,
-        BLOCK_K=tiles.k,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    sizes = (out, order, counts, experts, columns, weight.depth)
+    strides = (each, x.stride(0), out.stride(0))
+    shape = {
+        "EXPERTS": triton.next_power_of_2(experts), "FIRST": first, "BLOCK_M": tiles.m, "BLOCK_N": tiles.n,
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
+    }  # fmt: skip
+    if weight.zeros is not None:
+        _int4_kernel[grid](x, weight.values, weight.scales, weight.zeros, *sizes, weight.group, *strides, **shape)
+        return
+    scaled = weight.scales is not None
+    scales = weight.scales if scaled else weight.values
+    _expert_kernel[grid](x, weight.values, scales, *sizes, *strides, SCALED=scaled, BLOCK_K=tiles.k, **shape)
