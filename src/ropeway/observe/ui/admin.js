@@ -46,7 +46,10 @@ export function models() {
       throw error;
     }
     const local = found.data.filter((one) => one.kind === "local").map((one) => one.name);
-    if (local.join() !== [...which.options].map((one) => one.value).join()) which.replaceChildren(...local.map((name) => h("option", { value: name }, name)));
+    if (local.join() !== [...which.options].map((one) => one.value).join()) {
+      which.replaceChildren(...local.map((name) => h("option", { value: name }, name)));
+      setTimeout(() => page.load()); // what is asked of one model is asked of this one
+    }
     which.hidden = local.length < 2;
     const change = (one, verb) => button(verb === "start" ? "Start" : "Stop", async () => {
       if (verb === "stop" && !(await sure(`Take ${one.name} out of service? What it is answering it finishes.`, "Stop it"))) return;

@@ -17,7 +17,9 @@ const made = {};
 let open = null;
 
 function go() {
-  const name = NAMES.includes(location.hash.slice(1)) ? location.hash.slice(1) : NAMES[0];
+  const asked = location.hash.slice(1);
+  if (open && !NAMES.includes(asked)) return; // a place on this page
+  const name = NAMES.includes(asked) ? asked : NAMES[0];
   if (open === name) return;
   made[open]?.close();
   open = name;

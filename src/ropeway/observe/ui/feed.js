@@ -46,7 +46,7 @@ class Known {
     this.at = now;
     const { used = 0, total = 0 } = frame.kv ?? {};
     this.history.push({
-      ...frame.rates, occupancy: frame.seats.length / slots, waiting: frame.waiting_total, kv: total ? used / total : 0,
+      ...(frame.rates ?? {}), occupancy: frame.seats.length / slots, waiting: frame.waiting_total, kv: total ? used / total : 0,
     });
     for (const one of frame.events ?? []) this.news.push(one);
     if (this.news.length > NEWS) this.news.splice(0, this.news.length - NEWS);

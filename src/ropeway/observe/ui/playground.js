@@ -6,7 +6,7 @@ import { life } from "./timeline.js";
 
 const MOST_TURNS = 100;
 const NUMBERS = [
-  ["temperature", "Temperature", { min: 0, max: 2, step: 0.1, value: 0.7 }],
+  ["temperature", "Temperature", { min: 0, max: 2, step: 0.05, value: 0.7 }],
   ["top_p", "Top p", { min: 0.01, max: 1, step: 0.01 }],
   ["max_tokens", "At most so many tokens", { min: 1, step: 1, value: 200 }],
   ["seed", "Seed", { min: 0, step: 1 }],

@@ -34,6 +34,7 @@ export class Ropeway {
     });
     this.model = h("select", { "aria-label": "Model", on: { change: () => this.choose() } });
     this.about = h("span", { class: "dim" });
+    this.phase = h("span", { class: "state starting", hidden: true });
     this.pause = h("button", { type: "button", class: "plain", title: "Hold the picture (p)", on: { click: () => this.hold() } }, "Hold");
     this.away = h("p", { class: "away", role: "status", hidden: true });
     this.map = h("canvas", { role: "img", "aria-label": "KV blocks" });
@@ -55,7 +56,7 @@ export class Ropeway {
       return { name, canvas, chart: new Chart(canvas, lines, rest) };
     });
     return h("div", { class: "ropeway" },
-      h("div", { class: "row head" }, h("h1", {}, "The batch, live"), this.model, this.about,
+      h("div", { class: "row head" }, h("h1", {}, "The batch, live"), this.model, this.about, this.phase,
         h("span", { class: "right legend" }, swatch("prefill", "reads its prompt"), swatch("cached", "cached"), swatch("decode", "writes"),
           ["high", "medium", "low"].map((one) => h("span", {}, mark(one), one)), this.pause)),
       h("dl", { class: "tiles" }, TILES.map(([id, name]) => h("div", {}, h("dt", {}, name), h("dd", {}, this.tiles[id])))),
@@ -177,7 +178,9 @@ export class Ropeway {
     const { known, hello } = this.feed;
     if (!known?.frame) return;
     const { frame, history } = known;
-    const { rates, seats } = frame;
+    const { rates = {}, seats } = frame;
+    this.phase.hidden = !frame.state || frame.state === "ready";
+    this.phase.textContent = `the engine is ${frame.state}`;
     const says = {
       generation_tps: whole(rates.generation_tps), prompt_tps: whole(rates.prompt_tps), ttft: seconds(rates.ttft_p50), itl: seconds(rates.itl_p50),
       seats: `${seats.length} / ${hello?.slots ?? "–"}`, waiting: whole(frame.waiting_total),
