@@ -1,0 +1,187 @@
+"""An engine is watched from its two sides: as the executor that it drives, and as the channel that it serves.
+
+So nothing in the engine knows of it. Whatever must be asked of the scheduler is asked by a command of the engine's
+own, put between those of the service: a journal has it, and a replay asks the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from ropeway.contract import Command, EngineStats, Explain, Explained, Report, Step, StepPlan, StepResult, Submit, Why
+from ropeway.contract.channel import Channel
+from ropeway.contract.clock import Clock, SystemClock
+from ropeway.contract.executor import Executor
+from ropeway.contract.scene import MOST_WAITING, Happening, Look, Recall, Recalled, Scene, Seat, Waiting
+from ropeway.scene.cells import cells
+from ropeway.scene.lives import Lives
+from ropeway.scene.pace import Pace
+
+if TYPE_CHECKING:
+    from ropeway.engine.engine import Engine
+    from ropeway.scheduler import Scheduler
+    from ropeway.scheduler.sequence import Sequence as Sequence_
+
+EVERY: Final = 0.25
+"""Seconds from one time that reasons are asked for to the next, while somebody waits."""
+
+SHARE: Final = 200
+"""And at least so many times as long as it took to answer: asking never costs more than this part of the time."""
+
+OURS: Final = -1
+"""The token of questions that are not the service's, whose tokens are positive."""
+
+
+class Watcher:
+    """An executor around `executor`, for an engine that is then to be `run`. `wall` gives seconds since 1970."""
+
+    def __init__(
+        self, executor: Executor, *, clock: Clock | None = None, wall: Callable[[], float] = time.time
+    ) -> None:
+        self.info = executor.info
+        self.lives = Lives()
+        self._executor = executor
+        self._now = (clock or SystemClock()).now
+        self._wall = wall
+        self._pace = Pace(self._now())
+        self._under_way: deque[Sequence[Any]] = deque()  # the chunks that each step reads
+        self._plan: StepPlan | None = None
+        self._stats: EngineStats | None = None
+        self._reasons: list[Why] = []
+        self._asked = self._ask_at = 0.0
+
+    def run(self, engine: Engine, channel: Channel) -> None:
+        """`engine.run(channel)`, watched. The engine drives this executor."""
+        engine.run(_Window(self, engine.scheduler, channel))
+
+    # The executor
+
+    def submit(self, plan: StepPlan) -> Any:
+        self._plan = plan
+        self._under_way.append(self.lives.planned(plan, self._now()))
+        return self._executor.submit(plan)
+
+    def collect(self, ticket: Any) -> StepResult:
+        result = self._executor.collect(ticket)
+        chunks, now = self._under_way.popleft(), self._now()
+        for seconds in self.lives.computed(chunks, now) if chunks else ():
+            self._pace.began(now, seconds)
+        self._pace.stepped(now, sum([chunk.count for chunk in chunks]), sum([len(new) for new in result.tokens]))
+        return result
+
+    def close(self) -> None:
+        self._executor.close()
+
+    # The channel
+
+    def take(
+        self, commands: Sequence[Command], scheduler: Scheduler, answer: Callable[[Report], None]
+    ) -> list[Command]:
+        """What the engine is to be told. What is asked of the watcher is answered here."""
+        kept: list[Command] = []
+        for command in commands:
+            match command:
+                case Look():
+                    answer(self._scene(command, scheduler))
+                case Recall(token, rids):
+                    now = self._now()
+                    answer(Recalled(token, self.lives.recall(rids, self._wall() - now, now)))
+                case Submit(request):
+                    waiting = scheduler.waiting
+                    self.lives.arrived(request, len(waiting), waiting.order.name, self._now())
+                    kept.append(command)
+                case _:
+                    kept.append(command)
+        if scheduler.waiting and self._now() >= self._ask_at:
+            self._asked = self._now()
+            kept.append(Explain(OURS, most=MOST_WAITING))
+        return kept
+
+    def hear(self, report: Report) -> Report | None:
+        """What the service is to be told."""
+        if isinstance(report, Step):
+            self._stats = report.stats
+            self.lives.heard(report.events, report.stats.step, self._now())
+        elif isinstance(report, Explained) and report.token == OURS:
+            now = self._now()
+            self._ask_at = now + max(EVERY, SHARE * (now - self._asked))
+            self._reasons = report.reasons
+            self.lives.explained(report.reasons, now)
+            return None
+        return report
+
+    def rest(self) -> None:
+        """The engine has nothing to do."""
+        self._pace.rest()
+
+    # What is seen
+
+    def _scene(self, look: Look, scheduler: Scheduler) -> Scene:
+        begun, at = self._now(), self._wall()
+        zero, plan = at - begun, self._plan
+        counts = {row.rid: row.count for row in plan.rows} if plan is not None else {}
+        news: list[Happening] = []
+        for one in reversed(self.lives.happenings):
+            if one.number <= look.since:
+                break
+            news.append(Happening(one.number, zero + one.at, one.rid, one.event, one.reason))
+        return Scene(
+            token=look.token,
+            at=at,
+            step=plan.step if plan is not None else 0,
+            seats=[_seat(seq, counts.get(seq.rid, 0)) for seq in scheduler.running],
+            waiting=self._waiting(),
+            waiting_total=len(scheduler.waiting),
+            cells=cells(scheduler.memory),
+            stats=self._stats,
+            rates=self._pace.rates(begun),
+            happenings=news[::-1],
+            took=self._now() - begun,
+        )
+
+    def _waiting(self) -> list[Waiting]:
+        """Those who were told to wait when that was last asked, and wait still."""
+        found = []
+        for why in self._reasons:
+            urgency = self.lives.waits(why.rid)
+            if urgency is not None:
+                found.append(Waiting(why.rid, len(found), int(urgency), why.holder, why.reason, why.eta_s))
+        return found
+
+
+class _Window:
+    """The channel of a watched engine."""
+
+    def __init__(self, watcher: Watcher, scheduler: Scheduler, channel: Channel) -> None:
+        self._watcher = watcher
+        self._scheduler = scheduler
+        self._channel = channel
+
+    def recv(self, *, wait: bool) -> list[Command] | None:
+        if wait:
+            self._watcher.rest()
+        while True:
+            commands = self._channel.recv(wait=wait)
+            if commands is None:
+                return None
+            commands = self._watcher.take(commands, self._scheduler, self._channel.send)
+            if commands or not wait:
+                return commands
+
+    def send(self, report: Report) -> None:
+        told = self._watcher.hear(report)
+        if told is not None:
+            self._channel.send(told)
+
+
+def _seat(seq: Sequence_, count: int) -> Seat:
+    known = len(seq.tokens)
+    # Who generates has computed all but the newest token, or that too in a step under way.
+    reads = seq.first_token is None or seq.computed < known - 1
+    return Seat(
+        seq.slot, seq.rid, int(seq.request.urgency), seq.prompt_len, seq.computed, known, seq.cached, count, reads,
+        len(seq.blocks),
+    )  # fmt: skip
