@@ -1,0 +1,83 @@
+"""A plan under way, and how well the device was kept busy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ropeway.contract import Extra, Row, StepPlan
+from ropeway.errors import RopewayError
+from ropeway.runtime.lane import Fetch
+from ropeway.runtime.pooling import Pool
+from ropeway.runtime.sampler import Want
+from ropeway.runtime.slots import Slot
+from ropeway.runtime.transfer import Moving
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A token that the device has chosen: row `number` of the plan, the sequence's `seat`, the token's index in the
+    sequence, and its place in what is fetched."""
+
+    number: int
+    seat: Slot
+    index: int
+    place: int
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A plan under way: its rows, and by their numbers what has come of them.
+
+    `wants` are the rows whose tokens the host chooses, `parts` the logits of those that have been computed; `pooled`
+    are prompts that end with a row. These are waited for before another step begins. `coming` are tokens that the
+    device has chosen by itself.
+
+    `begun`, `launched` and `ended` mark when the device could begin, when it had the inputs, and when all was done;
+    `before` is the mark at which the step before had ended, if nobody had to come in between. A `settled` ticket has
+    all its tokens; it took `seconds`, without its copies.
+    """
+
+    plan: StepPlan
+    moving: Moving
+    begun: Any
+    before: Any = None
+    launched: Any = None
+    ended: Any = None
+    sound: list[int] = field(default_factory=list)
+    wants: dict[int, Want] = field(default_factory=dict)
+    parts: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    pooled: list[tuple[int, Pool]] = field(default_factory=list)
+    coming: list[tuple[Fetch, list[Coming]]] = field(default_factory=list)
+    faults: dict[int, RopewayError] = field(default_factory=dict)
+    extras: dict[int, Extra] = field(default_factory=dict)
+    seconds: float = 0.0
+    settled: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens: list[list[int]] = [[] for _ in self.plan.rows]
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.plan.rows
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the host has still to make something of what was computed."""
+        return bool(self.parts or self.pooled)
+
+
+@dataclass
+class Pace:
+    """Seconds in which the device worked at steps, and in which it stood still between two although there was more to
+    do: from the end of one to the launch of the next, where somebody was on board all the while."""
+
+    busy: float = 0.0
+    idle: float = 0.0
+
+    @property
+    def idle_share(self) -> float:
+        whole = self.busy + self.idle
+        return self.idle / whole if whole else 0.0
