@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,8 +16,7 @@ from ropeway.runtime.slots import Slot
 from ropeway.runtime.transfer import Moving
 
 
-@dataclass(frozen=True)
-class Coming:
+class Coming(NamedTuple):
     """A token that the device has chosen: row `number` of the plan, the sequence's `seat`, the token's index in the
     sequence, and its place in what is fetched."""
 
