@@ -38,7 +38,7 @@ with_pytest() { stage "$1" "$2" "$3" "$PYTHON" -m pytest -q -p no:cacheprovider 
 
 CHOSEN="$*"
 # Is the kernel code right? Compiled on this GPU for the first time, each kernel against plain torch.
-with_pytest 1 kernels 540 tests/triton
+with_pytest 1 kernels 540 tests/gpu_kernels
 with_pytest 2 conformance 540 tests/gpu/test_gpu_attention.py tests/gpu/test_gpu_ops.py
 # Is the engine right? Greedy text against transformers', at every depth, with graphs and without.
 with_pytest 3 engine 590 tests/gpu/test_gpu_engine.py
