@@ -218,6 +218,6 @@ export function at(ride, time, id) {
   const wrote = reads ? 0 : 1 + ((ride.answer - 1) * (time - ride.first)) / Math.max(1e-9, ride.last - ride.first);
   return {
     slot: ride.seat, id, urgency: "high", phase: reads ? "prefill" : "decode", prompt: ride.prompt, computed: Math.round(ride.prompt * read),
-    known: ride.prompt + Math.floor(wrote), cached: 0, count: 1, blocks: 0, fine: wrote,
+    known: ride.prompt + Math.floor(wrote), cached: 0, count: 1, blocks: 0, fine: Math.max(0, wrote - 1),
   };
 }

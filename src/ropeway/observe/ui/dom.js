@@ -87,7 +87,8 @@ export const whole = (n) => (n === null || n === undefined ? "–" : Math.round(
 export function seconds(s) {
   if (s === null || s === undefined || !Number.isFinite(s)) return "–";
   if (s < 0.001) return s === 0 ? "0 s" : `${(s * 1e6).toFixed(0)} µs`;
-  if (s < 1) return `${(s * 1000).toPrecision(3).replace(/\.0+$/, "")} ms`;
+  if (s < 0.0995) return `${(s * 1000).toPrecision(3).replace(/\.0+$/, "")} ms`;
+  if (s < 0.9995) return `${(s * 1000).toFixed(0)} ms`;
   if (s < 120) return `${s.toFixed(s < 10 ? 2 : 1)} s`;
   if (s < 7200) return `${Math.round(s / 60)} min`;
   return `${(s / 3600).toFixed(1)} h`;

@@ -7,6 +7,7 @@ const FIRST = 500;
 const LONGEST = 15000;
 const SILENCE = 40000;
 const NEWS = 40;
+const SAMPLE_SECONDS = 0.25;
 
 /** The last `SAMPLES` numbers of each series: memory that does not grow. */
 export class History {
@@ -45,9 +46,9 @@ class Known {
     if (this.frame) this.interval = Math.max(50, Math.min(1500, now - this.at));
     this.at = now;
     const { used = 0, total = 0 } = frame.kv ?? {};
-    this.history.push({
-      ...(frame.rates ?? {}), occupancy: frame.seats.length / slots, waiting: frame.waiting_total, kv: total ? used / total : 0,
-    });
+    const sample = { ...(frame.rates ?? {}), occupancy: frame.seats.length / slots, waiting: frame.waiting_total, kv: total ? used / total : 0 };
+    const passed = this.frame ? (frame.t - this.frame.t) / SAMPLE_SECONDS : 1; // while nothing happens, frames are rare
+    for (let i = Math.max(1, Math.min(SAMPLES, Math.round(passed))); i > 0; i--) this.history.push(sample);
     for (const one of frame.events ?? []) this.news.push(one);
     if (this.news.length > NEWS) this.news.splice(0, this.news.length - NEWS);
     this.frame = frame;

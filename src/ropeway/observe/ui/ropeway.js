@@ -37,6 +37,7 @@ export class Ropeway {
     this.phase = h("span", { class: "state starting", hidden: true });
     this.pause = h("button", { type: "button", class: "plain", title: "Hold the picture (p)", on: { click: () => this.hold() } }, "Hold");
     this.away = h("p", { class: "away", role: "status", hidden: true });
+    this.spoken = h("p", { class: "unseen", role: "status" });
     this.map = h("canvas", { role: "img", "aria-label": "KV blocks" });
     this.counts = h("p", { class: "legend" });
     this.tiers = h("div", { class: "tiers" });
@@ -62,7 +63,7 @@ export class Ropeway {
       h("dl", { class: "tiles" }, TILES.map(([id, name]) => h("div", {}, h("dt", {}, name), h("dd", {}, this.tiles[id])))),
       this.away,
       h("div", { class: "halves" },
-        h("section", { class: "card wide", "aria-label": "Seats" }, h("div", { class: "track" }, this.canvas),
+        h("section", { class: "card wide", "aria-label": "Seats" }, h("div", { class: "track" }, this.canvas), this.spoken,
           h("p", { id: "track-help", class: "dim small" },
             "Each lane is a seat. Right of the line: tokens written so far, on a logarithmic scale, for nobody knows where a request gets off. ",
             "Click a lane, or choose one by arrow keys and Enter.")),
@@ -167,7 +168,8 @@ export class Ropeway {
     const { known, hello } = this.feed;
     if (this.held || !known?.frame) return;
     const { frame, interval } = known;
-    if (!this.track.lanes.length) this.track.configure(hello?.slots || frame.seats.length || 1);
+    const lanes = Math.min(MOST_LANES, frame.seats.reduce((most, seat) => Math.max(most, seat.slot + 1), hello?.slots || 1));
+    if (this.track.lanes.length < lanes) this.track.configure(lanes);
     const endings = Object.fromEntries((frame.events ?? []).filter((one) => ENDS[one.event]).map((one) => [one.id, one.event]));
     this.track.update(frame.seats, { interval: interval * 1.1, endings });
     this.fresh = this.changed = true;
@@ -257,7 +259,7 @@ export class Ropeway {
       const next = selected === null ? 0 : Math.max(0, Math.min(lanes - 1, selected + step));
       this.select(next);
       const seat = this.track.lanes[next]?.seat;
-      this.canvas.setAttribute("aria-label", seat ? `Seat ${next + 1}: ${sentence(seat)}` : `Seat ${next + 1} is free.`);
+      this.spoken.textContent = seat ? `Seat ${next + 1} ${sentence(seat)}` : `Seat ${next + 1} is free.`;
       event.preventDefault();
     } else if (event.key === "Enter" && selected !== null) this.details(selected);
     else if (event.key === "Delete" && selected !== null) {
@@ -287,6 +289,7 @@ function sentence(seat) {
   const written = Math.max(0, seat.known - seat.prompt);
   const cached = seat.cached ? `, ${whole(seat.cached)} of them cached` : "";
   const prompt = `${whole(seat.prompt)} tokens of prompt${cached}`;
+  if (seat.phase === "prefill" && written) return `reads again what it had before it was put back, ${whole(seat.computed)} of ${whole(seat.known)} tokens; holds ${seat.blocks} KV blocks.`;
   if (seat.phase === "prefill") return `reads ${whole(seat.computed)} of ${prompt}; holds ${seat.blocks} KV blocks.`;
   return `has read ${prompt}, and written ${whole(written)}; holds ${seat.blocks} KV blocks.`;
 }

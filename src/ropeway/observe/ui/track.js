@@ -191,7 +191,7 @@ export class Track {
     const x = this.x(slot, position(lane, now), reach);
     const { seat } = lane;
     const read = Math.min(x, x1);
-    const known = x0 + (x1 - x0) * Math.min(1, seat.cached / Math.max(1, seat.prompt));
+    const known = x0 + (x1 - x0) * Math.min(1, seat.cached / Math.max(1, seat.phase === "prefill" ? toRead(seat) : seat.prompt));
     ctx.lineWidth = Math.max(2.5, tall * 0.12);
     ctx.strokeStyle = this.colours.prefill;
     if (read > x0) stroke(ctx, x0, y, read, y);
@@ -230,7 +230,7 @@ export class Track {
 
   label(seat, x, y, x1, x2) {
     const { ctx } = this;
-    const text = seat.phase === "prefill" ? `${seat.computed}/${seat.prompt}` : `${seat.prompt} + ${out(seat)}`;
+    const text = seat.phase === "prefill" ? `${seat.computed}/${toRead(seat)}` : `${seat.prompt} + ${out(seat)}`;
     ctx.font = "11px system-ui, sans-serif";
     ctx.fillStyle = this.colours.dim;
     const right = x + 60 > x2;
@@ -256,9 +256,12 @@ export class Track {
 
 const out = (seat) => Math.max(0, seat.known - seat.prompt);
 
+/** What it has to read before it goes on writing: after a preemption also what it had written. */
+const toRead = (seat) => Math.max(seat.prompt, seat.known);
+
 /** Where a cabin belongs: the share of its prompt that is computed, and from 1 on the logarithm of what it has written. */
 function goal(seat) {
-  const read = Math.min(1, seat.computed / Math.max(1, seat.prompt));
+  const read = seat.computed / Math.max(1, toRead(seat));
   return seat.phase === "prefill" ? Math.min(read, 0.999) : 1 + Math.log2(1 + (seat.fine ?? out(seat)));
 }
 
