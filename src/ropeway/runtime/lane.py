@@ -58,6 +58,9 @@ class Lane(Protocol):
         but what `step` itself allocates must stay where it is. `step` may not wait for the device, nor look at what is
         in a tensor."""
 
+    def check(self) -> None:
+        """Raise what the device has to say if it cannot go on at all."""
+
 
 class CpuLane:
     """The CPU computes while it is told to, so everything is there at once. Recording is remembering what to call."""
@@ -82,6 +85,9 @@ class CpuLane:
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         step()
         return step
+
+    def check(self) -> None:
+        pass
 
 
 class _There:
@@ -142,6 +148,10 @@ class CudaLane:
                     graph.capture_end()
             current.wait_stream(self._side)
         return graph.replay
+
+    def check(self) -> None:
+        # After an illegal access, say, every call fails until the process ends.
+        torch.cuda.synchronize(self.device)
 
     def _record(self, *, timing: bool = False) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=timing, blocking=True)
