@@ -18,8 +18,8 @@ class ExpertSpec:
     Each token goes through `chosen` of `count` gated MLPs of `inner` features, and besides through one of `shared`
     features (DeepSeekMoE, Dai et al. 2024; 0: there is none). The router's logits become scores by `scoring`; one that
     is `biased` adds a learned number to each score, for choosing alone. Of `groups` equal groups of experts only the
-    `kept_groups` with the best sum of their `group_best` highest scores take part. The weights of the chosen are their
-    scores, divided by their sum if `normalize`, times `scale`.
+    `kept_groups` with the best sum of their `group_best` (1 or 2) highest scores take part. The weights of the chosen
+    are their scores, divided by their sum if `normalize`, times `scale`.
 
     `block` is the part of a layer that holds router and experts in a checkpoint, `parts` are the names of an expert's
     gate, up and down projections.

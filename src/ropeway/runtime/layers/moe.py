@@ -7,7 +7,7 @@ them in a fixed number of Triton kernels and never asks the device how the token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -21,6 +21,9 @@ from ropeway.runtime.layers.mlp import GatedMLP
 from ropeway.runtime.layers.quantized import QuantizedWeight
 
 _LEAST = 1e-20
+Choose = Callable[[Tensor, Tensor | None, ExpertSpec], tuple[Tensor, Tensor]]
+"""Logits (T, experts) float32, and a bias (experts,) float32 or None, to weights (T, k) float32 and experts (T, k)
+int64, the best first."""
 
 
 class Experts(Protocol):
@@ -30,41 +33,43 @@ class Experts(Protocol):
     capturable: bool
     """Whether a CUDA graph can hold it: it must not wait for the device."""
 
+    @property
+    def choose(self) -> Choose:
+        """How routers choose where these experts are computed."""
+
     def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """`x` (T, hidden), `weights` (T, k) float32 and `chosen` (T, k) int64, the experts of each token, to the
         weighted sum of what they make of it, (T, hidden). A row's result depends on that row alone."""
 
 
 class Router:
-    """Scores of the experts, and the choice. Computed in float32, whatever the model's dtype: two experts that are
-    nearly equal are a decision like that between two tokens."""
+    """Chooses the experts of each token. Computed in float32, whatever the model's dtype: which of two nearly equal
+    experts is better decides as much as which of two tokens."""
 
-    def __init__(self, product: PackedLinear, bias: Tensor | None, spec: ExpertSpec) -> None:
-        """`product` is (experts, hidden) in float32, `bias` (experts,) float32 of a biased router."""
-        self.product, self.bias, self.spec = product, bias, spec
+    def __init__(self, product: PackedLinear, bias: Tensor | None, spec: ExpertSpec, choose: Choose) -> None:
+        """`product` is (experts, hidden) in float32, `bias` (experts,) float32 that of a biased router."""
+        self.product, self.bias, self.spec, self.choose = product, bias, spec, choose
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` (T, hidden) to weights (T, k) float32 and experts (T, k) int64, the best first."""
-        spec = self.spec
-        logits = self.product(x.float())
-        scores = logits.sigmoid() if spec.scoring == "sigmoid" else logits.softmax(-1)
-        order = scores if self.bias is None else scores + self.bias
-        if spec.kept_groups < spec.groups:
-            order = self._within_groups(order)
-        chosen = order.topk(spec.chosen, dim=-1).indices
-        weights = scores.gather(1, chosen)
-        if spec.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + _LEAST)
-        return weights * spec.scale, chosen
+        """`x` (T, hidden) to weights (T, k) float32 and experts (T, k) int64."""
+        return self.choose(self.product(x.float()), self.bias, self.spec)
 
-    def _within_groups(self, order: Tensor) -> Tensor:
-        """`order` (T, experts) with minus infinity outside the groups that are kept."""
-        spec = self.spec
+
+def choose_experts(logits: Tensor, bias: Tensor | None, spec: ExpertSpec) -> tuple[Tensor, Tensor]:
+    """`Choose` in plain torch."""
+    scores = logits.sigmoid() if spec.scoring == "sigmoid" else logits.softmax(-1)
+    order = scores if bias is None else scores + bias
+    if spec.kept_groups < spec.groups:
         grouped = order.view(order.shape[0], spec.groups, -1)
         best = grouped.topk(spec.group_best, dim=-1).values.sum(-1)
         kept = best.topk(spec.kept_groups, dim=-1).indices
-        mask = torch.full_like(best, -torch.inf).scatter_(1, kept, 0.0)
-        return (grouped + mask[..., None]).flatten(1)
+        outside = torch.full_like(best, -torch.inf).scatter_(1, kept, 0.0)
+        order = (grouped + outside[..., None]).flatten(1)
+    chosen = order.topk(spec.chosen, dim=-1).indices
+    weights = scores.gather(1, chosen)
+    if spec.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + _LEAST)
+    return weights * spec.scale, chosen
 
 
 class LoopedExperts:
@@ -75,7 +80,7 @@ class LoopedExperts:
 
     def __init__(self, gate_up: Sequence[PackedLinear], down: Sequence[PackedLinear], ops: Ops) -> None:
         self.gate_up, self.down, self.ops = gate_up, down, ops
-        self.capturable = False
+        self.capturable, self.choose = False, choose_experts
 
     def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         tokens, each = chosen.shape
@@ -108,9 +113,9 @@ class GroupedExperts:
     def __init__(self, gate_up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight, count: int) -> None:
         """`gate_up` (count * 2 * inner, hidden), each expert's gate above its up, and `down` (count * hidden, inner),
         in a format of which `grouped_reason` says nothing."""
-        from ropeway.runtime.kernels.triton import moe  # late: only a GPU, or a test, needs Triton
+        from ropeway.runtime.kernels.triton import moe, route  # late: only a GPU, or a test, needs Triton
 
-        self._moe = moe
+        self._moe, self.choose = moe, route.choose_experts
         self._gate_up, self._down = moe.stack(gate_up, count), moe.stack(down, count)
 
     def __call__(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ropeway.runtime.layers.quantized import QuantizedWeight, checked
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _order_kernel(chosen, order, counts, pairs, BLOCK: tl.constexpr):
     """`chosen` (pairs,) experts to `order` (pairs,), pairs sorted by expert, and `counts` (experts,)."""
     expert = tl.program_id(0)
@@ -293,7 +293,7 @@ def mixture(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Stacked, down: 
     pairs, inner = tokens * each, down.depth
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     counts = torch.empty(experts, dtype=torch.int32, device=x.device)
-    _order_kernel[(experts,)](chosen, order, counts, pairs, BLOCK=min(1024, triton.next_power_of_2(pairs)))
+    _order_kernel[(experts,)](chosen, order, counts, pairs, BLOCK=256 if pairs <= 256 else 1024)
 
     between = x.new_empty((pairs, inner))
     _product(x, gate_up, between, order, counts, each, first=True)
@@ -312,7 +312,7 @@ def _product(x: Tensor, weight: Stacked, out: Tensor, order: Tensor, counts: Ten
     sizes = (out, order, counts, experts, columns, weight.depth)
     strides = (each, x.stride(0), out.stride(0))
     shape = {
-        "EXPERTS": triton.next_power_of_2(experts), "FIRST": first, "BLOCK_M": tiles.m, "BLOCK_N": tiles.n,
+        "EXPERTS": max(2, triton.next_power_of_2(experts)), "FIRST": first, "BLOCK_M": tiles.m, "BLOCK_N": tiles.n,
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
     if weight.zeros is not None:
