@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -144,8 +145,11 @@ class CudaLane:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     step()
-                finally:
-                    graph.capture_end()
+                except Exception:
+                    with suppress(RuntimeError):  # it only says that what was recorded is of no use
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
             current.wait_stream(self._side)
         return graph.replay
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -26,37 +26,32 @@ class Coming(NamedTuple):
     place: int
 
 
-@dataclass(eq=False)
 class Ticket:
     """A plan under way: its rows, and by their numbers what has come of them.
 
-    `wants` are the rows whose tokens the host chooses, `parts` the logits of those that have been computed; `pooled`
-    are prompts that end with a row. These are waited for before another step begins. `coming` are tokens that the
-    device has chosen by itself.
+    `sound` are the rows that could be begun. `wants` are those whose tokens the host chooses, `parts` the logits of
+    those that have been computed; `pooled` are prompts that end with a row. These are waited for before another step
+    begins. `coming` are tokens that the device has chosen by itself.
 
     `begun`, `launched` and `ended` mark when the device could begin, when it had the inputs, and when all was done;
     `before` is the mark at which the step before had ended, if nobody had to come in between. A `settled` ticket has
     all its tokens; it took `seconds`, without its copies.
     """
 
-    plan: StepPlan
-    moving: Moving
-    begun: Any
-    before: Any = None
-    launched: Any = None
-    ended: Any = None
-    sound: list[int] = field(default_factory=list)
-    wants: dict[int, Want] = field(default_factory=dict)
-    parts: list[tuple[list[int], Tensor]] = field(default_factory=list)
-    pooled: list[tuple[int, Pool]] = field(default_factory=list)
-    coming: list[tuple[Fetch, list[Coming]]] = field(default_factory=list)
-    faults: dict[int, RopewayError] = field(default_factory=dict)
-    extras: dict[int, Extra] = field(default_factory=dict)
-    seconds: float = 0.0
-    settled: bool = False
-
-    def __post_init__(self) -> None:
-        self.tokens: list[list[int]] = [[] for _ in self.plan.rows]
+    def __init__(self, plan: StepPlan, moving: Moving, begun: Any, before: Any) -> None:
+        self.plan, self.moving, self.begun, self.before = plan, moving, begun, before
+        self.launched: Any = None
+        self.ended: Any = None
+        self.sound: list[int] = []
+        self.wants: dict[int, Want] = {}
+        self.parts: list[tuple[list[int], Tensor]] = []
+        self.pooled: list[tuple[int, Pool]] = []
+        self.coming: list[tuple[Fetch, list[Coming]]] = []
+        self.tokens: list[list[int]] = [[] for _ in plan.rows]
+        self.faults: dict[int, RopewayError] = {}
+        self.extras: dict[int, Extra] = {}
+        self.seconds = 0.0
+        self.settled = False
 
     @property
     def rows(self) -> list[Row]:
