@@ -134,15 +134,15 @@ def grouped_reason(device: torch.device, weights: Sequence[Tensor | QuantizedWei
 def _reason(weight: Tensor | QuantizedWeight, device: torch.device) -> str | None:
     if not isinstance(weight, QuantizedWeight):
         return None
-    rows, depth = weight.values.shape
+    depth = weight.values.shape[1]
     if weight.order is not None:
         return "grouped kernels know no act-order"
     if weight.format == "int4":
         known = weight.group % 32 == 0 and depth % 64 == 0
         return None if known else f"grouped kernels take 64 input features of int4 at once, which do not divide {depth}"
-    if weight.values.itemsize != 1 or tuple(weight.scales.shape) != (rows,):
-        return f"grouped kernels take {weight.format} with one scale for each row"
-    if weight.values.is_floating_point() and not _knows_fp8(device):
+    if weight.group % 64:
+        return f"grouped kernels take 64 input features at once, which do not divide groups of {weight.group}"
+    if weight.format == "fp8" and not _knows_fp8(device):
         return "this GPU does not read fp8"
     return None
 

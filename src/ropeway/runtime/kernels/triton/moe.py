@@ -86,19 +86,22 @@ def _expert_kernel(
     experts,
     columns,
     depth,
+    group,
     each,
     x_stride,
     out_stride,
     EXPERTS: tl.constexpr,
     FIRST: tl.constexpr,
     SCALED: tl.constexpr,
+    GROUPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One tile of one expert's product with `weight` (experts, rows, depth), whose rows are `columns`, or twice that if
     FIRST: then the lower half is `up`, and `x` is read by token and `out` written in sorted order; otherwise the other
-    way round. If SCALED, `scale` (experts, rows) belongs to the weight."""
+    way round. If SCALED, `scale` (experts, rows) belongs to the weight, or if GROUPED (experts, rows, depth / group),
+    where BLOCK_K divides `group`."""
     expert, source, target, used = _rows(order, counts, experts, each, EXPERTS, FIRST, BLOCK_M)
     if expert >= experts:
         return
@@ -108,23 +111,33 @@ def _expert_kernel(
     base = expert.to(tl.int64) * rows
     lane = tl.arange(0, BLOCK_K)
     x_at = x + source[:, None] * x_stride + lane[None, :]
-    weight_at = weight + (base + column)[None, :] * depth + lane[:, None]
-    up_at = weight + (base + columns + column)[None, :] * depth + lane[:, None]
+    row, up_row = base + column, base + columns + column
+    weight_at = weight + row[None, :] * depth + lane[:, None]
+    up_at = weight + up_row[None, :] * depth + lane[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    groups = (depth + group - 1) // group
     for start in range(0, depth, BLOCK_K):
         inside = start + lane < depth
         part = tl.load(x_at + start, mask=used[:, None] & inside[None, :], other=0.0)
         tile = inside[:, None] & wanted[None, :]
         values = tl.load(weight_at + start, mask=tile, other=0.0).to(part.dtype)
-        total = tl.dot(part, values, total, input_precision="ieee")
+        if GROUPED:
+            scales = tl.load(scale + row * groups + start // group, mask=wanted, other=0.0)
+            total += tl.dot(part, values, input_precision="ieee") * scales[None, :]
+        else:
+            total = tl.dot(part, values, total, input_precision="ieee")
         if FIRST:
             values = tl.load(up_at + start, mask=tile, other=0.0).to(part.dtype)
-            up = tl.dot(part, values, up, input_precision="ieee")
+            if GROUPED:
+                scales = tl.load(scale + up_row * groups + start // group, mask=wanted, other=0.0)
+                up += tl.dot(part, values, input_precision="ieee") * scales[None, :]
+            else:
+                up = tl.dot(part, values, up, input_precision="ieee")
     if SCALED:
-        total *= tl.load(scale + base + column, mask=wanted, other=0.0)[None, :]
+        total *= tl.load(scale + row, mask=wanted, other=0.0)[None, :]
         if FIRST:
-            up *= tl.load(scale + base + columns + column, mask=wanted, other=0.0)[None, :]
+            up *= tl.load(scale + up_row, mask=wanted, other=0.0)[None, :]
     out_at = out + target[:, None] * out_stride + column[None, :]
     _write(total, up, out_at, used[:, None] & wanted[None, :], FIRST)
 
@@ -216,8 +229,8 @@ def _combine_kernel(parts, weights, out, hidden, each, BLOCK: tl.constexpr):
 class Stacked:
     """The same matrix of all experts, contiguous.
 
-    `values` (experts, rows, depth), in x's type or, with `scales` (experts, rows) float32, of one byte. Or int4:
-    `values` (experts, rows, depth / 2), with `scales` float16 and `zeros` uint8 (experts, rows, depth / group).
+    `values` (experts, rows, depth), in x's type or, with `scales` (experts, rows, groups) float32, of one byte; one
+    group if `group` is 0. Or int4: `values` (experts, rows, depth / 2), with `scales` float16 and `zeros` uint8.
     """
 
     values: Tensor
@@ -237,7 +250,8 @@ def stack(weight: Tensor | QuantizedWeight, experts: int) -> Stacked:
         return Stacked(_by_expert(weight, experts))
     weight = checked(weight)
     if weight.format != "int4":
-        return Stacked(_by_expert(weight.values, experts), weight.scales.float().view(experts, -1).contiguous())
+        scales = weight.scales.float().view(weight.values.shape[0], -1)
+        return Stacked(_by_expert(weight.values, experts), _by_expert(scales, experts), group=weight.group)
     low, high = weight.values.view(weight.values.shape[0], -1, 2, 32).unbind(2)
     zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
     return Stacked(
@@ -318,6 +332,8 @@ def _product(x: Tensor, weight: Stacked, out: Tensor, order: Tensor, counts: Ten
     if weight.zeros is not None:
         _int4_kernel[grid](x, weight.values, weight.scales, weight.zeros, *sizes, weight.group, *strides, **shape)
         return
-    scaled = weight.scales is not None
-    scales = weight.scales if scaled else weight.values
-    _expert_kernel[grid](x, weight.values, scales, *sizes, *strides, SCALED=scaled, BLOCK_K=tiles.k, **shape)
+    scales = weight.values if weight.scales is None else weight.scales  # not read if there are none
+    _expert_kernel[grid](
+        x, weight.values, scales, *sizes, weight.group or weight.depth, *strides,
+        SCALED=weight.scales is not None and not weight.group, GROUPED=weight.group > 0, BLOCK_K=tiles.k, **shape,
+    )  # fmt: skip
