@@ -27,17 +27,17 @@ _ENDS: dict[FinishReason, Literal["finished", "cancelled", "failed"]] = {
 }
 
 
-class _Chunk:
-    """A row that reads, while its step is under way."""
+class Reading:
+    """A row that reads, of a step under way."""
 
-    __slots__ = ("begin", "count", "emits", "end", "record", "span", "start", "step")
+    __slots__ = ("begin", "count", "emits", "end", "read", "record", "span", "start", "step")
 
     def __init__(self, record: _Record, row: Row, step: int, now: float) -> None:
         self.record = record
         self.span = record.spans[-1]
         self.step = step
         self.start = row.start
-        self.count = row.count
+        self.count = self.read = row.count  # `count` also of those that it stands for
         self.emits = row.emit
         self.begin = now
         self.end: float | None = None
@@ -55,7 +55,7 @@ class _Span:
         self.seat = seat
         self.first_step = self.last_step = step
         self.cached = 0
-        self.chunks: list[_Chunk] = []
+        self.chunks: list[Reading] = []
         self.holder = _NEXT  # of the wait since `since`, and the reason
         self.waits: dict[str, tuple[float, str]] = {}  # by holder
 
@@ -119,7 +119,7 @@ class Lives:
         if reads:
             self._reading[rid] = record
 
-    def planned(self, plan: StepPlan, now: float) -> Sequence[_Chunk]:
+    def planned(self, plan: StepPlan, now: float) -> Sequence[Reading]:
         """A step begins. Returns the chunks that it reads, for `computed`."""
         for slot in plan.release:
             record = self._aboard.pop(slot, None)
@@ -141,12 +141,12 @@ class Lives:
             self._tell(record, "boarded", now, f"seat {admit.slot}")
         if not self._reading:
             return ()
-        chunks = [_Chunk(self._reading[row.rid], row, plan.step, now) for row in plan.rows if row.rid in self._reading]
+        chunks = [Reading(self._reading[row.rid], row, plan.step, now) for row in plan.rows if row.rid in self._reading]
         for chunk in chunks:
             self._read(chunk)
         return chunks
 
-    def computed(self, chunks: Iterable[_Chunk], now: float) -> list[float]:
+    def computed(self, chunks: Iterable[Reading], now: float) -> list[float]:
         """What `planned` has returned has come back. Returns the seconds that first tokens took."""
         waits = []
         for chunk in chunks:
@@ -191,7 +191,7 @@ class Lives:
         """All lives that are remembered, the oldest end first, and then those that last."""
         return self.recall([*self._ended, *self._open], zero, now)
 
-    def _read(self, chunk: _Chunk) -> None:
+    def _read(self, chunk: Reading) -> None:
         span = chunk.span
         span.last_step = chunk.step
         if chunk.emits:
@@ -210,7 +210,7 @@ class Lives:
         span = _Span("queue", now if begin is None else begin)
         span.holder = _PUT_BACK
         record.spans.append(span)
-        self._tell(record, "preempted", span.begin, _PUT_BACK[1])
+        self._tell(record, "preempted", now, _PUT_BACK[1])
 
     def _end(self, event: TokenEvent, finish: FinishReason, step: int, now: float) -> None:
         record = self._open.pop(event.rid, None)
@@ -220,9 +220,10 @@ class Lives:
         span = record.spans[-1]
         if event.usage is not None:
             record.completion = event.usage.completion_tokens
-            now = max(record.arrived + event.usage.total_s, span.begin)  # the step may have gone on without it
         if span.end is None:
-            span.close(now, step)
+            # By the engine's account: its last step may have gone on without it.
+            end = now if event.usage is None else max(record.arrived + event.usage.total_s, span.begin)
+            span.close(end, step)
         self._reading.pop(event.rid, None)
         if span.seat is not None and self._aboard.get(span.seat) is record:
             del self._aboard[span.seat]

@@ -17,13 +17,13 @@ from ropeway.contract.clock import Clock, SystemClock
 from ropeway.contract.executor import Executor
 from ropeway.contract.scene import MOST_WAITING, Happening, Look, Recall, Recalled, Scene, Seat, Waiting
 from ropeway.scene.cells import cells
-from ropeway.scene.lives import Lives
+from ropeway.scene.lives import Lives, Reading
 from ropeway.scene.pace import Pace
 
 if TYPE_CHECKING:
     from ropeway.engine.engine import Engine
     from ropeway.scheduler import Scheduler
-    from ropeway.scheduler.sequence import Sequence as Sequence_
+    from ropeway.scheduler.sequence import Sequence as Rider
 
 EVERY: Final = 0.25
 """Seconds from one time that reasons are asked for to the next, while somebody waits."""
@@ -47,7 +47,7 @@ class Watcher:
         self._now = (clock or SystemClock()).now
         self._wall = wall
         self._pace = Pace(self._now())
-        self._under_way: deque[Sequence[Any]] = deque()  # the chunks that each step reads
+        self._under_way: deque[Sequence[Reading]] = deque()  # the chunks that each step reads
         self._plan: StepPlan | None = None
         self._stats: EngineStats | None = None
         self._reasons: list[Why] = []
@@ -69,7 +69,7 @@ class Watcher:
         chunks, now = self._under_way.popleft(), self._now()
         for seconds in self.lives.computed(chunks, now) if chunks else ():
             self._pace.began(now, seconds)
-        self._pace.stepped(now, sum([chunk.count for chunk in chunks]), sum([len(new) for new in result.tokens]))
+        self._pace.stepped(now, sum([chunk.read for chunk in chunks]), sum([len(new) for new in result.tokens]))
         return result
 
     def close(self) -> None:
@@ -177,7 +177,7 @@ class _Window:
             self._channel.send(told)
 
 
-def _seat(seq: Sequence_, count: int) -> Seat:
+def _seat(seq: Rider, count: int) -> Seat:
     known = len(seq.tokens)
     # Who generates has computed all but the newest token, or that too in a step under way.
     reads = seq.first_token is None or seq.computed < known - 1

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ropeway.contract import Command, Explained, Report, Step, Submit
 from ropeway.contract.scene import Life
 from ropeway.recorder.journal import Header
-from ropeway.scene.lives import Lives
+from ropeway.scene.lives import Lives, Reading
 from ropeway.scene.trace import Point
 from ropeway.sim.tape import Tape
 
@@ -27,7 +27,7 @@ class Witness:
         self._lives = Lives(keep=_ALL)
         self._zero = header.started - header.clock
         self._now = header.clock
-        self._under_way: dict[int, Sequence[Any]] = {}  # the chunks that each step reads
+        self._under_way: dict[int, Sequence[Reading]] = {}  # the chunks that each step reads
         self._latest: dict[str, dict[str, int]] = {}
         for seq in sorted([*scheduler.running, *scheduler.waiting], key=lambda seq: seq.number):
             self._lives.arrived(seq.request, 0, "", seq.arrival)
