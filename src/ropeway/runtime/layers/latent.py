@@ -24,8 +24,8 @@ from ropeway.runtime.layers.norm import RMSNorm
 
 Tables = tuple[Tensor, Tensor]
 Fill = Callable[[LatentSpec, Tensor, Tensor, RMSNorm, Tables, Tensor], tuple[Tensor, Tensor]]
-"""From queries (T, heads, nope + rope) and tokens (T, rank + rope), as the products leave them, the norm of latents, the
-tables of cos and sin, and positions (T,), to q (T, heads, rank + rope) with its last `rope` elements set, and k
+"""From queries (T, heads, nope + rope) and tokens (T, rank + rope), as the products leave them, the norm of latents,
+the tables of cos and sin, and positions (T,), to q (T, heads, rank + rope) with its last `rope` elements set, and k
 (T, 1, rank + rope)."""
 
 
