@@ -92,7 +92,7 @@ class Case:
             dtype,
             scale=dim**-0.5,
             windows=(None,) * self.layers,
-            int8_kv=int8_kv,
+            kv_cache_dtype="int8" if int8_kv else "auto",
         )
         self.backend = CpuBackend(spec, torch.device("cpu"))
         self.store = torch.full((blocks, self.layers, *self.backend.block_shape()), 1, dtype=spec.kv_dtype)

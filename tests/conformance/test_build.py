@@ -178,6 +178,8 @@ def test_select_prefers_native_and_names_reasons() -> None:
         (spec_of(head_dim=264), "up to 256"),
         (spec_of(dtype=torch.float16), "float16"),
         (spec_of(block_size=24), "block_size is 24"),
+        (spec_of(kv_cache_dtype="fp8"), "cache of fp8"),
+        (spec_of(kv_heads=1, latent=16), "latent"),
     ):
         backend, passed = select(spec, CPU)
         assert backend.name == "reference"

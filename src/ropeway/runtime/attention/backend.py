@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ropeway.runtime.attention.rotation import Rotation
 from ropeway.runtime.batch import BatchInputs
+
+KvCacheDtype = Literal["auto", "int8", "fp8"]
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+"""The largest number that codes of each kind stand for."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +21,16 @@ class AttentionSpec:
     """The attention of one model, equal for all layers but the window.
 
     `windows[l]` is the sliding window of layer l in tokens (a query at position p sees (p - window, p]), or None.
-    `int8_kv` keeps K and V as int8 with a float32 scale for each token and KV head of K, and one of V: x is stored as
-    round(x / scale), half to even, where scale = max|x| / 127. It costs 2 * kv_heads * (head_dim + 4) bytes per token
-    and layer instead of 2 * kv_heads * head_dim elements. With `softcap` c a scaled score s counts as c * tanh(s / c)
-    (Gemma 2, Gemma Team 2024).
+    With `softcap` c a scaled score s counts as c * tanh(s / c) (Gemma 2, Gemma Team 2024).
+
+    `kv_cache_dtype` "int8" or "fp8" keeps K and V as codes of a byte with a float32 scale for each token and KV head of
+    K, and one of V: x is stored as x / scale, rounded half to even to an integer or to an e4m3 number (Micikevicius et
+    al. 2022), where scale = max|x| / 127 or max|x| / 448. fp8 keeps small elements beside a large one: int8 is finer
+    for all others. Each costs 2 * kv_heads * (head_dim + 4) bytes per token and layer instead of 2 * kv_heads *
+    head_dim elements.
+
+    With `latent` n > 0 (multi-head latent attention, DeepSeek-AI 2024, absorbed) there is one KV head, and its V is the
+    first n elements of its K, which are stored once.
     """
 
     layers: int
@@ -30,18 +41,34 @@ class AttentionSpec:
     dtype: torch.dtype
     scale: float
     windows: tuple[int | None, ...]
-    int8_kv: bool = False
+    kv_cache_dtype: KvCacheDtype = "auto"
     softcap: float | None = None
+    latent: int = 0
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the store holds codes and scales."""
+        return self.kv_cache_dtype != "auto"
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """The element type of the KV store."""
-        return torch.int8 if self.int8_kv else self.dtype
+        """The element type of the KV store. e4m3 numbers lie in it as plain bytes."""
+        return {"auto": self.dtype, "int8": torch.int8, "fp8": torch.uint8}[self.kv_cache_dtype]
 
     @property
     def scale_bytes(self) -> int:
         """Bytes in the store for the scale of one token's K (or V) in one KV head."""
-        return 4 if self.int8_kv else 0
+        return 4 if self.quantized else 0
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors of `head_dim` elements the store holds for each token and KV head."""
+        return 1 if self.latent else 2
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of V, and so of each head's output."""
+        return self.latent or self.head_dim
 
 
 class AttentionBackend(Protocol):
@@ -49,9 +76,13 @@ class AttentionBackend(Protocol):
 
     A block is contiguous over layers, so that one copy moves it. What lies inside `block_shape` (K and V of one layer
     of one block) is the back end's own choice of layout.
+
+    `capturable` says that `prepare` and `forward` launch work that depends on shapes and on the ints of `BatchInputs`
+    alone, and wait for nothing: a CUDA graph may hold them, and the host may run ahead of the device.
     """
 
     name: str
+    capturable: bool
 
     @classmethod
     def supports(cls, spec: AttentionSpec, device: torch.device) -> str | None:
@@ -60,16 +91,19 @@ class AttentionBackend(Protocol):
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None: ...
 
     def block_shape(self) -> tuple[int, ...]:
-        """Shape of one layer of one block, in elements of `spec.kv_dtype`: 2 * kv_heads * block_size * head_dim in all,
-        and `scale_bytes` more for each token, KV head, and K and V."""
+        """Shape of one layer of one block, in elements of `spec.kv_dtype`: vectors * kv_heads * block_size * head_dim
+        in all, and `scale_bytes` more for each token, KV head, and vector."""
 
     def prepare(self, inputs: BatchInputs) -> Any:
         """What all layers of a step share, computed once."""
 
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, meta: Any) -> Tensor:
+    def forward(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, meta: Any, rotation: Rotation | None = None
+    ) -> Tensor:
         """Write K and V of the step's tokens into the store, then attend.
 
-        `q` (T, heads, head_dim), `k` and `v` (T, kv_heads, head_dim), rotary already applied, any row stride,
-        last two dimensions contiguous. `kv` is the whole store. Returns (T, heads * head_dim), contiguous.
-        A row's result depends on that row alone.
+        `q` (T, heads, head_dim), `k` and `v` (T, kv_heads, head_dim), any row stride, last two dimensions contiguous;
+        `rotation` is what `q` and `k` still need first, and may happen in place. `v` is not read where `latent` is set.
+        `kv` is the whole store. Returns (T, heads * value_dim), contiguous. A row's result depends on that row alone,
+        on a GPU up to rounding.
         """

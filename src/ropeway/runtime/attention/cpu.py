@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ropeway.errors import KernelError
 from ropeway.runtime.attention.backend import AttentionSpec
+from ropeway.runtime.attention.rotation import Rotation
 from ropeway.runtime.batch import BatchInputs
 from ropeway.runtime.kernels.library import AttentionLayer, AttentionStep, NativeLibrary, load
 
@@ -37,6 +38,7 @@ class CpuBackend:
     """
 
     name = "cpu"
+    capturable = False
 
     def __init__(self, spec: AttentionSpec, device: torch.device, *, library: NativeLibrary | None = None) -> None:
         """`library` defaults to the kernels for this processor. Raises KernelError if there are none."""
@@ -58,6 +60,10 @@ class CpuBackend:
             return f"head_dim is {spec.head_dim}; it needs a multiple of 8 up to {MAX_HEAD_DIM}"
         if spec.block_size not in BLOCK_SIZES:
             return f"block_size is {spec.block_size}; it needs one of {', '.join(map(str, BLOCK_SIZES))}"
+        if spec.kv_dtype not in _TYPES:
+            return f"it does not read a cache of {spec.kv_cache_dtype}"
+        if spec.latent:
+            return "it does not attend to a latent (MLA)"
         if spec.softcap is not None:
             return "it does not cap attention scores, as this model does"
         library = load()
@@ -91,8 +97,12 @@ class CpuBackend:
         layer = AttentionLayer()
         return CpuMeta(inputs, step, layer, ctypes.addressof(step), ctypes.addressof(layer))
 
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, meta: CpuMeta) -> Tensor:
+    def forward(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, meta: CpuMeta, rotation: Rotation | None = None
+    ) -> Tensor:
         spec = self.spec
+        if rotation is not None:
+            q, k = rotation(q, k)
         out = torch.empty((q.shape[0], spec.heads * spec.head_dim), dtype=spec.dtype)
         call = meta.layer
         call.q, call.k, call.v = q.data_ptr(), k.data_ptr(), v.data_ptr()

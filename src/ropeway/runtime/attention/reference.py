@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ropeway.runtime.attention.backend import AttentionSpec
+from ropeway.runtime.attention.backend import LARGEST, AttentionSpec
+from ropeway.runtime.attention.rotation import Rotation
 from ropeway.runtime.batch import BatchInputs
 
 
@@ -32,11 +33,13 @@ class ReferenceMeta:
 class ReferenceBackend:
     """Gathers each row's blocks and computes softmax(q k^T * scale) v in float32.
 
-    The layout inside a block is (2, block_size, kv_heads, head_dim and any scale), K first. A KV head's query heads
-    (grouped-query attention, Ainslie et al. 2023) are folded into the query's length, so that K and V are not expanded.
+    The layout inside a block is (2, block_size, kv_heads, head_dim and any scale), K first, or with a latent only K. A
+    KV head's query heads (grouped-query attention, Ainslie et al. 2023) are folded into the query's length, so that K
+    and V are not expanded.
     """
 
     name = "reference"
+    capturable = False
 
     def __init__(self, spec: AttentionSpec, device: torch.device, *, batch_decode: bool | None = None) -> None:
         """`batch_decode` computes all one-token rows of a step together. It pads them to the longest, so that a result
@@ -51,7 +54,7 @@ class ReferenceBackend:
 
     def block_shape(self) -> tuple[int, ...]:
         spec = self.spec
-        return (2, spec.block_size, spec.kv_heads, spec.head_dim + spec.scale_bytes)
+        return (spec.vectors, spec.block_size, spec.kv_heads, spec.head_dim + spec.scale_bytes)
 
     def prepare(self, inputs: BatchInputs) -> ReferenceMeta:
         size = self.spec.block_size
@@ -77,23 +80,32 @@ class ReferenceBackend:
             decode_lengths=inputs.lengths[index].long(),
         )
 
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, meta: ReferenceMeta) -> Tensor:
+    def forward(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv: Tensor,
+        meta: ReferenceMeta,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
         spec = self.spec
-        kv[meta.blocks, layer, 0, meta.offsets] = self._stored(k)
-        kv[meta.blocks, layer, 1, meta.offsets] = self._stored(v)
-        out = q.new_empty((q.shape[0], spec.heads * spec.head_dim))
+        if rotation is not None:
+            q, k = rotation(q, k)
+        for part, vector in enumerate((k, v)[: spec.vectors]):
+            kv[meta.blocks, layer, part, meta.offsets] = self._stored(vector)
+        out = q.new_empty((q.shape[0], spec.heads * spec.value_dim))
         for (first, count, start), table in zip(meta.rows, meta.tables, strict=True):
             length = start + count
             # Blocks wholly before the window may belong to others by now, so they are not read.
             skip = max(0, start - (self.spec.windows[layer] or length) + 1) // self.spec.block_size
             base = skip * self.spec.block_size
-            keys = self._loaded(kv[table[skip:], layer, 0]).flatten(0, 1)[: length - base]
-            values = self._loaded(kv[table[skip:], layer, 1]).flatten(0, 1)[: length - base]
+            keys, values = (x.flatten(0, 1)[: length - base] for x in self._read(kv, layer, table[skip:]))
             seen = self._seen(torch.arange(start, length, device=q.device), base, length, layer)
             out[first : first + count] = self._attend(q[None, first : first + count], keys[None], values[None], seen)[0]
         if meta.decode is not None:
-            keys = self._loaded(kv[meta.decode_tables, layer, 0]).flatten(1, 2)
-            values = self._loaded(kv[meta.decode_tables, layer, 1]).flatten(1, 2)
+            keys, values = (x.flatten(1, 2) for x in self._read(kv, layer, meta.decode_tables))
             seen = self._seen(meta.decode_lengths - 1, 0, keys.shape[1], layer)[:, None]
             # Slots beyond a row's length were never written and may hold NaN, which a weight of zero would not silence.
             values = values.masked_fill(~seen.transpose(1, 2)[..., None], 0)
@@ -101,20 +113,30 @@ class ReferenceBackend:
         return out
 
     def _stored(self, x: Tensor) -> Tensor:
-        """`x` (..., head_dim) as the store holds it. With int8 the four bytes of the scale follow the elements."""
-        if not self.spec.int8_kv:
+        """`x` (..., head_dim) as the store holds it. The four bytes of a scale follow the elements."""
+        kind = self.spec.kv_cache_dtype
+        if kind == "auto":
             return x
-        wide = x.float()
-        scale = wide.abs().amax(-1, keepdim=True) / 127  # NaN if an element is; infinite elements become NaN on loading
-        codes = (wide / scale.where(scale > 0, 1.0)).round().nan_to_num(0.0, 127.0, -127.0).to(torch.int8)
-        return torch.cat([codes, scale.view(torch.int8)], dim=-1)
+        wide, most = x.float(), LARGEST[kind]
+        scale = wide.abs().amax(-1, keepdim=True) / most  # NaN if an element is; infinite ones become NaN on loading
+        scaled = (wide / scale.where(scale > 0, 1.0)).nan_to_num(0.0, most, -most)
+        codes = scaled.round().to(torch.int8) if kind == "int8" else scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+        return torch.cat([codes, scale.view(codes.dtype)], dim=-1)
+
+    def _read(self, kv: Tensor, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of `blocks` (...), each (..., block_size, kv_heads, its dimension)."""
+        keys = self._loaded(kv[blocks, layer, 0])
+        if self.spec.latent:
+            return keys, keys[..., : self.spec.latent]
+        return keys, self._loaded(kv[blocks, layer, 1])
 
     def _loaded(self, stored: Tensor) -> Tensor:
         """The inverse, up to rounding: (..., head_dim)."""
-        if not self.spec.int8_kv:
+        if not self.spec.quantized:
             return stored
         codes, scale = stored[..., : self.spec.head_dim], stored[..., self.spec.head_dim :]
-        return codes.float() * scale.contiguous().view(torch.float32)
+        numbers = codes.view(torch.float8_e4m3fn) if self.spec.kv_cache_dtype == "fp8" else codes
+        return numbers.float() * scale.contiguous().view(torch.float32)
 
     def _seen(self, positions: Tensor, base: int, length: int, layer: int) -> Tensor:
         """(len(positions), length - base) True where the query at a position may look, of keys [base, length)."""
@@ -126,8 +148,8 @@ class ReferenceBackend:
         return seen
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-        """`q` (N, n, heads, head_dim), `k` and `v` (N, L, kv_heads, head_dim), `seen` (n, L) or (N, n, L)
-        to (N, n, heads * head_dim) in float32."""
+        """`q` (N, n, heads, head_dim), `k` and `v` (N, L, kv_heads, their dimension), `seen` (n, L) or (N, n, L)
+        to (N, n, heads * value_dim) in float32."""
         spec = self.spec
         batch, count = q.shape[:2]
         group = spec.heads // spec.kv_heads
@@ -140,5 +162,5 @@ class ReferenceBackend:
         mask = seen if seen.dim() == 2 else seen[:, None, None]
         weights = torch.softmax(scores.masked_fill(~mask, -math.inf), dim=-1)
         mixed = weights.view(batch, spec.kv_heads, group * count, -1) @ v.float().permute(0, 2, 1, 3)
-        mixed = mixed.view(batch, spec.kv_heads, group, count, spec.head_dim).permute(0, 3, 1, 2, 4)
-        return mixed.reshape(batch, count, spec.heads * spec.head_dim)
+        mixed = mixed.view(batch, spec.kv_heads, group, count, spec.value_dim).permute(0, 3, 1, 2, 4)
+        return mixed.reshape(batch, count, spec.heads * spec.value_dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -38,7 +39,7 @@ class Processor:
     def of(device: torch.device) -> Processor:
         if device.type != "cuda":
             return Processor(2, 99 * 1024)
-        found = torch.cuda.get_device_properties(device)
+        found: Any = torch.cuda.get_device_properties(device)
         return Processor(found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
@@ -83,12 +84,14 @@ def splits(programs: int, longest: int, n: int, processors: int) -> tuple[int, i
     """Into how many parts a decode step splits the keys of each row, a power of two, and the fewest tiles in a part.
 
     `programs` is their number without splitting, `longest` bounds the rows' lengths, `n` is the keys of a tile. There
-    are to be two programs for each multiprocessor, and none that walks far longer than the others. All of it follows
-    from shapes and from integers of the host, so that a captured graph stays right for other lengths.
+    are to be two programs for each multiprocessor, which run at once, and none that walks far longer than the others:
+    but where most rows may be short, programs without keys cost more than they save. All of it follows from shapes and
+    from integers of the host, so that a captured graph stays right for other lengths.
     """
-    wanted = -(-2 * processors // programs)
-    parts = min(max(wanted, -(-longest // _LONGEST)), -(-longest // n), _MOST_SPLITS)
-    return _power(parts), 1 if wanted > 1 else -(-_SHORTEST // n)
+    wanted = max(2 * processors // programs, 1)
+    most = min(max(8 * processors // programs, 1), -(-longest // n), _MOST_SPLITS)
+    parts = min(max(wanted, -(-longest // _LONGEST)), most)
+    return 1 << (parts.bit_length() - 1), 1 if wanted > 1 else -(-_SHORTEST // n)
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,15 @@ class TritonBackend:
     name = "triton"
     capturable = True
 
-    def __init__(self, spec: AttentionSpec, device: torch.device, *, processor: Processor | None = None) -> None:
-        """`processor` defaults to that of `device`."""
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        device: torch.device,
+        *,
+        processor: Processor | None = None,
+        tiles: Mapping[bool, Tile] | None = None,
+    ) -> None:
+        """`processor` defaults to that of `device`, and `tiles`, by `single`, to what follows from it."""
         import triton.language as tl
 
         from ropeway.runtime.kernels.triton import attention, cache
@@ -132,6 +142,7 @@ class TritonBackend:
         self._heads = -(-group // slices)
         self._columns = spec.kv_heads * slices
         self._tiles = {one: tile(spec, self._heads, self._processor.shared, single=one) for one in (False, True)}
+        self._tiles.update(tiles or {})
         self._queries = self._tiles[False].m // self._heads
         # Triton's interpreter, which is all that runs this on a CPU, cannot multiply matrices of bfloat16.
         operand = tl.float32 if device.type == "cpu" else cache.TYPES[spec.dtype]
@@ -213,8 +224,8 @@ class TritonBackend:
         if meta.splits > 1:
             width = min(self._fixed["BLOCK_D"], 128)
             self._kernels.combine[(inputs.num_rows, spec.heads, -(-spec.value_dim // width))](
-                meta.parts, meta.peaks, meta.sums, out, inputs.cu_q,
-                HEADS=spec.heads, MAIN=spec.value_dim, BLOCK_D=width, SPLITS=meta.splits, num_warps=4,
+                meta.parts, meta.peaks, meta.sums, out, inputs.cu_q, meta.splits,
+                HEADS=spec.heads, MAIN=spec.value_dim, BLOCK_D=width, MOST=_MOST_SPLITS, num_warps=4,
             )  # fmt: skip
         return out
 
@@ -228,9 +239,9 @@ class TritonBackend:
             q, kv, kv.view(torch.float32) if spec.quantized else kv, out, meta.parts, meta.peaks, meta.sums,
             inputs.block_tables, inputs.cu_q, inputs.starts, rows, rows if meta.before is None else meta.before,
             q.stride(0), inputs.block_tables.stride(0), kv.stride(0), layer * kv.stride(1), layout.head, layout.value,
-            layout.key_scales, layout.value_scales, self._scale, spec.softcap or 0.0, meta.least,
+            layout.key_scales, layout.value_scales, self._scale, spec.softcap or 0.0, parts, meta.least,
             **self._fixed, BLOCK_M=shape.m, BLOCK_N=shape.n, WINDOW=spec.windows[layer] or 0, SINGLE=single,
-            SPLITS=parts, num_warps=shape.warps, num_stages=shape.stages,
+            SPLIT=parts > 1, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ropeway.modelspec import ModelSpec
 from ropeway.runtime.attention.backend import AttentionBackend
+from ropeway.runtime.attention.rotation import Rotation
 from ropeway.runtime.kernels.ops import Ops
 from ropeway.runtime.layers.linear import PackedLinear
 from ropeway.runtime.layers.norm import RMSNorm
@@ -39,7 +40,5 @@ class Attention:
         q = heads[:, : self.heads]
         k = heads[:, self.heads : self.heads + self.kv_heads]
         v = heads[:, self.heads + self.kv_heads :]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        self.ops.rotary(q, k, *rotary, positions)
-        return self.out(self.backend.forward(self.layer, q, k, v, kv, meta))
+        rotation = Rotation(self.ops, *rotary, positions, self.q_norm, self.k_norm)
+        return self.out(self.backend.forward(self.layer, q, k, v, kv, meta, rotation))

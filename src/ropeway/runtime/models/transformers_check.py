@@ -36,7 +36,7 @@ def check(model: TransformersModel, spec: ModelSpec, attention: AttentionSpec) -
         expected = _own(model, prompts)
         found = _paged(model, prompts, attention)
     errors = torch.cat([(f - e).pow(2).mean(-1).sqrt() / e.std(-1) for f, e in zip(found, expected, strict=True)])
-    exact = attention.dtype == torch.float32 and not attention.int8_kv
+    exact = attention.dtype == torch.float32 and not attention.quantized
     error, allowed = (float(errors.max()), EXACT) if exact else (float(errors.median()), ROUNDED)
     if not error <= allowed:
         raise ModelError(

@@ -82,22 +82,27 @@ def walk(
     return acc, peak, total
 
 
-@triton.jit
+# What differs from step to step must not make the compiler work again in the middle of serving.
+@triton.jit(
+    do_not_specialize=["table_stride", "splits", "least"],
+    do_not_specialize_on_alignment=["tables", "cu_q", "starts", "rows", "before"],
+)
 def attend(
     q, kv, scales, out, parts, peaks, sums, tables, cu_q, starts, rows, before,
     q_stride, table_stride, block_stride, layer_offset, head_stride, value_offset, key_scales, value_scales,
-    scale, softcap, least,
+    scale, softcap, splits, least,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
     MAIN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, CODED: tl.constexpr, UNIT: tl.constexpr,
-    LATENT: tl.constexpr, OPERAND: tl.constexpr, WEIGHTS: tl.constexpr, SINGLE: tl.constexpr, SPLITS: tl.constexpr,
+    LATENT: tl.constexpr, OPERAND: tl.constexpr, WEIGHTS: tl.constexpr, SINGLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One program for each of: a block of queries, PART of the heads of a KV head, and a split of its keys.
 
     With SINGLE it computes rows of one token, and program b of the first axis is row b. Else it computes the others:
     `rows` says the row of block b, `before` the number of blocks before each row. `out` (T, KV_HEADS * GROUP * MAIN) is
-    written if SPLITS is 1, else row r's `parts` (r, head, split, MAIN), `peaks` and `sums` (r, head, split). No split
-    but the last takes fewer than `least` tiles. Strides and offsets are in elements, those of scales in float32.
+    written unless SPLIT, else row r's `parts` (r, head, split, MAIN), `peaks` and `sums` (r, head, split), where there
+    are `splits` of them. None but the last takes fewer than `least` tiles. Strides and offsets are in elements, those
+    of scales in float32.
     """
     index = tl.program_id(0)
     column = tl.program_id(1)
@@ -125,13 +130,6 @@ def attend(
     head = kv_head * GROUP + member
     alive = (m < QUERIES * PART) & (token < count) & (member < GROUP)
     position = start + token
-    d = tl.arange(0, BLOCK_D)
-    at = q + (begin + token).to(tl.int64)[:, None] * q_stride + head[:, None] * D
-    queries = tl.load(at + d[None, :], mask=alive[:, None] & (d < MAIN)[None, :], other=0.0).to(OPERAND)
-    tail = queries
-    if D > MAIN:
-        t = tl.arange(0, BLOCK_T)
-        tail = tl.load(at + MAIN + t[None, :], mask=alive[:, None] & (t < D - MAIN)[None, :], other=0.0).to(OPERAND)
 
     last = start + tl.minimum(first + QUERIES, count)
     low = 0
@@ -139,14 +137,27 @@ def attend(
         low = tl.maximum(start + first - WINDOW + 1, 0)
     first_tile = low // BLOCK_N
     last_tile = tl.cdiv(last, BLOCK_N)
-    if SPLITS > 1:
-        share = tl.maximum(tl.cdiv(last_tile - first_tile, SPLITS), least)
-        first_tile = tl.minimum(first_tile + split * share, last_tile)
-        last_tile = tl.minimum(first_tile + share, last_tile)
-    edge = first_tile
-    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    if SPLIT:
+        share = tl.maximum(tl.cdiv(last_tile - first_tile, splits), least)
+        first_tile = first_tile + split * share
+        last_tile = tl.minimum(first_tile + share, last_tile)
+        spot = (row.to(tl.int64) * (KV_HEADS * GROUP) + head) * splits + split
+        if first_tile >= last_tile:
+            tl.store(peaks + spot, peak, mask=alive)
+            tl.store(sums + spot, total, mask=alive)
+            return
+
+    d = tl.arange(0, BLOCK_D)
+    at = q + (begin + token).to(tl.int64)[:, None] * q_stride + head[:, None] * D
+    queries = tl.load(at + d[None, :], mask=alive[:, None] & (d < MAIN)[None, :], other=0.0).to(OPERAND)
+    tail = queries
+    if D > MAIN:
+        t = tl.arange(0, BLOCK_T)
+        tail = tl.load(at + MAIN + t[None, :], mask=alive[:, None] & (t < D - MAIN)[None, :], other=0.0).to(OPERAND)
+    edge = first_tile
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     offset = layer_offset + kv_head.to(tl.int64) * head_stride
     table = tables + row.to(tl.int64) * table_stride
     if WINDOW == 0:
@@ -162,38 +173,36 @@ def attend(
         BLOCK_SIZE, WINDOW, CAPPED, CODED, UNIT, LATENT, OPERAND, WEIGHTS, True,
     )  # fmt: skip
     wanted = alive[:, None] & (d < MAIN)[None, :]
-    if SPLITS == 1:
-        target = out + ((begin + token).to(tl.int64) * (KV_HEADS * GROUP) + head)[:, None] * MAIN + d[None, :]
-        tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=wanted)
-    else:
-        spot = (row.to(tl.int64) * (KV_HEADS * GROUP) + head) * SPLITS + split
+    if SPLIT:
         tl.store(peaks + spot, peak, mask=alive)
         tl.store(sums + spot, total, mask=alive)
-        tl.store(parts + spot[:, None] * MAIN + d[None, :], acc, mask=wanted & (first_tile < last_tile))
+        tl.store(parts + spot[:, None] * MAIN + d[None, :], acc, mask=wanted)
+    else:
+        target = out + ((begin + token).to(tl.int64) * (KV_HEADS * GROUP) + head)[:, None] * MAIN + d[None, :]
+        tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["cu_q"])
 def combine(
-    parts, peaks, sums, out, cu_q,
-    HEADS: tl.constexpr, MAIN: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    parts, peaks, sums, out, cu_q, splits,
+    HEADS: tl.constexpr, MAIN: tl.constexpr, BLOCK_D: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Join what the splits of a row's keys found: one program for each row of one token, head, and BLOCK_D elements."""
+    """Join what the `splits` of a row's keys found, at most MOST: one program for each row of one token, head, and
+    BLOCK_D elements."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     begin = tl.load(cu_q + row)
     if tl.load(cu_q + row + 1) - begin != 1:
         return
-    s = tl.arange(0, SPLITS)
+    s = tl.arange(0, MOST)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    spot = (row.to(tl.int64) * HEADS + head) * SPLITS + s
-    peak = tl.load(peaks + spot)
-    # A split without keys has left no part. One of NaN alone has a peak of -inf or NaN, and a NaN for its sum.
-    total = tl.load(sums + spot)
-    empty = total == 0.0
-    weight = tl.where(empty, 0.0, tl.exp2(peak - tl.max(peak, axis=0)))
-    part = tl.load(
-        parts + spot[:, None] * MAIN + d[None, :], mask=(total != 0.0)[:, None] & (d < MAIN)[None, :], other=0.0
-    )
+    spot = (row.to(tl.int64) * HEADS + head) * splits + s
+    peak = tl.load(peaks + spot, mask=s < splits, other=float("-inf"))
+    total = tl.load(sums + spot, mask=s < splits, other=0.0)
+    # A split without keys has left no part. One of NaN alone has no peak either, but a NaN for its sum.
+    there = total != 0.0
+    weight = tl.where(there, tl.exp2(peak - tl.max(peak, axis=0)), 0.0)
+    part = tl.load(parts + spot[:, None] * MAIN + d[None, :], mask=there[:, None] & (d < MAIN)[None, :], other=0.0)
     found = tl.sum(part * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
     target = out + (begin.to(tl.int64) * HEADS + head) * MAIN + d
     tl.store(target, found.to(out.dtype.element_ty), mask=d < MAIN)

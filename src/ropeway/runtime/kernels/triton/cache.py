@@ -98,7 +98,7 @@ def turned(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
 def write_kernel(
     q, k, v, q_out, kv, scales, slots, positions, cos, sin, q_weight, k_weight, q_eps, k_eps,
     q_stride, k_stride, v_stride, block_stride, layer_offset, head_stride, value_offset, key_scales, value_scales,
