@@ -16,6 +16,10 @@ GIB = 1024**3
 CPU_DEFAULT_SHARE = 0.5
 CPU_DEFAULT_MOST = 4 * GIB
 GPU_DEFAULT_UTILIZATION = 0.9
+GPU_LEFT = 0.02
+"""Share of a GPU's memory that is left where all that is free would be taken: no measurement is exact, and others may
+come."""
+_ASIDE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,29 @@ class MemoryState:
     total: int
     free: int
     limit: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that are taken beside the KV cache: by the weights, by one step at its peak, and by `other` things such as
+    libraries. `measured` on the device, or estimated from the sizes of the model."""
+
+    weights: int
+    step: int
+    other: int = 0
+    measured: bool = False
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.step + self.other
+
+    def __str__(self) -> str:
+        if not self.measured:
+            return "weights and workspace"
+        return (
+            f"{gib(self.weights)} for weights, {gib(self.step)} that a step was measured to take and "
+            f"{gib(self.other)} for libraries and copies"
+        )
 
 
 @dataclass(frozen=True)
@@ -42,6 +69,7 @@ class Budget:
     host_blocks: int = 0
     disk_blocks: int = 0
     notes: tuple[str, ...] = ()
+    other_bytes: int = 0
 
 
 def gib(size: float) -> str:
@@ -110,28 +138,49 @@ def workspace_bytes(config: EngineConfig, spec: ModelSpec, dtype: str) -> int:
     return activations + 3 * config.max_num_seqs * spec.vocab * 4
 
 
-def plan_budget(config: EngineConfig, spec: ModelSpec, dtype: str, device: str, memory: MemoryState) -> Budget:
-    """Divide `memory` before anything is loaded. Raises MemoryBudgetError with the numbers and a value that would work,
-    or ConfigError for a length beyond the model."""
+def aside_blocks(block_bytes: int) -> int:
+    """Blocks that a GPU has room for beside the KV cache, for copies in one direction that are on their way."""
+    return max(4, min(64, _ASIDE // block_bytes))
+
+
+def estimate(config: EngineConfig, spec: ModelSpec, dtype: str) -> Needs:
+    """What a model needs, from its sizes alone."""
+    weights = spec.weight_bytes(dtype, config.quantization, config.quantization_group)
+    return Needs(weights, workspace_bytes(config, spec, dtype))
+
+
+def plan_budget(
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: str,
+    device: str,
+    memory: MemoryState,
+    needs: Needs | None = None,
+    longest: int | None = None,
+) -> Budget:
+    """Divide `memory` as it was before anything was loaded: by estimates, or by what was found that the model `needs`.
+    `longest` bounds the length that a model which names none is served with. Raises MemoryBudgetError with the numbers
+    and a value that would work, or ConfigError for a length beyond the model."""
     config, memory = _within(config, memory)
     if not spec.kv_bytes_per_token(dtype):
         return _plan_without_cache(config, spec, dtype, memory)
-    weights = spec.weight_bytes(dtype, config.quantization, config.quantization_group)
-    workspace = workspace_bytes(config, spec, dtype)
+    needs = needs or estimate(config, spec, dtype)
     host = int((config.kv_host_gib or 0) * GIB)
     here = host if device == "cpu" else 0  # a GPU's host tier is other memory
-    room = memory.free - weights - workspace - here
-    if room <= 0 < here and memory.free > weights + workspace:
+    block = spec.kv_bytes_per_token(dtype, config.kv_cache_dtype) * config.block_size
+    if device != "cpu" and (config.kv_host_gib or config.kv_disk_gib):
+        needs = dataclasses.replace(needs, other=needs.other + 2 * aside_blocks(block) * block)
+    room = memory.free - needs.total - here
+    if room <= 0 < here and memory.free > needs.total:
         raise MemoryBudgetError(
-            f"kv_host_gib is {config.kv_host_gib}, but beside the weights {gib(memory.free - weights - workspace)} "
+            f"kv_host_gib is {config.kv_host_gib}, but beside the weights {gib(memory.free - needs.total)} "
             f"{memory.limit} are free, and the KV cache needs some too. Lower --kv-host-gib.",
             param="kv_host_gib",
         )
     if room <= 0:
-        raise _too_large(config, spec, dtype, memory, weights, workspace)
-    wanted_len = _wanted_length(config, spec)
-    block = spec.kv_bytes_per_token(dtype, config.kv_cache_dtype) * config.block_size
-    blocks, why = _blocks(config, device, memory, weights + workspace + here, room, block)
+        raise _too_large(config, spec, dtype, memory, needs)
+    wanted_len = min(_wanted_length(config, spec), longest or spec.context_limit)
+    blocks, why = _blocks(config, device, memory, needs, here, room, block)
     notes: list[str] = []
     needed = -(-wanted_len // config.block_size)
     if blocks < needed:
@@ -148,8 +197,9 @@ def plan_budget(config: EngineConfig, spec: ModelSpec, dtype: str, device: str, 
             f"({gib(needed * block)} would be needed)."
         )
     return Budget(
-        weight_bytes=weights,
-        workspace_bytes=workspace,
+        weight_bytes=needs.weights,
+        workspace_bytes=needs.step,
+        other_bytes=needs.other,
         kv_bytes=blocks * block,
         num_blocks=blocks,
         max_model_len=wanted_len,
@@ -184,13 +234,12 @@ def _plan_without_cache(config: EngineConfig, spec: ModelSpec, dtype: str, memor
             raise ConfigError(f"{name} is given, but {spec.name} keeps no K and V. Leave it out.", param=name)
     longest = _wanted_length(config, spec)
     config = whole_prompts(config, longest)
-    weights = spec.weight_bytes(dtype, config.quantization, config.quantization_group)
-    workspace = workspace_bytes(config, spec, dtype)
-    if weights + workspace > memory.free:
-        raise _too_large(config, spec, dtype, memory, weights, workspace)
+    needs = estimate(config, spec, dtype)
+    if needs.total > memory.free:
+        raise _too_large(config, spec, dtype, memory, needs)
     return Budget(
-        weight_bytes=weights,
-        workspace_bytes=workspace,
+        weight_bytes=needs.weights,
+        workspace_bytes=needs.step,
         kv_bytes=0,
         num_blocks=config.max_num_seqs * -(-longest // config.block_size),
         max_model_len=longest,
@@ -200,11 +249,12 @@ def _plan_without_cache(config: EngineConfig, spec: ModelSpec, dtype: str, memor
 
 
 def _too_large(
-    config: EngineConfig, spec: ModelSpec, dtype: str, memory: MemoryState, weights: int, workspace: int
+    config: EngineConfig, spec: ModelSpec, dtype: str, memory: MemoryState, needs: Needs
 ) -> MemoryBudgetError:
+    more = f", and {gib(needs.other)} for libraries and copies" if needs.other else ""
     return MemoryBudgetError(
-        f"{spec.name} needs {gib(weights)} for its weights in {dtype} and {gib(workspace)} for a step of "
-        f"{config.max_num_batched_tokens} tokens, but {gib(memory.free)} {memory.limit} are free. "
+        f"{spec.name} needs {gib(needs.weights)} for its weights in {dtype} and {gib(needs.step)} for a step of "
+        f"{config.max_num_batched_tokens} tokens{more}, but {gib(memory.free)} {memory.limit} are free. "
         f"Free memory, choose a smaller model{', or use --dtype bfloat16' if dtype == 'float32' else ''}.",
     )
 
@@ -242,9 +292,10 @@ def _up(value: float) -> float:
 
 
 def _blocks(
-    config: EngineConfig, device: str, memory: MemoryState, taken: int, room: int, block: int
+    config: EngineConfig, device: str, memory: MemoryState, needs: Needs, here: int, room: int, block: int
 ) -> tuple[int, str]:
-    """Number of KV blocks, and where it comes from."""
+    """Number of KV blocks, and where it comes from. `here` is what a host tier takes of the same memory."""
+    taken = needs.total + here
     if config.num_kv_blocks is not None:
         if config.num_kv_blocks * block > room:
             raise MemoryBudgetError(
@@ -267,13 +318,16 @@ def _blocks(
         return size // block, "half of what is free, at most 4 GiB"
     share = GPU_DEFAULT_UTILIZATION if share is None else share
     size = int(memory.total * share) - taken
-    if size < block:
+    if size < block <= room:
         raise MemoryBudgetError(
             f"gpu_memory_utilization {share} of {gib(memory.total)} {memory.limit} is {gib(memory.total * share)}, but "
-            f"weights and workspace alone take {gib(taken)}. "
-            f"Use --gpu-memory-utilization {min(_up((taken + room / 2) / memory.total), 1.0)}.",
+            f"{needs if needs.measured else 'weights and workspace alone'} take {gib(taken)}. "
+            f"Use --gpu-memory-utilization {min(_up((taken + max(room / 2, block)) / memory.total), 1.0)}.",
             param="gpu_memory_utilization",
         )
-    if size > room:
-        return room // block, f"all that is free, less than the share {share} of {gib(memory.total)}"
-    return size // block, f"the share {share} of {gib(memory.total)} less weights and workspace"
+    if size <= room:
+        return max(size, 0) // block, f"the share {share} of {gib(memory.total)} less {needs}"
+    left = 0 if device == "cpu" else int(memory.total * GPU_LEFT)
+    less = f"less than the share {share} of {gib(memory.total)}"
+    why = f"{gib(memory.free)} that were free, {less}, less {needs}" if needs.measured else f"all that is free, {less}"
+    return max(room - left, min(room, block)) // block, why

@@ -133,10 +133,11 @@ def settle(
     config: EngineConfig,
     spec: ModelSpec,
     dtype: str,
+    device: str,
     profile: Profile,
 ) -> Budget:
-    """The budget by measurement, for a model that is loaded on `profile.device`; `estimated` where the device does not
-    count its memory. Raises MemoryBudgetError, if steps are too large with a number of tokens that was tried."""
+    """The budget by measurement, for a model that is loaded on a device of that kind; `estimated` where the device does
+    not count its memory. Raises MemoryBudgetError, if steps are too large with a number of tokens that was tried."""
     if not memory.measures or not estimated.kv_bytes:
         return estimated
     refusal: MemoryBudgetError | None = None
@@ -145,7 +146,7 @@ def settle(
             tried = shapes(trial, estimated.max_model_len, estimated.num_blocks)
             needs = measure(memory, before, profile, trial, spec.vocab, tried)
             longest = estimated.max_model_len
-            budget = plan_budget(trial, spec, dtype, profile.device.type, before, needs, longest)
+            budget = plan_budget(trial, spec, dtype, device, before, needs, longest)
         except MemoryBudgetError as error:
             if error.param is not None and refusal is None:
                 raise  # it says itself which setting would do

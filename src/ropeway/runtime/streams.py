@@ -16,6 +16,7 @@ from ropeway.errors import MemoryBudgetError
 from ropeway.runtime.memory import gib
 from ropeway.runtime.pages import own_pages
 
+_cuda: Any = torch.cuda  # its streams and events have no types
 Queue = Literal["compute", "up", "down"]
 COMPUTE: Queue = "compute"
 UP: Queue = "up"
@@ -59,15 +60,15 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._own = {UP: torch.cuda.Stream(device), DOWN: torch.cuda.Stream(device)}
+        self._own = {UP: _cuda.Stream(device), DOWN: _cuda.Stream(device)}
         self._pinned: list[Tensor] = []
 
     def put(self, queue: Queue, work: Callable[[], object]) -> None:
-        with torch.cuda.stream(self._stream(queue)):
+        with _cuda.stream(self._stream(queue)):
             work()
 
     def mark(self, queue: Queue) -> CudaMark:
-        event = torch.cuda.Event(enable_timing=True, blocking=True)  # who waits for it sleeps
+        event = _cuda.Event(enable_timing=True, blocking=True)  # who waits for it sleeps
         event.record(self._stream(queue))
         return CudaMark(event)
 
@@ -78,7 +79,7 @@ class CudaStreams:
         # torch's own pinned memory is rounded up to a power of two, which for a large tier is far too much.
         memory = own_pages(elements, dtype)
         size = memory.untyped_storage().nbytes()
-        status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
+        status = int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))
         if status:
             raise MemoryBudgetError(
                 f"{gib(size)} of RAM cannot be pinned for the GPU (CUDA error {status}). "
@@ -88,19 +89,19 @@ class CudaStreams:
         return memory
 
     def close(self) -> None:
-        torch.cuda.synchronize(self._device)
+        _cuda.synchronize(self._device)
         for memory in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+            _cuda.cudart().cudaHostUnregister(memory.data_ptr())
         self._pinned.clear()
 
-    def _stream(self, queue: Queue) -> torch.cuda.Stream:
-        return self._own.get(queue) or torch.cuda.current_stream(self._device)
+    def _stream(self, queue: Queue) -> Any:
+        return self._own.get(queue) or _cuda.current_stream(self._device)
 
 
 class CudaMark:
     """An event on a stream."""
 
-    def __init__(self, event: torch.cuda.Event) -> None:
+    def __init__(self, event: Any) -> None:
         self.event = event
 
     def passed(self) -> bool:
