@@ -22,11 +22,14 @@ class EngineConfig:
     model_impl: Literal["auto", "native", "transformers"] = option(
         "auto", "Model", "Whose code computes the model; 'auto': native if there is some, else that of transformers."
     )
+    load_format: Literal["auto", "dummy"] = option(
+        "auto", "Model", "'dummy' makes random weights of the model's shape, to measure it without its checkpoint."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Model", "Type of weights and KV cache; 'auto' takes the fastest that the device computes natively."
     )
-    quantization: Literal["auto", "int8", "int4"] = option(
-        "auto", "Model", "Quantize linear layers while loading; 'auto' takes the checkpoint as it is."
+    quantization: Literal["auto", "int8", "int4", "fp8"] = option(
+        "auto", "Model", "Quantize linear layers while loading; 'auto' takes the checkpoint as it is, fp8 needs a GPU."
     )
     quantization_group: int = option(
         64, "Model", "Inputs of a linear layer that share a scale in int4: 32, 64 or 128.", low=32, high=128
@@ -43,7 +46,7 @@ class EngineConfig:
     threads: int = option(
         0, "Device", "CPU threads for the model; 0: one for each physical core, one in all for tiny models.", low=0
     )
-    attention_backend: Literal["auto", "cpu", "reference"] = option(
+    attention_backend: Literal["auto", "cpu", "triton", "flashinfer", "reference"] = option(
         "auto", "Device", "Attention implementation; start-up says why others were passed over."
     )
     kernel_level: Literal["auto", "0", "1", "2", "3"] = option(
@@ -57,8 +60,10 @@ class EngineConfig:
     kv_cache_gib: float | None = option(
         None, "Memory", "GiB for the KV cache (default: from free memory, see gpu-memory-utilization).", low=0.0001
     )
-    kv_cache_dtype: Literal["auto", "int8"] = option(
-        "auto", "Memory", "Type of K and V in the cache; 'auto' is the model's, 'int8' holds nearly twice the tokens."
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = option(
+        "auto",
+        "Memory",
+        "Type of K and V in the cache; 'auto' is the model's, 'int8' and 'fp8' hold nearly twice the tokens of 16 bits.",
     )
     kv_host_gib: float | None = option(
         None, "Memory", "GiB of RAM for KV blocks that the cache gives up; on a CPU a quota of it.", low=0.0001

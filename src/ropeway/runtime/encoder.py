@@ -28,7 +28,7 @@ from ropeway.runtime.models.bert import Bert
 from ropeway.runtime.runner import Runner
 from ropeway.runtime.sampler import Sampler
 from ropeway.runtime.slots import Slots
-from ropeway.runtime.weights.loader import Weights
+from ropeway.runtime.weights.dummy import load_note, open_weights
 
 
 class EncoderExecutor(LocalExecutor):
@@ -43,8 +43,7 @@ class EncoderExecutor(LocalExecutor):
         budget = plan_budget(config, spec, name, device.type, device_memory(device))
         threads, threads_note = set_threads(config, budget.weight_bytes)
         begun = time.perf_counter()
-        stored = Weights(spec.directory, dtype, None, config.quantization, config.quantization_group)
-        with stored as weights, torch.inference_mode():
+        with open_weights(spec, config, dtype, device) as weights, torch.inference_mode():
             model = Bert(spec, weights, device, level)
         loaded = time.perf_counter() - begun
         kv = KVStore(budget.num_blocks, 0, (1,), dtype, device)
@@ -71,6 +70,7 @@ class EncoderExecutor(LocalExecutor):
                 threads_note,
                 sentence(describe_linear(device, dtype, linear_scheme(config, spec), level)),
                 f"Weights: {spec.parameters:,} parameters, {gib(budget.weight_bytes)}, loaded in {loaded:.1f} s.",
+                *filter(None, [load_note(config)]),
                 _purpose(spec),
             ],
             pooling=Pooling(
