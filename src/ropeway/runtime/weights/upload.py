@@ -113,7 +113,7 @@ def _fill(file: int, begin: int, buffer: _Buffer, size: int) -> None:
     """Read `size` bytes of `file` from `begin` on, once the device has taken what was in `buffer`."""
     if buffer.until is not None:
         buffer.until.wait()
-    left = memoryview(buffer.memory.numpy())[:size]
+    left = buffer.memory.numpy().data[:size]
     while left:
         got = os.preadv(file, [left], begin)
         if not got:
