@@ -28,6 +28,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+MAX_SHOWN = 128
+"""Characters of a name that a client sent, in an answer."""
+
 
 class RopewayError(Exception):
     """Base of the tree. `param` names the request field or option at fault; `retry_after` is in seconds."""
@@ -71,6 +74,12 @@ class NeverFitsError(RequestError):
 
 class UnknownModelError(RequestError):
     code = "RW-NAME"
+
+    @classmethod
+    def of(cls, model: str, there_is: str) -> UnknownModelError:
+        """In the words that OpenAI has for it. `there_is` says what may be asked for instead."""
+        shown = model if len(model) <= MAX_SHOWN else model[:MAX_SHOWN] + "..."
+        return cls(f"The model `{shown}` does not exist or you do not have access to it. {there_is}", param="model")
 
 
 class TemplateError(RequestError):

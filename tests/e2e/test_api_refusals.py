@@ -96,7 +96,7 @@ def test_every_refusal_of_the_engine_has_its_status_even_for_streams(
 def test_refusals_are_counted_by_reason(server: Server, refuser: Refuser) -> None:
     def count(reason: str) -> float:
         lines = server.http.get("/metrics").text.splitlines()
-        [found] = [line for line in lines if line.startswith("ropeway_requests_rejected_total") and reason in line]
+        [found] = [line for line in lines if line.startswith("vllm:admission_rejections_total") and reason in line]
         return float(found.split()[-1])
 
     before = count("queue_full"), count("context_length")

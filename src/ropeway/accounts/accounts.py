@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Final
 
+from prometheus_client.core import Metric
+
 from ropeway.accounts import keys
 from ropeway.accounts.account import Account
+from ropeway.accounts.families import families
 from ropeway.accounts.meter import Meter
 from ropeway.accounts.prices import Prices
 from ropeway.accounts.standing import Standing, start_of
@@ -102,6 +105,11 @@ class Accounts:
         database = await self._found()
         return [] if database is None else await database.read(lambda connection: ask(connection, query))
 
+    def families(self) -> Iterator[Metric]:
+        """What /metrics shows of it, by the names of keys."""
+        names = {id: standing.account.name for id, standing in self._standings.items()}
+        return families(self._ledger.totals, names)
+
     async def flush(self) -> None:
         """Return when all usage up to now is on the disk. Raises StorageError."""
         await self._ledger.flush()
@@ -140,12 +148,9 @@ class Accounts:
             standing.know(total, self._now())
         return standing
 
-    def _there(self) -> bool:
-        return self._path.exists()
-
     async def _found(self) -> Database | None:
         """The database, if there is one."""
-        if self._database is None and self._there():
+        if self._database is None and self._path.exists():
             return await self._made()
         return self._database
 

@@ -138,12 +138,7 @@ class Meter:
 def check_model(account: Account, model: str) -> None:
     """Raises UnknownModelError, with the words for a model that is not there, if the account may not use it."""
     if not account.allows(model):
-        shown = model if len(model) <= 128 else model[:128] + "..."
-        raise UnknownModelError(
-            f"The model `{shown}` does not exist or you do not have access to it. "
-            f"Your key may use {', '.join(account.limits.models)}.",
-            param="model",
-        )
+        raise UnknownModelError.of(model, f"Your key may use {', '.join(account.limits.models)}.")
 
 
 def in_units(cost: int) -> str:

@@ -39,9 +39,7 @@ def as_text(rows: Sequence[UsageRow], by: Sequence[str]) -> str:
 
 def columns(by: Sequence[str]) -> list[str]:
     """What is shown of usage that is told by `by`."""
-    order = ("month", "day", "hour", "key", "tenant", "model")
-    assert set(order) == COLUMNS.keys()
-    chosen = [name for name in order if name in by]
+    chosen = [name for name in COLUMNS if name in by]
     if "key" in chosen:
         chosen.insert(chosen.index("key") + 1, "name")
     return [*chosen, *COUNTS]

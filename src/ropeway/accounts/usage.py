@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final
 
 from msgspec import Struct
@@ -24,14 +25,19 @@ _AGAIN_SECONDS = 5.0
 HOUR: Final = 3600
 
 COLUMNS: Final = {
+    "month": "strftime('%Y-%m', usage.hour * 3600, 'unixepoch')",
+    "day": "strftime('%Y-%m-%d', usage.hour * 3600, 'unixepoch')",
+    "hour": "strftime('%Y-%m-%dT%H:00Z', usage.hour * 3600, 'unixepoch')",
     "key": "usage.key",
     "tenant": "usage.tenant",
     "model": "usage.model",
-    "hour": "strftime('%Y-%m-%dT%H:00Z', usage.hour * 3600, 'unixepoch')",
-    "day": "strftime('%Y-%m-%d', usage.hour * 3600, 'unixepoch')",
-    "month": "strftime('%Y-%m', usage.hour * 3600, 'unixepoch')",
 }
-"""What usage can be told by, and how SQL says it."""
+"""What usage can be told by, and how SQL says it; in the order in which it is shown and sorted."""
+
+
+def day(text: str) -> int:
+    """When a day such as 2026-11-30 begins (UTC), in Unix seconds. Raises ValueError."""
+    return int(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
 
 
 class UsageRow(Struct, frozen=True, kw_only=True):
@@ -83,9 +89,8 @@ class Amounts:
 
 
 def ask(connection: sqlite3.Connection, query: Query) -> list[UsageRow]:
-    """The rows that answer, in the order of `by`, at most `limit` + 1 of them."""
+    """The rows that answer, sorted by their columns, at most `limit` + 1 of them."""
     names = [name for name in COLUMNS if name in query.by]
-    order = [name for name in ("month", "day", "hour", "key", "tenant", "model") if name in names]
     chosen = [f"{COLUMNS[name]} AS {name}" for name in names]
     if "key" in names:
         chosen.append("(SELECT name FROM keys WHERE keys.id = usage.key) AS name")
@@ -101,7 +106,7 @@ def ask(connection: sqlite3.Connection, query: Query) -> list[UsageRow]:
     text = f"SELECT {', '.join(chosen + sums)} FROM usage"  # noqa: S608 - of names from COLUMNS, all else is bound
     text += f" WHERE {' AND '.join(given)}" if given else ""
     text += f" GROUP BY {', '.join(COLUMNS[name] for name in names)}" if names else ""
-    text += f" ORDER BY {', '.join(order)}" if order else ""
+    text += f" ORDER BY {', '.join(names)}" if names else ""
     rows = connection.execute(f"{text} LIMIT ?", (*given.values(), query.limit + 1)).fetchall()
     return [_row(row) for row in rows if row["requests"] is not None]
 
@@ -163,6 +168,8 @@ class Ledger:
         self._writing: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._failing = False
+        self.totals: dict[str, Amounts] = {}
+        """By key, since this process started."""
 
     def start(self, model: str) -> None:
         """An answer of `model` is in the making: it works until as many have ended."""
@@ -173,6 +180,7 @@ class Ledger:
 
     def add(self, key: str, tenant: str, model: str, amounts: Amounts) -> None:
         """Something was used just now."""
+        self.totals.setdefault(key, Amounts()).add(amounts)
         self._pending.setdefault((key, int(self._now()) // HOUR, tenant, model), Amounts()).add(amounts)
         self._later(FLUSH_SECONDS)
 

@@ -9,7 +9,7 @@ from msgspec import Meta, Raw, Struct, field
 from ropeway.api.limits import MAX_MESSAGES, MAX_STOP_STRINGS, MAX_TOOLS
 from ropeway.api.loose import TOOL_NAME
 from ropeway.api.responses_schema import described
-from ropeway.api.schema import Count, Label, StopString
+from ropeway.api.schema import Count, Label, Model, StopString
 
 _STRING: dict[str, Any] = {"type": "string"}
 
@@ -107,7 +107,7 @@ class CountRequest(Struct, frozen=True, kw_only=True):
     """Body of POST /v1/messages/count_tokens."""
 
     messages: Turns
-    model: Annotated[str | None, Meta(description="A name from `/v1/models`; may be left out.")] = None
+    model: Model = None
     system: System = field(default_factory=Raw)
     tools: Tools = field(default_factory=Raw)
     tool_choice: Annotated[

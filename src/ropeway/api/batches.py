@@ -10,12 +10,13 @@ from starlette.responses import Response
 
 from ropeway.api import lists
 from ropeway.api.deferred import in_words, key_of
-from ropeway.api.errors import HttpError
+from ropeway.api.errors import HttpError, shown
 from ropeway.api.files import EXPIRES
 from ropeway.api.health import json_response
+from ropeway.api.inside import Endpoint
 from ropeway.api.limits import MAX_METADATA
 from ropeway.api.parse import decode, ignored_header
-from ropeway.api.state import api_of, jobs_of, read_body
+from ropeway.api.state import api_of, jobs_of, read_body, tenant_of
 from ropeway.api.urgency import Tier, Word, said
 from ropeway.contract import Urgency
 from ropeway.jobs.records import Batch
@@ -24,10 +25,6 @@ LIST_PARAMETERS: Final = lists.parameters(20, 100)
 _WINDOW = r"^[1-9][0-9]{0,5}[smhd]$"
 _KEY = Annotated[str, Meta(max_length=64)]
 _VALUE = Annotated[str, Meta(max_length=512)]
-Endpoint = Literal[
-    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/score",
-    "/v1/rerank",
-]  # fmt: skip
 
 
 class ExpiresAfter(Struct, frozen=True, kw_only=True):
@@ -129,21 +126,15 @@ class BatchBody(Struct, frozen=True, kw_only=True):
     request_counts: BatchCounts
     usage: BatchTokens | None
     metadata: dict[str, str] | None
-    priority: Literal["high", "medium", "low"]
+    priority: Word
     callback_url: str | None
     position: int | None = None
     eta_seconds: float | None = None
     estimated_completion: str | None = None
 
 
-class BatchList(Struct, frozen=True, kw_only=True):
+class BatchList(lists.Listing[BatchBody], frozen=True, kw_only=True):
     """The newest first, unless `order` says otherwise; without places in the line."""
-
-    object: Literal["list"] = "list"
-    data: list[BatchBody]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 async def create_batch(request: Request) -> Response:
@@ -154,7 +145,7 @@ async def create_batch(request: Request) -> Response:
         jobs_of(request).rules.check_url(body.callback_url)
     urgency = said(getattr(request.state, "urgency", None), body.priority, body.service_tier)
     batch = await jobs_of(request).store.batches.create(
-        tenant=_tenant(request),
+        tenant=tenant_of(request),
         key=key_of(request),
         endpoint=body.endpoint,
         input_file_id=body.input_file_id,
@@ -173,17 +164,16 @@ async def list_batches(request: Request) -> Response:
     """The caller's batches."""
     query = lists.query(request, 20, 100)
     found = await jobs_of(request).store.batches.list(
-        _tenant(request), after=query.after, limit=query.limit, order=query.order
+        tenant_of(request), after=query.after, limit=query.limit, order=query.order
     )
     data = [_described(batch) for batch in found.data]
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return json_response(BatchList(data=data, first_id=first, last_id=last, has_more=found.has_more))
+    return json_response(BatchList.of(data, more=found.has_more))
 
 
 async def get_batch(request: Request) -> Response:
     """How a batch stands."""
     name = str(request.path_params["batch_id"])
-    batch = await jobs_of(request).store.batches.get(_tenant(request), name)
+    batch = await jobs_of(request).store.batches.get(tenant_of(request), name)
     if batch is None:
         raise _unknown(name)
     return json_response(await _body(request, batch))
@@ -192,7 +182,7 @@ async def get_batch(request: Request) -> Response:
 async def cancel_batch(request: Request) -> Response:
     """Run nothing more of a batch. What has been answered goes into its files; one that has ended stays as it is."""
     name = str(request.path_params["batch_id"])
-    batch = await jobs_of(request).store.batches.cancel(_tenant(request), name)
+    batch = await jobs_of(request).store.batches.cancel(tenant_of(request), name)
     if batch is None:
         raise _unknown(name)
     return json_response(await _body(request, batch))
@@ -233,10 +223,5 @@ def _described(batch: Batch, position: int | None = None, eta: float | None = No
     )
 
 
-def _tenant(request: Request) -> str:
-    return str(request.state.tenant)
-
-
 def _unknown(name: str) -> HttpError:
-    shown = name if len(name) <= 64 and name.isprintable() else "of that id"
-    return HttpError(404, f"No batch found with id '{shown}'.", code="batch_not_found", param="id")
+    return HttpError(404, f"No batch found with id '{shown(name)}'.", code="batch_not_found", param="id")

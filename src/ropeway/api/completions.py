@@ -25,6 +25,7 @@ from ropeway.api.schema import CompletionRequest
 from ropeway.api.speech import Said, Speaker
 from ropeway.api.state import Api, api_of, read_body
 from ropeway.errors import RequestError
+from ropeway.text.speech import Delta
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -107,6 +108,9 @@ class TextShape(sse.Shape):
 
     def finish(self, choice: Choice) -> Any:
         return choice.finish
+
+    def delta(self, choice: Choice, delta: Delta) -> bytes:
+        raise AssertionError("a plain text has no thoughts and no calls")
 
     def details(self, choice: Choice, said: Said) -> bytes:
         members = self._members(choice, said)

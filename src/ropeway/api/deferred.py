@@ -16,11 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ropeway.api import lists
 from ropeway.api.answer import CHECK_ONLY
-from ropeway.api.errors import HttpError
+from ropeway.api.errors import HttpError, shown
 from ropeway.api.health import json_response
 from ropeway.api.inside import CALL, URLS, Asked, asked
-from ropeway.api.state import jobs_of, read_body
-from ropeway.api.urgency import in_background
+from ropeway.api.state import jobs_of, read_body, replayed, tenant_of
+from ropeway.api.urgency import Word, in_background
 from ropeway.errors import RequestError
 from ropeway.jobs.records import Item
 from ropeway.jobs.work import Call
@@ -62,7 +62,7 @@ class Job(Struct, frozen=True, kw_only=True):
     task_id: str
     status: _STATES
     endpoint: str
-    priority: Literal["high", "medium", "low"]
+    priority: Word
     created_at: int
     expires_at: int
     started_at: int | None = None
@@ -75,14 +75,8 @@ class Job(Struct, frozen=True, kw_only=True):
     error: JobError | None = None
 
 
-class JobList(Struct, frozen=True, kw_only=True):
+class JobList(lists.Listing[Job], frozen=True, kw_only=True):
     """Deferred requests by creation, without answers and places; the newest first unless `order` says otherwise."""
-
-    object: Literal["list"] = "list"
-    data: list[Job]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class DeletedJob(Struct, frozen=True):
@@ -105,7 +99,7 @@ class Deferring:
         body = await read_body(request)
         said = asked(body)
         if not deferral(scope["path"], said):
-            await self._app(scope, _again(body, receive), send)
+            await self._app(scope, replayed(body, receive), send)
             return
         # Every other field has been checked when the endpoint has nothing to say against it.
         scope["state"][CHECK_ONLY] = True
@@ -118,7 +112,7 @@ class Deferring:
             if not fine:
                 await send(message)
 
-        await self._app(scope, _again(body, receive), tell)
+        await self._app(scope, replayed(body, receive), tell)
         if fine:
             response = await _accept(request, body, said)
             await response(scope, receive, send)
@@ -154,7 +148,7 @@ def deferral(path: str, said: Asked) -> bool:
 async def get_job(request: Request) -> Response:
     """A deferred request: where it stands, or what was answered."""
     name = str(request.path_params["job_id"])
-    item = await jobs_of(request).store.items.get(_tenant(request), name)
+    item = await jobs_of(request).store.items.get(tenant_of(request), name)
     if item is None:
         raise _unknown(name)
     return json_response(await _job(request, item))
@@ -164,17 +158,16 @@ async def list_jobs(request: Request) -> Response:
     """The caller's deferred requests."""
     query = lists.query(request, 20, 100)
     found = await jobs_of(request).store.items.list(
-        _tenant(request), after=query.after, limit=query.limit, order=query.order
+        tenant_of(request), after=query.after, limit=query.limit, order=query.order
     )
     data = [_described(item) for item in found.data]
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return json_response(JobList(data=data, first_id=first, last_id=last, has_more=found.has_more))
+    return json_response(JobList.of(data, more=found.has_more))
 
 
 async def cancel_job(request: Request) -> Response:
     """End a deferred request. One that has ended stays as it is."""
     name = str(request.path_params["job_id"])
-    item = await jobs_of(request).store.items.cancel(_tenant(request), name)
+    item = await jobs_of(request).store.items.cancel(tenant_of(request), name)
     if item is None:
         raise _unknown(name)
     return json_response(await _job(request, item))
@@ -183,7 +176,7 @@ async def cancel_job(request: Request) -> Response:
 async def delete_job(request: Request) -> Response:
     """Forget a deferred request and its answer; one that has not ended is cancelled."""
     name = str(request.path_params["job_id"])
-    if not await jobs_of(request).store.items.delete(_tenant(request), name):
+    if not await jobs_of(request).store.items.delete(tenant_of(request), name):
         raise _unknown(name)
     return json_response(DeletedJob(name))
 
@@ -251,25 +244,10 @@ def key_of(request: Request) -> str:
     return str(account.id) if account is not None else ""
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """`receive` as if the body had not been read yet."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def once_more() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return once_more
-
-
 def _whole(seconds: float | None) -> int | None:
     return None if seconds is None else int(seconds)
 
 
-def _tenant(request: Request) -> str:
-    return str(request.state.tenant)
-
-
 def _unknown(name: str) -> HttpError:
-    shown = name if len(name) <= 64 and name.isprintable() else "of that id"
-    message = f"There is no job {shown}, or no more: those that have ended are kept for --job-retention hours."
+    message = f"There is no job {shown(name)}, or no more: those that have ended are kept for --job-retention hours."
     return HttpError(404, message, code="job_not_found", param="id")

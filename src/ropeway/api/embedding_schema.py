@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Raw, Struct
 
-from ropeway.api.schema import CALLBACK, DEFERRED, PRIORITY, CallbackUrl, Label, Milliseconds, Priority
+from ropeway.api.schema import CALLBACK, DEFERRED, PRIORITY, CallbackUrl, Label, Milliseconds, Model, Priority
 
 MAX_INPUTS: Final = 2048
 """Texts in one body, as at OpenAI."""
@@ -42,7 +42,7 @@ Texts = Annotated[list[str], Meta(min_length=1, max_length=MAX_INPUTS)]
 class PooledFields(Struct, frozen=True, kw_only=True):
     """What all three take."""
 
-    model: Annotated[str | None, Meta(description="A name from `/v1/models`; may be left out.")] = None
+    model: Model = None
     truncate_prompt_tokens: Annotated[
         Annotated[int, Meta(ge=-1, lt=_INT32)] | None,
         Meta(description="Keep so many tokens of a longer input; -1: as many as the model takes. Else that is a 400."),

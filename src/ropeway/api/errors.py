@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 
 import msgspec
 from starlette.responses import Response
 
 from ropeway.errors import (
+    MAX_SHOWN,
     BudgetError,
     ConfigError,
     ContextLengthError,
@@ -69,6 +71,20 @@ class HttpError(RequestError):
         self.status = status
         self.http_code = code
         self.close = close
+
+
+def shown(name: str, otherwise: str = "of that id") -> str:
+    """A name that a client sent, if it can be said again in an error."""
+    return name if len(name) <= MAX_SHOWN and name.isprintable() else otherwise
+
+
+def seconds_of(headers: Mapping[bytes, bytes]) -> float | None:
+    """When to come again, by an answer's headers; None if they do not say so in seconds."""
+    for name, unit in ((b"retry-after-ms", 1000.0), (b"retry-after", 1.0)):
+        value = headers.get(name, b"")
+        if value.isdigit() and len(value) < 10:
+            return int(value) / unit
+    return None
 
 
 class StreamCancelled(RopewayError):

@@ -12,10 +12,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ropeway.api import lists
-from ropeway.api.errors import HttpError
+from ropeway.api.errors import HttpError, shown
 from ropeway.api.health import json_response
 from ropeway.api.multipart import Multipart, Part, boundary_of
-from ropeway.api.state import Api, api_of, jobs_of
+from ropeway.api.state import Api, api_of, jobs_of, tenant_of
 from ropeway.errors import RequestError
 from ropeway.jobs.files import Draft
 from ropeway.jobs.records import FileRecord
@@ -71,14 +71,8 @@ class FileBody(Struct, frozen=True, kw_only=True):
     status_details: None = None
 
 
-class FileList(Struct, frozen=True, kw_only=True):
+class FileList(lists.Listing[FileBody], frozen=True, kw_only=True):
     """Files by creation, the newest first unless `order` says otherwise."""
-
-    object: Literal["list"] = "list"
-    data: list[FileBody]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class DeletedFile(Struct, frozen=True):
@@ -101,7 +95,7 @@ async def upload_file(request: Request) -> Response:
         await upload.flush()
         filename, purpose, expires_after = upload.understand()
         record = await store.files.add(
-            draft, tenant=_tenant(request), filename=filename, purpose=purpose, expires_after=expires_after
+            draft, tenant=tenant_of(request), filename=filename, purpose=purpose, expires_after=expires_after
         )
     return json_response(_body(record))
 
@@ -110,11 +104,10 @@ async def list_files(request: Request) -> Response:
     """The caller's files."""
     asked, purpose = lists.query(request, 10_000, 10_000), request.query_params.get("purpose")
     found = await jobs_of(request).store.files.list(
-        _tenant(request), after=asked.after, limit=asked.limit, order=asked.order, purpose=purpose
+        tenant_of(request), after=asked.after, limit=asked.limit, order=asked.order, purpose=purpose
     )
     data = [_body(record) for record in found.data]
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return json_response(FileList(data=data, first_id=first, last_id=last, has_more=found.has_more))
+    return json_response(FileList.of(data, more=found.has_more))
 
 
 async def get_file(request: Request) -> Response:
@@ -135,7 +128,7 @@ async def get_content(request: Request) -> Response:
 async def delete_file(request: Request) -> Response:
     """Forget a file. One that a batch still reads is refused."""
     name = str(request.path_params["file_id"])
-    if not await jobs_of(request).store.files.delete(_tenant(request), name):
+    if not await jobs_of(request).store.files.delete(tenant_of(request), name):
         raise _unknown(name)
     return json_response(DeletedFile(name))
 
@@ -256,15 +249,14 @@ async def _arriving(request: Request) -> AsyncIterator[bytes]:
 
 async def _wanted(request: Request) -> FileRecord:
     name = str(request.path_params["file_id"])
-    found = await jobs_of(request).store.files.get(_tenant(request), name)
+    found = await jobs_of(request).store.files.get(tenant_of(request), name)
     if found is None:
         raise _unknown(name)
     return found
 
 
 def _unknown(name: str) -> HttpError:
-    shown = name if len(name) <= 64 and name.isprintable() else "of that id"
-    return HttpError(404, f"No such File object: {shown}", code="file_not_found", param="id")
+    return HttpError(404, f"No such File object: {shown(name)}", code="file_not_found", param="id")
 
 
 def _body(record: FileRecord) -> FileBody:
@@ -276,10 +268,6 @@ def _body(record: FileRecord) -> FileBody:
         filename=record.filename,
         purpose="batch_output" if record.purpose == "batch_output" else "batch",
     )
-
-
-def _tenant(request: Request) -> str:
-    return str(request.state.tenant)
 
 
 def _limit(api: Api) -> int:

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import msgspec
 from msgspec import Struct
 from starlette.types import ASGIApp, Message, Scope
 
-from ropeway.api.errors import ErrorEnvelope, HttpError, classify
+from ropeway.api.errors import ErrorEnvelope, HttpError, classify, seconds_of
 from ropeway.errors import EngineError, RopewayError
-from ropeway.jobs.work import Call, Reply
+from ropeway.jobs.work import NOT_JSON, Call, Reply
 
 _log = logging.getLogger(__name__)
 
-URLS: Final = frozenset(
-    {
-        "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/score",
-        "/v1/rerank",
-    }
-)  # fmt: skip
+Endpoint = Literal[
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/score",
+    "/v1/rerank",
+]  # fmt: skip
+URLS: Final[frozenset[str]] = frozenset(get_args(Endpoint))
 """What may be asked for from inside, and deferred: the endpoints that compute."""
 
 CALL: Final = "ropeway.call"
@@ -48,7 +47,7 @@ def asked(body: bytes) -> Asked:
     """Says nothing of a body that is no JSON object: the endpoint complains of that."""
     try:
         return msgspec.json.decode(body, type=Asked)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+    except NOT_JSON:
         return Asked()
 
 
@@ -76,7 +75,7 @@ class Inside:
             status=answer.status,
             body=b"".join(answer.parts),
             request_id=answer.headers.get(b"x-request-id", b"").decode("latin-1") or call.request_id,
-            retry_after=_seconds(answer.headers),
+            retry_after=seconds_of(answer.headers),
         )
 
 
@@ -151,11 +150,3 @@ def _reply_of(error: RopewayError, call: Call) -> Reply:
     status, body = classify(error)
     content = msgspec.json.encode(ErrorEnvelope(body))
     return Reply(status=status, body=content, request_id=call.request_id, retry_after=error.retry_after)
-
-
-def _seconds(headers: dict[bytes, bytes]) -> float | None:
-    for name, unit in ((b"retry-after-ms", 1000.0), (b"retry-after", 1.0)):
-        found = headers.get(name, b"")
-        if found.isdigit() and len(found) < 10:
-            return int(found) / unit
-    return None

@@ -20,6 +20,7 @@ from ropeway.api.speech import Said, Speaker
 from ropeway.api.state import Api
 from ropeway.contract import FinishReason, Usage
 from ropeway.errors import DeadlineError, EngineError, RopewayError
+from ropeway.service.params import FIT
 from ropeway.service.request import Meter, TextChunk, TextRequest, TextStream
 from ropeway.service.stream import collect as collect_text
 
@@ -94,7 +95,7 @@ class Making:
         self._tracked: Tracked | None = None
         self._streams: list[TextStream] = []
         self._meter: Meter | None = None
-        self._accepted = False
+        self._accepted = self._counted = False
 
     @property
     def written(self) -> int:
@@ -118,6 +119,8 @@ class Making:
             self._api.metrics.rejected(error.code)
             raise
         self._accepted = True
+        most = first.sampling.max_tokens
+        self._api.metrics.asked(first.urgency, len(self.choices), None if most == FIT else most)
         for choice, stream in zip(self.choices, self._streams, strict=True):
             choice.prompt_tokens = stream.prompt_tokens
             choice.speaker = choice.voice(stream.prompt_tokens)
@@ -167,10 +170,15 @@ class Making:
         """Give every sequence back to the engine; idempotent."""
         for stream in self._streams:
             stream.cancel()
+        if self._accepted and not self._counted:
+            self._counted = True
+            counts = [choice.tokens for choice in self.choices]
+            self._api.metrics.answered(self.choices[0].request.urgency, sum(counts), max(counts))
         if self._tracked is not None:
             complete = all(choice.last is not None for choice in self.choices)
             self._tracked.end(None if complete else StreamCancelled("The client left before the answer was complete."))
-            self._settle(self._tracked.state([]).usage)
+            if self._meter is not None:
+                self._settle(self._tracked.state([]).usage)
 
     def check(self) -> None:
         """Raises RopewayError if the client may not have this answer from its model at all."""

@@ -93,6 +93,22 @@ def complaint(error: msgspec.MsgspecError, where: str = "") -> RequestError:
     return RequestError(f"Invalid value for '{path or 'body'}': {text}.", param=path or None)
 
 
+def fields_of(body: bytes) -> dict[str, msgspec.Raw]:
+    """The fields of a body, undecoded. Raises RequestError or HttpError (400)."""
+    check_shape(body)
+    if not body.strip():
+        raise HttpError(400, "The body is empty; it must be a JSON object.")
+    try:
+        fields = _top_level.decode(body)
+    except msgspec.MsgspecError as error:
+        raise complaint(error) from None
+    except RecursionError:
+        raise HttpError(400, "The body nests too deeply. Flatten it.") from None
+    if len(fields) > MAX_FIELDS:
+        raise HttpError(400, f"The body has {len(fields)} fields; at most {MAX_FIELDS} are accepted.")
+    return fields
+
+
 def decode(kind: type[T], body: bytes, refused: Refused) -> tuple[T, list[str]]:
     """The body as `kind`, and the names of its fields that have no effect. Raises RequestError or HttpError (400)."""
     value, unknown = decode_known(kind, body, refused)
@@ -101,13 +117,8 @@ def decode(kind: type[T], body: bytes, refused: Refused) -> tuple[T, list[str]]:
 
 def decode_known(kind: type[T], body: bytes, refused: Refused) -> tuple[T, dict[str, msgspec.Raw]]:
     """The body as `kind`, and those of its fields that it does not know, undecoded. Raises as `decode`."""
-    check_shape(body)
-    if not body.strip():
-        raise HttpError(400, "The body is empty; it must be a JSON object.")
+    fields = fields_of(body)
     try:
-        fields = _top_level.decode(body)
-        if len(fields) > MAX_FIELDS:
-            raise HttpError(400, f"The body has {len(fields)} fields; at most {MAX_FIELDS} are accepted.")
         for name, raw in fields.items():
             if name in refused and _compact(raw) not in refused[name][0]:
                 raise RequestError(refused[name][1], param=name)

@@ -10,7 +10,8 @@ from typing import Final, get_args
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ropeway.api.errors import HttpError
+from ropeway.api import lists
+from ropeway.api.errors import HttpError, shown
 from ropeway.api.health import json_response
 from ropeway.api.registry import RequestList, RequestState, State, Tracked
 from ropeway.api.state import api_of
@@ -26,24 +27,18 @@ _PATIENCE = 2.0
 
 LIST_PARAMETERS: Final = [
     {"name": "state", "in": "query", "schema": {"enum": list(_STATES)}},
-    {
-        "name": "limit",
-        "in": "query",
-        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_LISTED, "default": 100},
-    },
+    lists.bound(100, MAX_LISTED),
 ]
 
 
 async def list_requests(request: Request) -> Response:
     """The requests of the caller's tenant, or everybody's for the administrator."""
-    state, limit = request.query_params.get("state"), request.query_params.get("limit", "100")
+    state, limit = request.query_params.get("state"), lists.limit(request, 100, MAX_LISTED)
     if state is not None and state not in _STATES:
         raise RequestError(f"state must be one of {', '.join(_STATES)}.", param="state")
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= MAX_LISTED):
-        raise RequestError(f"limit must be a whole number from 1 to {MAX_LISTED}.", param="limit")
     found = await _states(api_of(request).requests.newest(_tenant(request)))
     wanted = [one for one in found if state in (None, one.state)]
-    return json_response(RequestList(data=wanted[: int(limit)], has_more=len(wanted) > int(limit)))
+    return json_response(RequestList(data=wanted[:limit], has_more=len(wanted) > limit))
 
 
 async def get_request(request: Request) -> Response:
@@ -88,7 +83,6 @@ def _wanted(request: Request) -> Tracked:
     name = str(request.path_params["id"])
     found = api_of(request).requests.find(name, _tenant(request))
     if found is None:
-        shown = name if len(name) <= 128 and name.isprintable() else "of that id"
-        message = f"There is no request {shown}, or no more: those that have ended are known for ten minutes."
+        message = f"There is no request {shown(name)}, or no more: those that have ended are known for ten minutes."
         raise HttpError(404, message, code="request_not_found", param="id")
     return found

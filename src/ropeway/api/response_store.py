@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ropeway.api.errors import HttpError
+from ropeway.api.errors import HttpError, shown
 from ropeway.errors import OverloadedError, RequestError
 
 OVERHEAD: Final = 2048
@@ -141,8 +141,8 @@ class ResponseStore:
         self._expire()
         entry = self._entries.get((tenant, name))
         if entry is None:
-            shown = name if len(name) <= 64 and name.isprintable() else name[:64].encode("unicode_escape").decode()
-            message = f"There is no response with the id '{shown}'. Responses are kept for {self._ttl:g} s at most."
+            known = f"Responses are kept for {self._ttl:g} s at most."
+            message = f"There is no response {shown(name)}, or no more. {known}"
             raise HttpError(404, message, code="response_not_found", param=param)
         if entry.final:
             self._touch(entry)

@@ -8,7 +8,7 @@ from msgspec import Meta, Raw, Struct, field
 
 from ropeway.api.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_TOOLS
 from ropeway.api.loose import TOOL_NAME
-from ropeway.api.schema import Count, Label
+from ropeway.api.schema import Count, Label, Model, Temperature, TopP
 from ropeway.api.urgency import Tier
 
 _STRING: dict[str, Any] = {"type": "string"}
@@ -126,7 +126,7 @@ class ResponseRequest(Struct, frozen=True, kw_only=True):
     """Body of POST /v1/responses."""
 
     input: Input
-    model: Annotated[str | None, Meta(description="A name from `/v1/models`; may be left out.")] = None
+    model: Model = None
     instructions: Annotated[str | None, Meta(description="A system message for this response alone.")] = None
     previous_response_id: Annotated[Label | None, Meta(description="The response that this one continues.")] = None
     stream: Annotated[bool | None, Meta(description="Send the response as events while it is made.")] = None
@@ -139,13 +139,8 @@ class ResponseRequest(Struct, frozen=True, kw_only=True):
     max_tool_calls: Annotated[
         Count | None, Meta(description="A bound on calls of built-in tools, of which there are none.")
     ] = None
-    temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="0: always the likeliest token.")
-    ] = None
-    top_p: Annotated[
-        Annotated[float, Meta(ge=0, le=1)] | None,
-        Meta(description="Draw from the fewest tokens that have this probability together."),
-    ] = None
+    temperature: Temperature = None
+    top_p: TopP = None
     text: Annotated[
         TextConfig | None,
         Meta(description="`format`: `text`, `json_object` or `json_schema`; `verbosity` for templates that read it."),

@@ -59,10 +59,18 @@ class StreamOptions(Struct, frozen=True):
     continuous_usage_stats: bool | None = None
 
 
+Model = Annotated[str | None, Meta(description="A name from `/v1/models`; may be left out.")]
+Temperature = Annotated[Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="0: always the likeliest token.")]
+TopP = Annotated[
+    Annotated[float, Meta(ge=0, le=1)] | None,
+    Meta(description="Draw from the fewest tokens that have this probability together."),
+]
+
+
 class CommonFields(Struct, frozen=True, kw_only=True):
     """What both generating endpoints take."""
 
-    model: Annotated[str | None, Meta(description="A name from `/v1/models`; may be left out.")] = None
+    model: Model = None
     stream: Annotated[bool | None, Meta(description="Send the answer as server-sent events while it is made.")] = None
     stream_options: Annotated[
         StreamOptions | None,
@@ -84,13 +92,8 @@ class CommonFields(Struct, frozen=True, kw_only=True):
     min_tokens: Annotated[
         Annotated[int, Meta(ge=0, lt=_INT32)] | None, Meta(description="Tokens before an answer may end.")
     ] = None
-    temperature: Annotated[
-        Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="0: always the likeliest token.")
-    ] = None
-    top_p: Annotated[
-        Annotated[float, Meta(ge=0, le=1)] | None,
-        Meta(description="Draw from the fewest tokens that have this probability together."),
-    ] = None
+    temperature: Temperature = None
+    top_p: TopP = None
     top_k: Annotated[
         Annotated[int, Meta(ge=-1, lt=_INT32)] | None,
         Meta(description="Draw from so many of the likeliest tokens; 0 or -1: from all."),

@@ -5,6 +5,7 @@ Everything that is equal in all chunks of an answer is encoded once; a token cos
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Final
 
@@ -35,7 +36,7 @@ def comment(text: str) -> bytes:
     return b": " + text.replace("\r", " ").replace("\n", " ").encode() + b"\n\n"
 
 
-class Shape:
+class Shape(ABC):
     """How a choice looks in a chunk: the members of its object that carry a piece of what it says.
 
     `empty` says nothing, and content stands between `before` and `after`. `details` go with the tokens of what was
@@ -47,9 +48,9 @@ class Shape:
     before, after = b"", b""
     no_details = b',"logprobs":null'
 
+    @abstractmethod
     def delta(self, choice: Choice, delta: Delta) -> bytes:
         """A delta that is not content."""
-        raise NotImplementedError
 
     def details(self, choice: Choice, said: Said) -> bytes:
         return self.no_details

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from ropeway._version import __version__
 from ropeway.api.errors import HttpError
@@ -21,9 +21,6 @@ from ropeway.errors import DrainingError, RopewayError, UnknownModelError
 from ropeway.jobs.running import Jobs
 from ropeway.observe.metrics import Metrics
 from ropeway.service.request import TextService
-
-MAX_SHOWN = 128
-"""Characters of a name that a client sent, in an answer."""
 
 MAX_LISTED = 20
 """Names of models in an error."""
@@ -135,12 +132,8 @@ class Api:
 
 def unknown_model(name: str, served: Sequence[str]) -> UnknownModelError:
     """What to raise for a model that is not among those `served`."""
-    shown = name if len(name) <= MAX_SHOWN else name[:MAX_SHOWN] + "..."
     names = [f"`{one}`" for one in served[:MAX_LISTED]] + ["..."] * (len(served) > MAX_LISTED)
-    return UnknownModelError(
-        f"The model `{shown}` does not exist or you do not have access to it. This server serves {', '.join(names)}.",
-        param="model",
-    )
+    return UnknownModelError.of(name, f"This server serves {', '.join(names)}.")
 
 
 def api_of(request: Request) -> Api:
@@ -155,6 +148,11 @@ def jobs_of(request: Request) -> Jobs:
     return jobs
 
 
+def tenant_of(request: Request) -> str:
+    """Whose things a caller sees: his own tenant's."""
+    return str(request.state.tenant)
+
+
 async def read_body(request: Request) -> bytes:
     """The whole body. Its size and the time that it takes are bounded by the gate in front of all routes."""
     parts: list[bytes] = []
@@ -165,6 +163,16 @@ async def read_body(request: Request) -> bytes:
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(parts)
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """`receive` as if the body had not been read yet."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return again
 
 
 async def disconnected(receive: Receive) -> None:

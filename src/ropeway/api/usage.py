@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from msgspec import Struct
@@ -13,7 +12,8 @@ from starlette.responses import Response
 
 from ropeway.accounts import Account, Accounts
 from ropeway.accounts.table import as_csv
-from ropeway.accounts.usage import COLUMNS, Query, UsageRow
+from ropeway.accounts.usage import COLUMNS, Query, UsageRow, day
+from ropeway.api import lists
 from ropeway.api.health import json_response
 from ropeway.errors import RequestError
 
@@ -29,11 +29,7 @@ PARAMETERS: Final = [
     {"name": "by", "in": "query", "schema": {"type": "string", "pattern": f"^{_COLUMN}(,{_COLUMN}){{0,5}}$"}},
     {"name": "since", "in": "query", "schema": _TIME},
     {"name": "until", "in": "query", "schema": _TIME},
-    {
-        "name": "limit",
-        "in": "query",
-        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_ROWS, "default": _DEFAULT_ROWS},
-    },
+    lists.bound(_DEFAULT_ROWS, MAX_ROWS),
     {"name": "format", "in": "query", "schema": {"enum": ["json", "csv"]}},
 ]
 
@@ -57,16 +53,14 @@ def with_csv(entry: dict[str, Any]) -> dict[str, Any]:
 async def get_usage(request: Request) -> Response:
     """Tokens and cost by key, tenant, model and time. A key sees what it has used itself, the administrator all."""
     given = request.query_params
-    limit, shape = given.get("limit", str(_DEFAULT_ROWS)), given.get("format", "json")
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 6 and 1 <= int(limit) <= MAX_ROWS):
-        raise RequestError(f"limit must be a whole number from 1 to {MAX_ROWS}.", param="limit")
+    shape = given.get("format", "json")
     if shape not in ("json", "csv"):
         raise RequestError("format must be json or csv.", param="format")
     query = Query(
         by=_columns(given.get("by", _BY)),
         since=_time(given.get("since"), "since"),
         until=_time(given.get("until"), "until"),
-        limit=int(limit),
+        limit=lists.limit(request, _DEFAULT_ROWS, MAX_ROWS),
     )
     accounts = request.app.state.accounts
     assert isinstance(accounts, Accounts)
@@ -103,6 +97,6 @@ def _time(text: str | None, param: str) -> int | None:
     try:
         if not _DATE.fullmatch(text):
             raise ValueError
-        return int(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
+        return day(text)
     except ValueError:
         raise RequestError(f"{param} must be a day such as 2026-11-30, or Unix seconds.", param=param) from None

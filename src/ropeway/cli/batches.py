@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import typer
 
-from ropeway.cli.chat import URL, key_from
+from ropeway.cli.common import URL, Json, Key, Url, key_from, print_json
 from ropeway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 batches = typer.Typer(help="Batches of a running server: create one from a file, list, look at, read and cancel them.")
 
-Url = Annotated[str, typer.Option(help="Address of the server.")]
-Key = Annotated[str | None, typer.Option(help="Key of the server (or ROPEWAY_API_KEY, OPENAI_API_KEY).")]
-Json = Annotated[bool, typer.Option("--json", help="Print the server's JSON.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The batch's id.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Return when it has ended.")]
 
@@ -73,7 +70,7 @@ def list_batches(
     """The newest first."""
     answer = _client(url, api_key).call("GET", f"/v1/batches?limit={limit}")
     if as_json:
-        return _print(answer)
+        return print_json(answer)
     typer.echo(f"{'id':38} {'status':12} {'done':>7} {'failed':>7} {'total':>7}  endpoint")
     for one in answer["data"]:
         counts = one["request_counts"]
@@ -169,7 +166,7 @@ def _waited(client: Client, batch: dict[str, Any]) -> dict[str, Any]:
 
 def _show(batch: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        return _print(batch)
+        return print_json(batch)
     counts, errors = batch.pop("request_counts"), (batch.pop("errors", None) or {}).get("data", [])
     usage = batch.pop("usage", None) or {}
     batch |= {f"requests_{name}": count for name, count in counts.items()}
@@ -183,9 +180,3 @@ def _show(batch: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"{'error':18} {where}{one['code']}: {one['message']}")
     if len(errors) > _SHOWN_ERRORS:
         typer.echo(f"{len(errors) - _SHOWN_ERRORS} more errors; see --json.", err=True)
-
-
-def _print(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2))

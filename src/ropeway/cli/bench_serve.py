@@ -17,7 +17,7 @@ from ropeway.bench.config import DatasetConfig, LoadConfig
 from ropeway.bench.datasets import FileTokens, Words
 from ropeway.bench.metrics import parse_goodput
 from ropeway.bench.serve import ServeBench, bench_serve
-from ropeway.cli.chat import key_from
+from ropeway.cli.common import key_from
 from ropeway.cli.progress import counting
 from ropeway.errors import ConfigError
 

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import typer
 
-from ropeway.cli.chat import URL, key_from
+from ropeway.cli.common import URL, Json, Url, ask, print_json
 
 canary = typer.Typer(help="Try a deployment on a share of a route's traffic: start, watch, promote or roll back.")
 
@@ -23,9 +23,7 @@ def share(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is neither a share like 0.05 nor a percentage like 5%.") from None
 
 
-Url = Annotated[str, typer.Option(help="Address of the server.")]
 Key = Annotated[str | None, typer.Option(help="The server's admin key (or ROPEWAY_ADMIN_KEY, ROPEWAY_API_KEY).")]
-Json = Annotated[bool, typer.Option("--json", help="Print the server's JSON.")]
 Route = Annotated[str, typer.Argument(help="The public name of a model in the table of routes.")]
 Share = Annotated[str, typer.Argument(help="What the canary gets, as 10% or 0.1.")]
 
@@ -101,18 +99,14 @@ def forget(route: Route, url: Url = URL, api_key: Key = None, as_json: Json = Fa
 
 
 def _call(method: str, route: str | None, url: str, api_key: str | None, body: Any = None) -> Any:
-    from ropeway.cli.client import Client
-
-    key = api_key or os.environ.get("ROPEWAY_ADMIN_KEY", "").split(",")[0].strip() or key_from(os.environ)
+    key = api_key or os.environ.get("ROPEWAY_ADMIN_KEY", "").split(",")[0].strip()
     path = "/admin/canary" + ("" if route is None else "/" + quote(route, safe=""))
-    return Client(url, api_key=key).call(method, path, body)
+    return ask(method, path, url, key, body)
 
 
 def _show(found: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        import json
-
-        return typer.echo(json.dumps(found, indent=2))
+        return print_json(found)
     if found:
         typer.echo("\n\n".join(_told(one) for one in found))
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-URL = "http://127.0.0.1:8000"
+from ropeway.cli.common import URL, Key, Url, key_from
 
 
 def register(app: typer.Typer) -> None:
@@ -15,13 +15,13 @@ def register(app: typer.Typer) -> None:
 
 
 def chat(
-    url: Annotated[str, typer.Option(help="Address of the server.")] = URL,
+    url: Url = URL,
     model: Annotated[str | None, typer.Option(help="Model to ask for (default: the server's first).")] = None,
     system: Annotated[str | None, typer.Option(help="System message to begin with.")] = None,
     quick: Annotated[str | None, typer.Option(metavar="TEXT", help="Send this one message and leave.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Default: the server's.", min=0)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None,
-    api_key: Annotated[str | None, typer.Option(help="Key of the server (or ROPEWAY_API_KEY, OPENAI_API_KEY).")] = None,
+    api_key: Key = None,
 ) -> None:
     """Talk to a running server. /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D leaves."""
     from ropeway.cli.client import Client
@@ -36,9 +36,3 @@ def chat(
         session.ask(quick)
         raise typer.Exit(0 if session.last is not None else 1)
     converse(session)
-
-
-def key_from(environ: os._Environ[str] | dict[str, str]) -> str | None:
-    """The first of the comma-separated keys in the usual variables."""
-    found = environ.get("ROPEWAY_API_KEY") or environ.get("OPENAI_API_KEY") or ""
-    return found.split(",")[0].strip() or None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ropeway.cli.chat import URL, key_from
+from ropeway.cli.common import URL, Key, Url, key_from
 
 
 def register(app: typer.Typer) -> None:
@@ -15,12 +15,12 @@ def register(app: typer.Typer) -> None:
 
 
 def complete(
-    url: Annotated[str, typer.Option(help="Address of the server.")] = URL,
+    url: Url = URL,
     model: Annotated[str | None, typer.Option(help="Model to ask for (default: the server's first).")] = None,
     quick: Annotated[str | None, typer.Option(metavar="TEXT", help="Continue this one text and leave.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Default: the server's.", min=0)] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.", min=1)] = 128,
-    api_key: Annotated[str | None, typer.Option(help="Key of the server (or ROPEWAY_API_KEY, OPENAI_API_KEY).")] = None,
+    api_key: Key = None,
 ) -> None:
     """Let a running server continue a text. /help lists what can be typed; Ctrl-D leaves."""
     from ropeway.cli.client import Client

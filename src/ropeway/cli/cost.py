@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ropeway.cli.keys import Data, Json, folder_of
+from ropeway.cli.common import Json
+from ropeway.cli.keys import Data, folder_of
 from ropeway.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ropeway.cli.common import Json, print_json
 from ropeway.cli.options import with_settings
 from ropeway.config import load, settings
 from ropeway.config.accounts import KeyLimits
@@ -30,7 +31,6 @@ Data = Annotated[
     str | None, typer.Option("--data-dir", metavar="DIRECTORY", help="The server's --data-dir (or ROPEWAY_DATA_DIR).")
 ]
 Which = Annotated[str, typer.Argument(metavar="KEY", help="The key's name or id; never the key itself.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Tenant = Annotated[str | None, typer.Option(help="Whose it is: keys of one tenant share prefixes and fairness.")]
 Expires = Annotated[str | None, typer.Option(metavar="WHEN", help="Its end: 30d, 12h, or a day such as 2027-01-31.")]
 
@@ -61,7 +61,7 @@ def create(
             lambda connection: table.create(connection, name, limits, tenant=tenant or "", expires=until)
         )
     if as_json:
-        return _print({"key": secret, **_shown(account)})
+        return print_json({"key": secret, **_shown(account)})
     typer.echo(secret)
     typer.echo(f"{account.id}, named {account.name}: {_words(account)}", err=True)
     typer.echo("Keep it now: it cannot be shown again.", err=True)
@@ -79,7 +79,7 @@ def list_keys(
     with _opened(data_dir) as store:
         found = [one for one in store.read_now(table.every) if every or one.revoked is None]
     if as_json:
-        return _print([_shown(account) for account in found])
+        return print_json([_shown(account) for account in found])
     typer.echo(f"{'id':20} {'name':16} {'begins with':11} {'created':10}  limits")
     for one in found:
         typer.echo(f"{one.id:20} {one.name:16} {one.hint:11} {_day(one.created)}  {_words(one)}")
@@ -156,8 +156,10 @@ def _when(text: str) -> int:
     """Unix seconds. Raises ConfigError."""
     if text[-1:] in _UNITS and text[:-1].isascii() and text[:-1].isdigit() and len(text) < 7:
         return int(time.time()) + int(text[:-1]) * _UNITS[text[-1]]
+    from ropeway.accounts.usage import day
+
     try:
-        return int(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
+        return day(text)
     except ValueError:
         message = f"--expires is {text!r}; it must be a time such as 30d or 12h, or a day such as 2027-01-31."
         raise ConfigError(message, param="expires") from None
@@ -198,9 +200,3 @@ def _shown(account: Account) -> dict[str, Any]:
     from msgspec.structs import asdict
 
     return {**asdict(account), "limits": asdict(account.limits)}
-
-
-def _print(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -13,7 +14,7 @@ from ropeway.cli.client import Client, Timing
 from ropeway.errors import RopewayError
 
 
-class Session:
+class Session(ABC):
     """Asks, prints while the answer arrives, keeps the last timing. Subclasses say what is sent and remembered."""
 
     path = ""
@@ -29,9 +30,11 @@ class Session:
             "/stats": ("timing of the last answer", self._stats),
         }
 
+    @abstractmethod
     def fields(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """Those of the request that asks `text`."""
 
+    @abstractmethod
     def remember(self, text: str, answer: str) -> None:
         """Called with every answer, also one that was stopped half-way."""
 
@@ -105,6 +108,9 @@ class CompletionSession(Session):
 
     def fields(self, text: str) -> dict[str, Any]:
         return {"prompt": text}
+
+    def remember(self, text: str, answer: str) -> None:
+        return None
 
 
 def converse(session: Session) -> None:

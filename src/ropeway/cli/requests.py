@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
 
-from ropeway.cli.chat import URL, key_from
+from ropeway.cli.common import URL, Json, Url, ask, print_json
 
 requests = typer.Typer(help="The requests of a running server: list them, look at one, cancel one.")
 
-Url = Annotated[str, typer.Option(help="Address of the server.")]
 Key = Annotated[
     str | None, typer.Option(help="A client's key, or the admin key to see all (or ROPEWAY_API_KEY, OPENAI_API_KEY).")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the server's JSON.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The x-request-id, or the id of the answer.")]
 
 
@@ -36,9 +33,9 @@ def list_requests(
 ) -> None:
     """Those under way and those that ended in the last ten minutes, the newest first."""
     query = f"?limit={limit}" + (f"&state={quote(state, safe='')}" if state else "")
-    answer = _call("GET", f"/v1/requests{query}", url, api_key)
+    answer = ask("GET", f"/v1/requests{query}", url, api_key)
     if as_json:
-        return _print(answer)
+        return print_json(answer)
     typer.echo(f"{'id':38} {'state':10} {'seconds':>8} {'prompt':>7} {'cached':>7} {'answer':>7}  waits for")
     for one in answer["data"]:
         usage = one["usage"]
@@ -52,24 +49,18 @@ def list_requests(
 @requests.command("show")
 def show(id: Id, url: Url = URL, api_key: Key = None, as_json: Json = False) -> None:
     """One request: its state, why it waits and where it stands in the line, and what it has cost."""
-    _show(_call("GET", f"/v1/requests/{quote(id, safe='')}", url, api_key), as_json)
+    _show(ask("GET", f"/v1/requests/{quote(id, safe='')}", url, api_key), as_json)
 
 
 @requests.command("cancel")
 def cancel(id: Id, url: Url = URL, api_key: Key = None, as_json: Json = False) -> None:
     """End a request. Its client is told so; one that is over already stays as it is."""
-    _show(_call("DELETE", f"/v1/requests/{quote(id, safe='')}", url, api_key), as_json)
-
-
-def _call(method: str, path: str, url: str, api_key: str | None) -> Any:
-    from ropeway.cli.client import Client
-
-    return Client(url, api_key=api_key or key_from(os.environ)).call(method, path)
+    _show(ask("DELETE", f"/v1/requests/{quote(id, safe='')}", url, api_key), as_json)
 
 
 def _show(one: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        return _print(one)
+        return print_json(one)
     usage, error = one.pop("usage"), one.pop("error")
     one |= {"error": error and error["message"], "prompt_tokens": usage["prompt_tokens"]}
     one |= {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"]}
@@ -77,9 +68,3 @@ def _show(one: dict[str, Any], as_json: bool) -> None:
     for name, value in one.items():
         if value not in (None, "", "request"):
             typer.echo(f"{name:18} {value:.3f}" if isinstance(value, float) else f"{name:18} {value}")
-
-
-def _print(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2))

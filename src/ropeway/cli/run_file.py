@@ -25,8 +25,8 @@ from ropeway.cli.progress import counting
 from ropeway.config import EngineConfig, ServerConfig
 from ropeway.contract import Urgency
 from ropeway.errors import ConfigError
-from ropeway.jobs.records import derived_id
-from ropeway.jobs.work import Call, Caller, Reply
+from ropeway.jobs.records import ItemError, OutputLine, OutputResponse, derived_id
+from ropeway.jobs.work import NOT_JSON, Call, Caller, Reply
 from ropeway.observe.logs import configure
 
 _AGAIN: Final = (429, 500, 503)
@@ -42,24 +42,6 @@ class InputLine(Struct, frozen=True):
     method: str
     url: str
     body: Raw
-
-
-class OutputError(Struct, frozen=True):
-    code: str
-    message: str
-
-
-class OutputResponse(Struct, frozen=True):
-    status_code: int
-    request_id: str
-    body: Raw
-
-
-class OutputLine(Struct, frozen=True):
-    id: str
-    custom_id: str | None
-    response: OutputResponse | None
-    error: OutputError | None
 
 
 class Partial:
@@ -250,11 +232,11 @@ async def answer(caller: Caller, line: bytes, name: str) -> OutputLine:
     """What the output says to a line of the input."""
     try:
         asked = msgspec.json.decode(line, type=InputLine)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        return OutputLine(name, None, None, OutputError("invalid_json_line", f"This line is no request: {error}."))
+    except NOT_JSON as error:
+        return OutputLine(name, None, None, ItemError("invalid_json_line", f"This line is no request: {error}."))
     if asked.method != "POST":
         message = f"method is {asked.method[:32]!r}; it must be 'POST'."
-        return OutputLine(name, asked.custom_id, None, OutputError("invalid_method", message))
+        return OutputLine(name, asked.custom_id, None, ItemError("invalid_method", message))
     reply = await _reply(caller, Call(url=asked.url, body=bytes(asked.body), urgency=Urgency.HIGH, request_id=name))
     response = OutputResponse(reply.status, reply.request_id, Raw(reply.body))
     return OutputLine(name, asked.custom_id, response, None)

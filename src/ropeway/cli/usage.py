@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
@@ -55,7 +54,9 @@ def usage(
 def _day(text: str | None, option: str) -> int | None:
     if text is None:
         return None
+    from ropeway.accounts.usage import day
+
     try:
-        return int(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
+        return day(text)
     except ValueError:
         raise ConfigError(f"{option} is {text!r}; it must be a day such as 2026-11-30.", param=option) from None

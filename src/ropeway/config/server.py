@@ -68,4 +68,7 @@ class ServerConfig(JobsConfig, AccountsConfig, RoutesConfig):
     )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "Server", "How much to log.")
     log_format: Literal["text", "json"] = option("text", "Server", "Shape of log lines.")
+    show_hidden_metrics: bool = option(
+        False, "Server", "Show metrics also under names that vLLM has given up, for old dashboards."
+    )
     log_stats_interval: float = option(10.0, "Server", "Seconds between statistics lines while busy; 0 is off.", low=0)

@@ -18,13 +18,18 @@ def pick(key: str, weights: Mapping[str, float], salt: str = "") -> str:
     chosen, soonest = None, math.inf
     for name, weight in weights.items():
         if weight > 0:
-            # An exponential clock for each name, faster the larger its weight; the first to ring has the key.
-            rings = -math.log(_uniform(salt, name, key)) / weight
+            rings = distance(name, key, weight, salt)
             if rings < soonest or chosen is None:
                 chosen, soonest = name, rings
     if chosen is None:
         raise ValueError("no weight is positive")
     return chosen
+
+
+def distance(name: str, key: str, weight: float, salt: str = "") -> float:
+    """How far `key` is from `name`: when an exponential clock of that pair rings, which is faster the larger the
+    weight. The nearest name has the key."""
+    return -math.log(_uniform(salt, name, key)) / weight
 
 
 def _uniform(salt: str, name: str, key: str) -> float:

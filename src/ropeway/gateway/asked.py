@@ -14,9 +14,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import Raw, Struct
 
-from ropeway.api.errors import HttpError
-from ropeway.api.limits import MAX_FIELDS, check_shape
-from ropeway.api.parse import complaint, decode_field
+from ropeway.api.parse import decode_field, fields_of, left_out
 from ropeway.contract import SamplingParams
 from ropeway.service.request import TextRequest, TextService
 
@@ -33,7 +31,6 @@ _BEGINNING: Final = 1024
 """Bytes of a prompt without turns that say where it belongs: more would take two questions about one text apart."""
 
 _TURNS: Final = 8
-_fields = msgspec.json.Decoder(dict[str, Raw])
 _items = msgspec.json.Decoder(list[Raw])
 
 
@@ -48,23 +45,12 @@ class Asked:
         self._fields = fields
         self._tenant = tenant
         raw = fields.get("model")
-        self.model: str | None = None if raw is None or _left_out(raw) else decode_field(raw, str, "model")
+        self.model: str | None = None if raw is None or left_out(raw) else decode_field(raw, str, "model")
 
     @classmethod
     def of(cls, body: bytes, tenant: str) -> Asked:
         """Raises RequestError or HttpError (400)."""
-        check_shape(body)
-        if not body.strip():
-            raise HttpError(400, "The body is empty; it must be a JSON object.")
-        try:
-            fields = _fields.decode(body)
-        except msgspec.MsgspecError as error:
-            raise complaint(error) from None
-        except RecursionError:
-            raise HttpError(400, "The body nests too deeply. Flatten it.") from None
-        if len(fields) > MAX_FIELDS:
-            raise HttpError(400, f"The body has {len(fields)} fields; at most {MAX_FIELDS} are accepted.")
-        return cls(fields, tenant)
+        return cls(fields_of(body), tenant)
 
     def body(self, model: str) -> bytes:
         """The body with another model's name."""
@@ -79,7 +65,7 @@ class Asked:
         """The most tokens that the answer may have; None if the request does not say so."""
         for name in _MOSTS:
             raw = self._fields.get(name)
-            if raw is not None and not _left_out(raw) and bytes(raw).isdigit() and len(raw) < 10:
+            if raw is not None and not left_out(raw) and bytes(raw).isdigit() and len(raw) < 10:
                 return int(bytes(raw))
         return None
 
@@ -121,7 +107,7 @@ class Asked:
         return digest.hexdigest()
 
     def _named(self) -> list[bytes]:
-        return [bytes(self._fields[name]) for name in _USERS if not _left_out(self._fields.get(name, Raw(b"null")))][:1]
+        return [bytes(self._fields[name]) for name in _USERS if not left_out(self._fields.get(name, Raw(b"null")))][:1]
 
     def _beginning(self) -> Iterator[bytes]:
         for name in _PROMPTS:
@@ -159,10 +145,6 @@ def _texts(value: Any, name: str = "content") -> Iterator[str | int]:
             yield from _texts(one, key)
     elif isinstance(value, int) and not isinstance(value, bool):
         yield value
-
-
-def _left_out(raw: Raw) -> bool:
-    return bytes(raw) in (b"", b"null")
 
 
 async def count(asked: Asked, service: TextService) -> int:

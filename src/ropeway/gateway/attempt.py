@@ -8,7 +8,7 @@ from typing import Final
 
 from starlette.types import Message, Send
 
-from ropeway.api.errors import classify
+from ropeway.api.errors import classify, seconds_of
 from ropeway.errors import BudgetError, RateLimitError, RopewayError, TokenLimitError
 from ropeway.gateway.outcome import CLIENT_GONE, Outcome
 
@@ -148,15 +148,6 @@ class Attempt:
                 self._last = self._clock()
                 self._first = self._last if self._first is None else self._first
                 self._texts += texts
-
-
-def seconds_of(headers: dict[bytes, bytes]) -> float | None:
-    """When to come again, by an answer's headers; None if they do not say so in seconds."""
-    for name, unit in ((b"retry-after-ms", 1000.0), (b"retry-after", 1.0)):
-        value = headers.get(name, b"")
-        if value.isdigit() and len(value) < 10:
-            return int(value) / unit
-    return None
 
 
 def _last(pattern: re.Pattern[bytes], text: bytes) -> int | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Final, Literal
+
+from ropeway.experiment.split import distance
 
 Policy = Literal["least_load", "weighted", "affinity"]
 SLACK: Final = 1.25
@@ -69,13 +70,7 @@ def nearest(found: Sequence[Candidate], key: str) -> str:
     scheme for rendezvous", 1996; Mirrokni, Thorup and Zadimoghaddam, "Consistent hashing with bounded loads", 2018.
     """
     total, weights = sum(one.load for one in found) + 1, sum(one.weight for one in found)
-    for one in sorted(found, key=lambda one: _distance(one, key)):
+    for one in sorted(found, key=lambda one: distance(one.name, key, one.weight)):
         if one.load + 1 <= math.ceil(SLACK * total * one.weight / weights):
             return one.name
     raise AssertionError("not all can be above their share")
-
-
-def _distance(one: Candidate, key: str) -> float:
-    data = f"{len(one.name)}:{one.name}{key}".encode("utf-8", "surrogatepass")
-    number = int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
-    return -math.log((number + 0.5) / 2**64) / one.weight

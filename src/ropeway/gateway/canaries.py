@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from ropeway.api.canary_schema import CanaryEvent, CanaryStart, CanaryState
-from ropeway.api.errors import HttpError
+from ropeway.api.errors import HttpError, shown
 from ropeway.errors import RequestError, StorageError
 from ropeway.experiment import Guard, analyze
 from ropeway.gateway.canary import Canary, Event, Record
@@ -210,8 +210,8 @@ class Canaries:
     def _known(self, route: str) -> Canary:
         canary = self._canaries.get(route)
         if canary is None:
-            shown = route if len(route) <= 128 and route.isprintable() else "of that name"
-            raise HttpError(404, f"The route {shown} has no canary. Start one.", code="no_canary", param="route")
+            name = shown(route, "of that name")
+            raise HttpError(404, f"The route {name} has no canary. Start one.", code="no_canary", param="route")
         return canary
 
 

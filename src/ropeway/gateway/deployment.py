@@ -14,7 +14,7 @@ from ropeway.gateway.breaker import Breaker
 from ropeway.gateway.outcome import Outcome
 from ropeway.gateway.supervisor import Place, Supervisor
 from ropeway.gateway.table import Remote
-from ropeway.observe.metrics import LATENCY_BUCKETS, TTFT_BUCKETS, Histogram
+from ropeway.observe.histogram import LATENCY_BUCKETS, TTFT_BUCKETS, Histogram
 from ropeway.service.request import TextService
 
 _REST: Final = 1.0

@@ -188,7 +188,7 @@ class Fleet:
         )
 
     def _place(self, name: str, spec: Local, number: int) -> Place:
-        metrics = Metrics(name)  # of all its lives
+        metrics = Metrics(name, hidden_names=spec.server.show_hidden_metrics)  # of all its lives
         self.metrics.include(metrics.families)
 
         async def start() -> Engine:

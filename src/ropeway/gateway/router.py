@@ -25,7 +25,7 @@ from ropeway.api.answer import CHECK_ONLY
 from ropeway.api.errors import HttpError, classify, error_event
 from ropeway.api.making import stop_all
 from ropeway.api.sse import DONE
-from ropeway.api.state import Api, disconnected, read_body
+from ropeway.api.state import Api, disconnected, read_body, replayed
 from ropeway.errors import DrainingError, NotReadyError, RequestError, RopewayError
 from ropeway.gateway.asked import Asked, count
 from ropeway.gateway.attempt import RETRIED, Attempt
@@ -299,16 +299,6 @@ def _with_header(send: Send, name: str) -> Send:
         await send(message)
 
     return named
-
-
-def replayed(body: bytes, receive: Receive) -> Receive:
-    """`receive` as if the body had not been read yet."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def again() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return again
 
 
 def last_words(scope: Scope, error: RopewayError, events: int) -> bytes:

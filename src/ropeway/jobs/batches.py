@@ -30,10 +30,13 @@ from ropeway.jobs.records import (
     ItemError,
     ItemState,
     LineError,
+    OutputLine,
+    OutputResponse,
     Usage,
     derived_id,
 )
 from ropeway.jobs.store import JobStore
+from ropeway.jobs.work import NOT_JSON
 
 log = logging.getLogger("ropeway.jobs")
 
@@ -42,21 +45,6 @@ _LOOK_SECONDS: Final = 60.0
 
 _TROUBLE_SECONDS: Final = 5.0
 _ROWS: Final = 64
-_ORPHAN_SECONDS: Final = 6 * 3600.0
-"""How often what crashes have left is looked for; no upload takes that long."""
-
-
-class _Answer(msgspec.Struct):
-    status_code: int
-    request_id: str
-    body: msgspec.Raw
-
-
-class _Out(msgspec.Struct):
-    id: str
-    custom_id: str
-    response: _Answer | None
-    error: ItemError | None
 
 
 class _Details(msgspec.Struct):
@@ -111,7 +99,6 @@ class Keeper:
         self._serves = serves
         self._task: asyncio.Task[None] | None = None
         self._trouble = ""
-        self._orphans = 0.0
         self._ending = threading.Event()
 
     def start(self) -> None:
@@ -147,10 +134,7 @@ class Keeper:
         store = self._store
         now = store.clock()
         following = [await store.batches.expire(), await store.items.sweep(self._keep_s), await store.files.sweep()]
-        uptime = asyncio.get_running_loop().time()
-        if uptime >= self._orphans:
-            self._orphans = uptime + _ORPHAN_SECONDS
-            await store.files.sweep_orphans()
+        await store.files.sweep_orphans(asyncio.get_running_loop().time())
         troubles: list[Exception] = []
         for batch in await store.batches.todo():
             try:
@@ -260,15 +244,15 @@ def _keep(store: JobStore, draft: Draft, batch: Batch, purpose: str, name: str) 
 def _line(row: sqlite3.Row, name: str) -> bytes:
     answer = None
     if row["body"] is not None:
-        answer = _Answer(row["status"], row["request_id"], msgspec.Raw(row["body"]))
+        answer = OutputResponse(row["status"], row["request_id"], msgspec.Raw(row["body"]))
     error = ItemError(row["code"], row["message"]) if answer is None else None
-    return msgspec.json.encode(_Out(name, row["custom_id"], answer, error)) + b"\n"
+    return msgspec.json.encode(OutputLine(name, row["custom_id"], answer, error)) + b"\n"
 
 
 def _more(usage: Usage, body: bytes) -> Usage:
     try:
         found = msgspec.json.decode(body, type=_Used).usage
-    except inputs.NOT_JSON:
+    except NOT_JSON:
         return usage  # usage of another shape is not counted
     if found is None:
         return usage

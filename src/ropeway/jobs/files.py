@@ -14,15 +14,19 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
-from ropeway.errors import RequestError, StorageError
+from ropeway.errors import RequestError
 from ropeway.jobs.failpoints import failpoint
 from ropeway.jobs.records import FileRecord, Page, is_id, new_id
+from ropeway.store import translated
 
 if TYPE_CHECKING:
     from ropeway.jobs.store import JobStore
 
 KEEP_SECONDS: Final = 30 * 86400
 """How long a file is kept that says nothing of it."""
+
+LOOK_SECONDS: Final = 6 * 3600.0
+"""Between two searches for bytes that belong to nobody; no upload takes that long."""
 
 _TEMPORARY: Final = ".partial"
 
@@ -36,7 +40,7 @@ class Draft:
     def __init__(self, folder: Path) -> None:
         self.size = 0
         self._folder = folder
-        with _disk(folder):
+        with translated(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             number, name = tempfile.mkstemp(suffix=_TEMPORARY, dir=folder)
             self._path = Path(name)
@@ -49,13 +53,13 @@ class Draft:
         self.drop()
 
     def write(self, data: bytes | memoryview) -> None:
-        with _disk(self._folder):
+        with translated(self._folder):
             self._file.write(data)
         self.size += len(data)
 
     def keep(self, name: str) -> None:
         """Make it the file `name`: after this it is on the disk, whole."""
-        with _disk(self._folder):
+        with translated(self._folder):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -82,6 +86,7 @@ class Files:
         self._store = store
         self._folder = store.folder / "files"
         self._suspects: set[str] = set()
+        self._next_look = 0.0
 
     def draft(self) -> Draft:
         """A new file to write. Raises StorageError."""
@@ -151,12 +156,17 @@ class Files:
         await asyncio.to_thread(self._unlink, gone)
         return following
 
-    async def sweep_orphans(self) -> int:
-        """Drop what crashes left behind: bytes without a row. Returns how many. Looks at the whole directory.
+    async def sweep_orphans(self, uptime: float) -> int:
+        """Drop what crashes left behind: bytes without a row. Returns how many. Looks at the whole directory, now and
+        then.
 
-        They go the second time that they are found, for what is without a row may be being written. No clock is asked:
-        if it were put forward, all would look old.
+        They go the second time that they are found, hours later, for what is without a row may be being written. The
+        age of a file is not asked: if the clock were put forward, all would look old. `uptime` is in seconds of a
+        clock that nobody can set.
         """
+        if uptime < self._next_look:
+            return 0
+        self._next_look = uptime + LOOK_SECONDS
         found = await asyncio.to_thread(self._names)
         known: set[str] = await self._store.read(lambda c: {row["id"] for row in c.execute("SELECT id FROM files")})
         orphans = set(found) - known
@@ -253,21 +263,3 @@ def page(
 
 def _record(row: sqlite3.Row) -> FileRecord:
     return FileRecord(**{name: row[name] for name in FileRecord.__struct_fields__})
-
-
-class _disk:
-    """Errors of the file system as ours."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, OSError):
-            raise StorageError(
-                f"A file in {self._folder} cannot be written: {error.strerror}. Free some space, or take another "
-                "--data-dir.",
-                retry_after=5.0,
-            ) from error

@@ -12,16 +12,13 @@ import msgspec
 
 from ropeway.jobs.groups import Line
 from ropeway.jobs.records import LineError
+from ropeway.jobs.work import NOT_JSON
 
 MOST_ERRORS: Final = 100
 """Errors after which nobody reads on."""
 
 _BREATH: Final = 1 << 18
 """Bytes after which this thread lets others go on: those that stream to people."""
-
-
-NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises where bytes are no JSON, no UTF-8, or nested too deeply."""
 
 
 class Checked(msgspec.Struct, frozen=True):

@@ -17,7 +17,7 @@ from ropeway.jobs.failpoints import failpoint
 from ropeway.jobs.files import page
 from ropeway.jobs.groups import in_line, next_rank, settle
 from ropeway.jobs.records import Item, ItemError, ItemState, Page, derived_id, is_id, new_id
-from ropeway.jobs.work import Call, Depth, Reply, Work
+from ropeway.jobs.work import NOT_JSON, Call, Depth, Reply, Work, failure
 
 if TYPE_CHECKING:
     from ropeway.jobs.store import JobStore
@@ -327,9 +327,8 @@ def _as_line(reply: Reply) -> Reply:
         body = body.replace(b"\n", b" ").replace(b"\r", b" ")
     try:
         msgspec.json.decode(body, type=msgspec.Raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        detail = {"message": f"The answer is no JSON ({error}).", "type": "server_error", "param": None, "code": None}
-        return msgspec.structs.replace(reply, status=500, body=msgspec.json.encode({"error": detail}))
+    except NOT_JSON as error:
+        return msgspec.structs.replace(failure(f"The answer is no JSON ({error})."), request_id=reply.request_id)
     return msgspec.structs.replace(reply, body=body)
 
 

@@ -95,7 +95,7 @@ class Entry(Struct, frozen=True, kw_only=True):
 
 
 def add(connection: sqlite3.Connection, *, type: str, subject: str, url: str, tenant: str, created: float) -> None:
-    """Owe the event `type` of the batch, response or job `subject` to `url`. Belongs to the caller's transaction."""
+    """Owe the event `type` of the batch or job `subject` to `url`. Belongs to the caller's transaction."""
     event = f"evt_{secrets.token_hex(16)}"
     connection.execute(
         "INSERT INTO outbox (event, type, subject, tenant, url, host, body, created, due) "

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from ropeway.jobs.records import Ahead
-
 HALF_LIFE_SECONDS: Final = 60.0
 """Busy time after which a measurement counts half."""
 
@@ -46,10 +44,11 @@ class Pace:
         self._pass()
         return self._answers / self._seconds if self._seconds > 0 else None
 
-    def ahead(self, position: int) -> Ahead:
-        """When the item at `position` in the line (1: the next one) will have its answer."""
+    def eta(self, position: int) -> float | None:
+        """Seconds until the item at `position` in the line (1: the next one) will have its answer, guessed from the
+        pace; None before there is one."""
         rate = self.rate
-        return Ahead(position, position / rate if rate else None)
+        return position / rate if rate else None
 
     def _pass(self) -> None:
         now = self._clock()

@@ -13,7 +13,7 @@ from enum import IntEnum, StrEnum
 from hashlib import blake2b
 from typing import Final, Generic, TypeVar
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from ropeway.contract import Urgency
 from ropeway.errors import RequestError
@@ -125,6 +125,21 @@ class ItemError(Struct, frozen=True):
     message: str
 
 
+class OutputResponse(Struct, frozen=True):
+    status_code: int
+    request_id: str
+    body: Raw
+
+
+class OutputLine(Struct, frozen=True):
+    """A line of a file of answers, as OpenAI's batches have it; `error` if there is no answer."""
+
+    id: str
+    custom_id: str | None
+    response: OutputResponse | None
+    error: ItemError | None
+
+
 class FileRecord(Struct, frozen=True, kw_only=True):
     """A file that was uploaded (`purpose` "batch") or made (`batch_output`). Its name is text, never a path."""
 
@@ -233,11 +248,3 @@ class Page(Struct, Generic[T], frozen=True):
 
     data: list[T]
     has_more: bool
-
-
-class Ahead(Struct, frozen=True):
-    """How an item or a batch stands: `position` open items are served before its last one, itself included (an item
-    that is next has 1); `eta_s` is the measured pace's guess of the seconds until then, None before there is a pace."""
-
-    position: int
-    eta_s: float | None

@@ -13,13 +13,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import msgspec
-from msgspec import Struct
 
 from ropeway.errors import RopewayError, StorageError
 from ropeway.jobs.redis_broker import Answer, Broker, Entry, Ticket
 from ropeway.jobs.redis_link import Away
 from ropeway.jobs.store import Signal
-from ropeway.jobs.work import Call, JobQueue, Reply, Work
+from ropeway.jobs.work import Call, JobQueue, Reply, Work, failure
 
 _log = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ class Offers:
         except StorageError:
             raise
         except RopewayError as error:  # what came is no answer
-            return await self._source.finish(work, _failure(error.message))
+            return await self._source.finish(work, failure(error.message, "gave_up"))
 
     async def _beat(self) -> None:
         seen = self._broker.link.changed.count
@@ -218,23 +217,9 @@ async def _steadily(step: Callable[[], Awaitable[None]], broker: Broker) -> None
 
 def _reply_of(answer: Answer) -> Reply:
     if answer.kind == "dead":
-        return _failure(f"This request was begun {int(answer.payload)} times, and each time its worker was lost.")
+        message = f"This request was begun {int(answer.payload)} times, and each time its worker was lost."
+        return failure(message, "gave_up")
     try:
         return msgspec.msgpack.decode(answer.payload, type=Reply)
     except msgspec.MsgspecError as error:
-        return _failure(f"The answer of another server cannot be read ({error}).")
-
-
-class _Error(Struct):
-    message: str
-    type: str = "server_error"
-    param: str | None = None
-    code: str = "gave_up"
-
-
-class _Envelope(Struct):
-    error: _Error
-
-
-def _failure(message: str) -> Reply:
-    return Reply(status=500, body=msgspec.json.encode(_Envelope(_Error(message))))
+        return failure(f"The answer of another server cannot be read ({error}).", "gave_up")

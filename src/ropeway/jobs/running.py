@@ -45,7 +45,7 @@ class Jobs:
     ) -> None:
         self.store = JobStore(config.data_path, webhook_url=config.webhook_url or "")
         self.rules = Rules.of(config)
-        self._webhooks = Dispatcher.of(self.store, config)
+        self._webhooks = Dispatcher.of(self.store, self.rules, config)
         self.serves = serves
         self._config = config
         if config.redis_url is not None:
@@ -126,7 +126,7 @@ class Jobs:
         return self._place(await self.store.batches.ahead(batch))
 
     def _place(self, position: int) -> Place:
-        return (position, self._pace.ahead(position).eta_s) if position else (None, None)
+        return (position, self._pace.eta(position)) if position else (None, None)
 
     async def _work(self, caller: Caller, seats: Callable[[], int | None]) -> None:
         while (count := seats()) is None:  # noqa: ASYNC110 - an engine says nothing while it loads

@@ -12,12 +12,13 @@ import contextlib
 import hmac
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 from ropeway.config.jobs import JobsConfig
-from ropeway.errors import ConfigError, StorageError
+from ropeway.errors import ConfigError
+from ropeway.store import translated
 
 _PREFIX: Final = "whsec_"
 _FILE: Final = "webhook_secret"
@@ -46,12 +47,13 @@ class Keyring:
         """At least one. Raises StorageError and ConfigError."""
         if self._given:
             return self._given
-        with _saying(self.path):
+        with translated(self.path):
             if not self.path.exists():
                 # Whoever links first, of a server and a command that start together, makes the secret of both.
                 with contextlib.suppress(FileExistsError):
                     self._put([new_secret()], os.link)
-            found = _listed(self.path.read_text("ascii").splitlines(), str(self.path))
+            lines = self.path.read_bytes().decode("ascii", "replace").splitlines()
+        found = _listed(lines, str(self.path))
         if not found:
             raise ConfigError(f"{self.path} is empty. Put a secret into it, or remove it to get a new one.")
         return found
@@ -59,7 +61,7 @@ class Keyring:
     def rotate(self) -> list[str]:
         """Put a new secret before the newest one of the file, and drop those before that. Raises like `secrets`."""
         changed = [new_secret(), *self.secrets()[:1]]
-        with _saying(self.path):
+        with translated(self.path):
             self._put(changed, os.replace)
         return changed
 
@@ -100,13 +102,3 @@ def _listed(lines: Sequence[str], where: str) -> list[str]:
 
 def _bytes(secret: str) -> bytes:
     return base64.b64decode(secret.removeprefix(_PREFIX), validate=True)
-
-
-@contextlib.contextmanager
-def _saying(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read or written: {error.strerror}. Take another --data-dir.") from error
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not a list of secrets. Remove it to get a new one.") from None

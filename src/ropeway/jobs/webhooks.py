@@ -130,9 +130,9 @@ class Dispatcher:
         self._prune_at = 0.0
 
     @classmethod
-    def of(cls, store: JobStore, config: JobsConfig) -> Dispatcher:
-        """As the operator wants it. Raises ConfigError."""
-        return cls(store, Egress(Rules.of(config)), Keyring(config).secrets)
+    def of(cls, store: JobStore, rules: Rules, config: JobsConfig) -> Dispatcher:
+        """As the operator wants it; `rules` say where events may go. Raises ConfigError."""
+        return cls(store, Egress(rules), Keyring(config).secrets)
 
     async def run(self) -> None:
         """Deliver until cancelled. Attempts under way get a few seconds then; one that is cut off is made again."""

@@ -7,11 +7,15 @@ may get the same item, after one of them was slow or died, and the row takes one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
+import msgspec
 from msgspec import Struct
 
 from ropeway.contract import Urgency
+
+NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are not the JSON that was expected."""
 
 
 class Call(Struct, frozen=True, kw_only=True):
@@ -32,6 +36,12 @@ class Reply(Struct, frozen=True, kw_only=True):
     body: bytes
     request_id: str = ""
     retry_after: float | None = None
+
+
+def failure(message: str, code: str | None = None) -> Reply:
+    """An answer in place of one that nobody could give, in OpenAI's form of errors."""
+    error = {"message": message, "type": "server_error", "param": None, "code": code}
+    return Reply(status=500, body=msgspec.json.encode({"error": error}))
 
 
 class Work(Struct, frozen=True, kw_only=True):

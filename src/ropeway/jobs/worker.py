@@ -19,7 +19,7 @@ import msgspec
 from ropeway.errors import RopewayError
 from ropeway.jobs.failpoints import failpoint
 from ropeway.jobs.pace import Pace
-from ropeway.jobs.work import Caller, JobQueue, Reply, Work
+from ropeway.jobs.work import NOT_JSON, Caller, JobQueue, Reply, Work
 
 T = TypeVar("T")
 
@@ -222,5 +222,5 @@ def _spent(body: bytes) -> bool:
     """Whether a 429 says that the key has used up what it may use: waiting for minutes does not help."""
     try:
         return msgspec.json.decode(body, type=_Error).error.code == "insufficient_quota"
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except NOT_JSON:
         return False

@@ -8,35 +8,34 @@ Source of names and buckets: vLLM's `vllm:*` metrics, documentation "Production 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Final
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ready, Report, Step, TokenEvent, Urgency, Usage
-
-TTFT_BUCKETS: Final = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-    160.0, 640.0, 2560.0,
-)  # fmt: skip
-ITL_BUCKETS: Final = (
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-)  # fmt: skip
-LATENCY_BUCKETS: Final = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
-    1920.0, 7680.0,
-)  # fmt: skip
-ITERATION_BUCKETS: Final = (1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
-STEP_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-HTTP_BUCKETS: Final = (0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0, 600.0)
-MAX_TOKENS_BUCKET: Final = 2**20
+from ropeway.errors import NumericalError
+from ropeway.observe.families import cache_config, engine_families
+from ropeway.observe.hidden import hidden
+from ropeway.observe.histogram import (
+    FEW_BUCKETS,
+    HTTP_BUCKETS,
+    ITERATION_BUCKETS,
+    ITL_BUCKETS,
+    LATENCY_BUCKETS,
+    MAX_TOKENS_BUCKET,
+    PREEMPTION_BUCKETS,
+    STEP_BUCKETS,
+    TTFT_BUCKETS,
+    Histogram,
+    one_two_five,
+)
 
 _NOTHING_YET = EngineStats(
     step=0, running=0, waiting=0, slots=0, blocks_total=0, blocks_used=0, blocks_cached=0, rows=0, step_tokens=0,
@@ -67,69 +66,92 @@ _REJECTED = {
 }
 
 
-def one_two_five(most: int) -> tuple[float, ...]:
-    """1, 2, 5, 10, 20, 50, ... up to `most`: vLLM's buckets for lengths."""
-    found: list[float] = []
-    scale = 1
-    while scale <= most:
-        found += [float(m * scale) for m in (1, 2, 5) if m * scale <= most]
-        scale *= 10
-    return tuple(found)
+class RequestTimes:
+    """What finished requests leave behind, under vLLM's names."""
 
+    def __init__(self) -> None:
+        lengths = one_two_five(MAX_TOKENS_BUCKET)
+        self.ttft = Histogram("vllm:time_to_first_token_seconds", "Time to first token", TTFT_BUCKETS)
+        self.itl = Histogram("vllm:inter_token_latency_seconds", "Time between tokens of a request", ITL_BUCKETS)
+        self.each = Histogram(
+            "vllm:request_time_per_output_token_seconds", "A request's mean time between tokens", ITL_BUCKETS
+        )
+        self.e2e = Histogram("vllm:e2e_request_latency_seconds", "Time from arrival to the last token", LATENCY_BUCKETS)
+        self.queue = Histogram("vllm:request_queue_time_seconds", "Time in the waiting queue", LATENCY_BUCKETS)
+        self.prefill = Histogram(
+            "vllm:request_prefill_time_seconds", "Time from boarding to the first token", LATENCY_BUCKETS
+        )
+        self.decode = Histogram("vllm:request_decode_time_seconds", "Time from first to last token", LATENCY_BUCKETS)
+        self.inference = Histogram(
+            "vllm:request_inference_time_seconds", "Time from boarding to the last token", LATENCY_BUCKETS
+        )
+        self.prompt = Histogram("vllm:request_prompt_tokens", "Prompt tokens of a finished request", lengths)
+        self.generation = Histogram("vllm:request_generation_tokens", "Generated tokens of a finished request", lengths)
+        self.most = Histogram(
+            "vllm:request_max_num_generation_tokens", "Tokens of the longest of an answer's sequences", lengths
+        )
+        self.computed = Histogram("vllm:request_prefill_kv_computed_tokens", "Prompt tokens that no cache had", lengths)
+        self.preemptions = Histogram(
+            "vllm:request_num_preemptions", "How often a finished request was put back", PREEMPTION_BUCKETS
+        )
+        self.choices = Histogram("vllm:request_params_n", "The n of requests", FEW_BUCKETS)
+        self.limit = Histogram("vllm:request_params_max_tokens", "The max_tokens of requests that have one", lengths)
 
-class Histogram:
-    """Counts in buckets with inclusive upper bounds; adding costs one binary search."""
-
-    def __init__(self, name: str, help: str, bounds: Sequence[float]) -> None:
-        self.name = name
-        self.help = help
-        self.bounds = tuple(bounds)
-        self._counts = [0] * (len(self.bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        self._counts[bisect_left(self.bounds, value)] += times
-        self._sum += value * times
-
-    def family(self, labels: Sequence[str], values: Sequence[str]) -> HistogramMetricFamily:
-        family = HistogramMetricFamily(self.name, self.help, labels=labels)
-        total, buckets = 0, []
-        for bound, count in zip((*(str(b) for b in self.bounds), "+Inf"), self._counts, strict=True):
-            total += count
-            buckets.append((bound, float(total)))
-        family.add_metric(values, buckets, self._sum)
-        return family
+    def ended(self, usage: Usage) -> None:
+        """A sequence has ended."""
+        boarded, first = usage.first_scheduled_s, usage.first_token_s
+        self.e2e.observe(usage.total_s)
+        self.prompt.observe(usage.prompt_tokens)
+        self.generation.observe(usage.completion_tokens)
+        self.computed.observe(usage.prompt_tokens - usage.cached_tokens)
+        self.preemptions.observe(usage.preemptions)
+        if boarded is not None:
+            self.queue.observe(boarded)
+            self.inference.observe(usage.total_s - boarded)
+        if boarded is not None and first is not None:
+            self.prefill.observe(first - boarded)
+        if first is not None:
+            self.ttft.observe(first)
+            self.decode.observe(usage.total_s - first)
+            if usage.completion_tokens > 1:
+                self.each.observe((usage.total_s - first) / (usage.completion_tokens - 1))
 
 
 class Metrics:
     """All metrics of one server. Subscribe `on_report` to the engine's reports; the HTTP floor adds its own.
 
     A server with several models has one without a `model_name`, and one more for each model, whose `families` it is to
-    `include`.
+    `include`. `hidden_names` shows the names that vLLM has given up as well.
     """
 
-    def __init__(self, model_name: str | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, model_name: str | None, *, hidden_names: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.model_name = model_name
+        self.times = RequestTimes()
+        self._hidden = hidden_names
         self._clock = clock
         self._info: ExecutorInfo | None = None
         self._stats: EngineStats | None = None
         self._last_token: dict[int, float] = {}
         self._finished = dict.fromkeys(_FINISHED.values(), 0)
         self._rejected = {**dict.fromkeys(_REJECTED.values(), 0), "other": 0}
+        self._answers: Counter[Urgency] = Counter()
+        self._written: Counter[Urgency] = Counter()
         self._http: dict[tuple[str, str, str], int] = {}
-        lengths = one_two_five(MAX_TOKENS_BUCKET)
-        self.ttft = Histogram("vllm:time_to_first_token_seconds", "Time to first token", TTFT_BUCKETS)
-        self.itl = Histogram("vllm:inter_token_latency_seconds", "Time between tokens of a request", ITL_BUCKETS)
-        self.e2e = Histogram("vllm:e2e_request_latency_seconds", "Time from arrival to the last token", LATENCY_BUCKETS)
-        self.queue = Histogram("vllm:request_queue_time_seconds", "Time in the waiting queue", LATENCY_BUCKETS)
-        self.prompt = Histogram("vllm:request_prompt_tokens", "Prompt tokens of a finished request", lengths)
-        self.generation = Histogram("vllm:request_generation_tokens", "Generated tokens of a finished request", lengths)
+        self._corrupted = self._scheduled = 0
+        self._told: float | None = None  # when the last step that others followed was told of
         self.iteration = Histogram("vllm:iteration_tokens_total", "Tokens computed by a step", ITERATION_BUCKETS)
         self.step = Histogram("ropeway_step_seconds", "Time that the executor needed for a step", STEP_BUCKETS)
+        self.between = Histogram(
+            "ropeway_step_outside_seconds",
+            "Time between the news of two steps that the executor did not need: planning, messages, waiting",
+            STEP_BUCKETS,
+        )
         self.http_seconds = Histogram("http_request_duration_seconds", "Time to answer an HTTP request", HTTP_BUCKETS)
         self._registry = CollectorRegistry()
         self._sources: list[Callable[[], Iterable[Metric]]] = [self.families] if model_name is not None else []
-        self._registry.register(_Source(self._all_families))
+        self._registry.register(_Source(self.all_families))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
 
@@ -149,6 +171,18 @@ class Metrics:
         """Count a request that was refused at the door, by the code of its error."""
         self._rejected[_REJECTED.get(code, "other")] += 1
 
+    def asked(self, urgency: Urgency, n: int, max_tokens: int | None) -> None:
+        """Count an answer of `n` sequences that has been accepted."""
+        self._answers[urgency] += 1
+        self.times.choices.observe(n)
+        if max_tokens is not None:
+            self.times.limit.observe(max_tokens)
+
+    def answered(self, urgency: Urgency, tokens: int, longest: int) -> None:
+        """Count the tokens of an answer that has ended, however it ended, and those of its longest sequence."""
+        self._written[urgency] += tokens
+        self.times.most.observe(longest)
+
     def http_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count an answered HTTP request. `route` is a route's template or 'other'; `status` 0 means no answer."""
         key = (method if method in _METHODS else "other", route, f"{status // 100}xx" if status else "none")
@@ -164,14 +198,18 @@ class Metrics:
     def _on_step(self, step: Step) -> None:
         stats, now = step.stats, self._clock()
         if stats.step_tokens and (self._stats is None or self._stats.step != stats.step):
+            self._scheduled += stats.step_tokens
             self.iteration.observe(stats.step_tokens)
             self.step.observe(stats.step_seconds)
+            if self._told is not None:
+                self.between.observe(max(0.0, now - self._told - stats.step_seconds))
+            self._told = now if stats.running else None
         self._stats = stats
         for event in step.events:
             if event.tokens:
                 before = self._last_token.get(event.rid)
                 if before is not None:
-                    self.itl.observe((now - before) / len(event.tokens), len(event.tokens))
+                    self.times.itl.observe((now - before) / len(event.tokens), len(event.tokens))
                 self._last_token[event.rid] = now
             if event.finish is not None:
                 self._last_token.pop(event.rid, None)
@@ -181,41 +219,43 @@ class Metrics:
         if finish is FinishReason.REJECTED:
             return  # counted where the client is told, together with what never came as far as the engine
         self._finished[_FINISHED[finish]] += 1
+        self._corrupted += event.error is not None and event.error.code == NumericalError.code
         if event.usage is not None:
-            self._on_usage(event.usage)
-
-    def _on_usage(self, usage: Usage) -> None:
-        self.e2e.observe(usage.total_s)
-        self.prompt.observe(usage.prompt_tokens)
-        self.generation.observe(usage.completion_tokens)
-        if usage.first_scheduled_s is not None:
-            self.queue.observe(usage.first_scheduled_s)
-        if usage.first_token_s is not None:
-            self.ttft.observe(usage.first_token_s)
+            self.times.ended(event.usage)
 
     def families(self) -> Iterator[Metric]:
         """Those of the model, without HTTP's."""
         labels, values = ("model_name", "engine"), (self.model_name or "", "0")
-        yield from _engine_families(self._stats or _NOTHING_YET, labels, values)
-        finished = CounterMetricFamily("vllm:request_success", "Finished requests", labels=(*labels, "finished_reason"))
-        for reason, count in self._finished.items():
-            finished.add_metric((*values, reason), count)
-        yield finished
-        rejected = CounterMetricFamily(
-            "ropeway_requests_rejected", "Requests that were refused before they ran", labels=(*labels, "reason")
-        )
-        for reason, count in self._rejected.items():
-            rejected.add_metric((*values, reason), count)
-        yield rejected
-        histograms = (
-            self.ttft, self.itl, self.e2e, self.queue, self.prompt, self.generation, self.iteration, self.step,
-        )  # fmt: skip
+        stats = self._stats or _NOTHING_YET
+
+        def counter(name: str, text: str, by: str, counts: Iterable[tuple[str, float]]) -> CounterMetricFamily:
+            family = CounterMetricFamily(name, text, labels=(*labels, by) if by else labels)
+            for value, count in counts:
+                family.add_metric((*values, value) if by else values, count)
+            return family
+
+        yield from engine_families(stats, labels, values)
+        yield counter("vllm:request_success", "Finished requests", "finished_reason", self._finished.items())
+        refused = "Requests that were refused before they ran"
+        yield counter("vllm:admission_rejections", refused, "reason", self._rejected.items())
+        text = "Requests that ended because their logits were not finite"
+        yield counter("vllm:corrupted_requests", text, "", [("", self._corrupted)])
+        text = "Tokens that steps have computed, also those computed again after a preemption, or in vain"
+        yield counter("ropeway_scheduled_tokens", text, "", [("", self._scheduled)])
+        answers = [(urgency.name.lower(), self._answers[urgency]) for urgency in Urgency]
+        yield counter("ropeway_requests", "Answers that have been accepted", "urgency", answers)
+        written = [(urgency.name.lower(), self._written[urgency]) for urgency in Urgency]
+        yield counter("ropeway_answered_tokens", "Generated tokens of answers that have ended", "urgency", written)
+        histograms = (*vars(self.times).values(), self.iteration, self.step, self.between)
         for histogram in histograms:
             yield histogram.family(labels, values)
         if self._info is not None:
-            yield _cache_config(self._info, values)
+            yield cache_config(self._info, values)
+        if self._hidden:
+            yield from hidden(stats, self.times, labels, values)
 
-    def _all_families(self) -> Iterator[Metric]:
+    def all_families(self) -> Iterator[Metric]:
+        """All of this server's own; those of one name as one."""
         found: dict[str, Metric] = {}
         for family in chain.from_iterable(source() for source in self._sources):
             first = found.setdefault(family.name, family)
@@ -237,58 +277,3 @@ class _Source(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return self._make()
-
-
-def _engine_families(stats: EngineStats, labels: Sequence[str], values: Sequence[str]) -> Iterator[Metric]:
-    usage = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
-    occupancy = stats.running / stats.slots if stats.slots else 0.0
-    gauges = (
-        ("vllm:num_requests_running", "Requests in the running batch", stats.running),
-        ("vllm:num_requests_waiting", "Requests waiting for a slot", stats.waiting),
-        ("vllm:kv_cache_usage_perc", "Share of KV blocks in use by requests, 0 to 1", usage),
-        ("ropeway_batch_occupancy", "Share of slots that run a request, 0 to 1", occupancy),
-    )
-    for name, text, value in gauges:
-        gauge = GaugeMetricFamily(name, text, labels=labels)
-        gauge.add_metric(values, value)
-        yield gauge
-    counters = (
-        ("vllm:prompt_tokens", "Prompt tokens of admitted requests", stats.prompt_tokens),
-        ("vllm:generation_tokens", "Generated tokens", stats.generation_tokens),
-        ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache", stats.cache_queries),
-        ("vllm:prefix_cache_hits", "Tokens found in the prefix cache", stats.cache_hits),
-        ("vllm:num_preemptions", "Requests put back into the queue", stats.preemptions),
-    )
-    for name, text, value in counters:
-        counter = CounterMetricFamily(name, text, labels=labels)
-        counter.add_metric(values, value)
-        yield counter
-    by_urgency = (*labels, "urgency")
-    running = GaugeMetricFamily("ropeway_requests_running", "Requests in the running batch", labels=by_urgency)
-    waiting = GaugeMetricFamily("ropeway_requests_waiting", "Requests waiting for a slot", labels=by_urgency)
-    all_high = [(stats.running, stats.waiting), (0, 0), (0, 0)]
-    for urgency, (runs, waits) in zip(Urgency, stats.urgencies or all_high, strict=True):
-        running.add_metric((*values, urgency.name.lower()), runs)
-        waiting.add_metric((*values, urgency.name.lower()), waits)
-    yield from (running, waiting)
-    labels, of_tier = (*labels, "tier"), [((*values, tier.name), tier) for tier in stats.tiers]
-    blocks = GaugeMetricFamily("ropeway_kv_tier_blocks", "KV blocks that a tier has room for", labels=labels)
-    used = GaugeMetricFamily("ropeway_kv_tier_blocks_used", "KV blocks that a tier remembers", labels=labels)
-    hits = CounterMetricFamily("ropeway_kv_tier_hits", "KV blocks brought back from a tier", labels=labels)
-    for names, tier in of_tier:
-        blocks.add_metric(names, tier.blocks)
-        used.add_metric(names, tier.used)
-        hits.add_metric(names, tier.hits)
-    yield from (blocks, used, hits)
-
-
-def _cache_config(info: ExecutorInfo, values: Sequence[str]) -> Metric:
-    config = {
-        "block_size": info.block_size, "num_gpu_blocks": info.num_blocks, "cache_dtype": info.dtype,
-        "device": info.device, "kv_bytes": info.kv_bytes,
-    }  # fmt: skip
-    gauge = GaugeMetricFamily(
-        "vllm:cache_config_info", "Layout of the KV cache", labels=("model_name", "engine", *config)
-    )
-    gauge.add_metric((*values, *(str(value) for value in config.values())), 1.0)
-    return gauge

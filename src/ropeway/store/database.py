@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ropeway.errors import StorageError
+from ropeway.store.failures import translated
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -30,7 +31,6 @@ _TOGETHER: Final = 128
 """Changes that share a transaction at most."""
 
 _BUSY_SECONDS: Final = 30.0
-_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Database:
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="store-read")
         self._local = threading.local()
         self._reading: list[sqlite3.Connection] = []
-        with _translated(path):
+        with translated(path):
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             # What clients send is in it: nobody else on this machine reads it.
             with contextlib.suppress(FileExistsError):
@@ -77,7 +77,7 @@ class Database:
         return self._put(work).result()
 
     def read_now(self, work: Work[T]) -> T:
-        with _translated(self.path):
+        with translated(self.path):
             connection = getattr(self._local, "connection", None)
             if connection is None:
                 connection = self._local.connection = self._connect()
@@ -135,7 +135,7 @@ class Database:
         """One transaction for all of `jobs`. Their callers hear of it when it is on the disk, or that it is not."""
         outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
         try:
-            with _translated(self.path):
+            with translated(self.path):
                 self._writer.execute("BEGIN IMMEDIATE")
                 for work, future in jobs:
                     if future.set_running_or_notify_cancel():
@@ -157,7 +157,7 @@ class Database:
     def _one(self, work: Work[Any]) -> tuple[Any, BaseException | None]:
         self._writer.execute("SAVEPOINT one")
         try:
-            with _translated(self.path):
+            with translated(self.path):
                 result = work(self._writer)
         except Exception as error:
             if not self._writer.in_transaction:
@@ -173,7 +173,10 @@ class Database:
 def _let_go(error: BaseException) -> None:
     """Close the cursors of what has failed. One that was not read to its end would hold its connection to the moment
     that it has seen, for as long as somebody keeps the error."""
-    traceback.clear_frames(error.__traceback__)
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
 
 
 def _migrate(connection: sqlite3.Connection, schema: Schema, path: Path) -> None:
@@ -199,21 +202,3 @@ def _migrate(connection: sqlite3.Connection, schema: Schema, path: Path) -> None
     except BaseException:
         connection.execute("ROLLBACK")
         raise
-
-
-class _translated:
-    """Errors of SQLite and of the file system, as ours."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, OSError):
-            raise StorageError(f"{self._path} cannot be written: {error.strerror}. Take another --data-dir.") from error
-        if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            hint = "Free some space." if code in _FULL else "Look at the file, or take another --data-dir."
-            raise StorageError(f"{self._path.name}: {error}. {hint}", retry_after=5.0) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +72,7 @@ class Tokenizer(Protocol):
         """The bytes that the token adds to a text."""
 
 
-class _Table:
+class _Table(ABC):
     """What all vocabularies share: pieces, and decoders over them. Subclasses give the strings."""
 
     def __init__(self, rule: DecodeRule, special_ids: frozenset[int]) -> None:
@@ -104,8 +105,9 @@ class _Table:
             )
         return self._tables[skip]
 
+    @abstractmethod
     def _token(self, token_id: int) -> str | None:
-        raise NotImplementedError
+        """The token as the tokenizer writes it; None if there is none of that number."""
 
 
 class HubTokenizer(_Table):

@@ -78,7 +78,7 @@ def test_what_is_wrong_is_said_with_what_would_be_right(data: Path) -> None:
     run("keys", "create", "a")
     assert "already" in refused("keys", "create", "a")
     assert "no key 'b'" in refused("keys", "revoke", "b")
-    assert "hour, day, month" in refused("usage", "--by", "colour")
+    assert "month, day, hour" in refused("usage", "--by", "colour")
     assert "2026-11-30" in refused("usage", "--since", "yesterday")
 
 

@@ -27,7 +27,7 @@ def test_nothing_is_said_before_there_was_something() -> None:
     clock = Clock()
     pace = Pace(clock)
     run(pace, clock, 2, 1.0)
-    assert pace.ahead(5).eta_s is None
+    assert pace.eta(5) is None
     run(pace, clock, 50, 1.0, answered=False)
     assert pace.rate is None
 
@@ -38,7 +38,7 @@ def test_a_steady_pace_is_found(seconds: float, count: int) -> None:
     pace = Pace(clock)
     run(pace, clock, count, seconds)
     assert pace.rate == pytest.approx(1 / seconds, rel=0.001)
-    assert pace.ahead(10).eta_s == pytest.approx(10 * seconds, rel=0.001)
+    assert pace.eta(10) == pytest.approx(10 * seconds, rel=0.001)
 
 
 def test_idle_time_does_not_count() -> None:

@@ -13,6 +13,7 @@ from jobkit import ENDPOINT, TENANT, again, jsonl, lines_of, quick_folder, resul
 from ropeway.contract import Urgency
 from ropeway.errors import RequestError
 from ropeway.jobs.batches import Keeper
+from ropeway.jobs.files import LOOK_SECONDS
 from ropeway.jobs.items import LEASE_SECONDS, SILENT_LEASES
 from ropeway.jobs.records import BatchState, Counts, ItemState, Usage, new_id
 from ropeway.jobs.store import JobStore
@@ -105,9 +106,10 @@ async def test_files_expire_and_orphans_go(store: Timed) -> None:
     assert await store.files.sweep() == kept.expires_at
     assert not store.files.path(short.id).exists()
     with store.files.draft() as draft:
-        assert await store.files.sweep_orphans() == 0, "these may be being written"
+        for uptime in (0.0, 1.0, LOOK_SECONDS - 1):
+            assert await store.files.sweep_orphans(uptime) == 0, "these may be being written"
         draft.keep(new_id("file-"))
-    assert await store.files.sweep_orphans() == 1
+    assert await store.files.sweep_orphans(LOOK_SECONDS) == 1
     assert not orphan.exists()
     assert stranger.exists()
     assert store.files.path(kept.id).exists()

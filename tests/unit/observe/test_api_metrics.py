@@ -10,6 +10,8 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ropeway.accounts.families import MOST_KEYS, families
+from ropeway.accounts.usage import Amounts
 from ropeway.contract import (
     EngineStats,
     ErrorInfo,
@@ -19,10 +21,13 @@ from ropeway.contract import (
     Step,
     TierStats,
     TokenEvent,
+    Urgency,
     Usage,
 )
+from ropeway.errors import NumericalError
+from ropeway.observe.histogram import ITL_BUCKETS, LATENCY_BUCKETS, TTFT_BUCKETS, Histogram, one_two_five
 from ropeway.observe.logs import StatsLine, configure
-from ropeway.observe.metrics import ITL_BUCKETS, LATENCY_BUCKETS, TTFT_BUCKETS, Histogram, Metrics, one_two_five
+from ropeway.observe.metrics import Metrics
 
 INFO = ExecutorInfo(
     model="m",
@@ -73,9 +78,15 @@ def test_the_names_that_vllm_dashboards_ask_for_are_there() -> None:
         "request_success_total", "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket",
         "e2e_request_latency_seconds_sum", "request_queue_time_seconds_count", "request_prompt_tokens_bucket",
         "request_generation_tokens_bucket", "iteration_tokens_total_bucket", "cache_config_info",
+        "num_requests_waiting_by_reason", "prompt_tokens_cached_total", "prompt_tokens_by_source_total",
+        "admission_rejections_total", "corrupted_requests_total", "request_time_per_output_token_seconds_bucket",
+        "request_prefill_time_seconds_sum", "request_decode_time_seconds_sum", "request_inference_time_seconds_sum",
+        "request_max_num_generation_tokens_sum", "request_params_n_bucket", "request_params_max_tokens_bucket",
+        "request_num_preemptions_bucket", "request_prefill_kv_computed_tokens_bucket",
     ]  # fmt: skip
     assert {f"vllm:{name}" for name in expected} <= found
-    assert {"ropeway_batch_occupancy", "ropeway_step_seconds_bucket", "ropeway_requests_rejected_total"} <= found
+    assert {"ropeway_useful_tokens_total", "ropeway_scheduled_tokens_total"} <= found
+    assert {"ropeway_batch_occupancy", "ropeway_step_seconds_bucket", "vllm:admission_rejections_total"} <= found
     assert b'model_name="m"' in metrics.render()[0]
     assert b'engine="0"' in metrics.render()[0]
 
@@ -115,6 +126,10 @@ def test_a_request_leaves_its_times_and_lengths() -> None:
     assert found["vllm:time_to_first_token_seconds_bucket", (("le", "0.04"),)] == 0
     assert found["vllm:request_queue_time_seconds_sum", ()] == pytest.approx(0.02)
     assert found["vllm:e2e_request_latency_seconds_sum", ()] == pytest.approx(0.4)
+    assert found["vllm:request_prefill_time_seconds_sum", ()] == pytest.approx(0.03)
+    assert found["vllm:request_decode_time_seconds_sum", ()] == pytest.approx(0.35)
+    assert found["vllm:request_inference_time_seconds_sum", ()] == pytest.approx(0.38)
+    assert found["vllm:request_time_per_output_token_seconds_sum", ()] == pytest.approx(0.175)
     assert found["vllm:request_prompt_tokens_sum", ()] == 12
     assert found["vllm:request_generation_tokens_sum", ()] == 3
     assert found["vllm:request_success_total", (("finished_reason", "stop"),)] == 1
@@ -211,6 +226,73 @@ def test_the_statistics_line_is_the_one_that_operators_look_for(caplog: pytest.L
         "Engine 000: Avg prompt throughput: 100.0 tokens/s, Avg generation throughput: 20.0 tokens/s, "
         "Running: 2 reqs, Waiting: 1 reqs, GPU KV cache usage: 25.0%, Prefix cache hit rate: 25.0%"
     ]
+
+
+def test_answers_are_counted_by_their_class_and_what_they_asked_for() -> None:
+    metrics = Metrics("m")
+    metrics.asked(Urgency.LOW, 3, 20)
+    metrics.asked(Urgency.HIGH, 1, None)
+    metrics.answered(Urgency.LOW, 30, 12)
+    found = read(metrics)
+    assert [found["ropeway_requests_total", (("urgency", one),)] for one in ("high", "medium", "low")] == [1, 0, 1]
+    assert found["ropeway_answered_tokens_total", (("urgency", "low"),)] == 30
+    assert found["vllm:request_params_n_sum", ()] == 4
+    assert (found["vllm:request_params_max_tokens_count", ()], found["vllm:request_params_max_tokens_sum", ()]) == (
+        1,
+        20,
+    )
+    assert found["vllm:request_max_num_generation_tokens_sum", ()] == 12
+
+
+def test_what_was_computed_in_vain_shows() -> None:
+    metrics = Metrics("m")
+    metrics.on_report(Step([], stats(1, step_tokens=40, prompt_tokens=30, cache_hits=5, generation_tokens=10)))
+    metrics.on_report(Step([], stats(2, step_tokens=7, prompt_tokens=30, cache_hits=5, generation_tokens=12)))
+    found = read(metrics)
+    assert (found["ropeway_scheduled_tokens_total", ()], found["ropeway_useful_tokens_total", ()]) == (47, 37)
+    sources = [
+        found["vllm:prompt_tokens_by_source_total", (("source", f"local_{one}"),)] for one in ("compute", "cache_hit")
+    ]
+    assert sources == [25, 5]
+
+
+def test_the_time_beside_the_executor_is_that_between_steps_of_a_busy_engine() -> None:
+    now = [0.0]
+    metrics = Metrics("m", clock=lambda: now[0])
+    for step, (moment, running) in enumerate([(1.0, 2), (1.05, 2), (1.08, 0), (9.0, 2)], 1):
+        now[0] = moment
+        metrics.on_report(Step([], stats(step, running=running)))
+    found = read(metrics)
+    assert found["ropeway_step_outside_seconds_count", ()] == 2
+    assert found["ropeway_step_outside_seconds_sum", ()] == pytest.approx(0.05 - 0.02 + 0.03 - 0.02)
+
+
+def test_logits_that_are_not_finite_are_counted() -> None:
+    metrics = Metrics("m")
+    for code in (NumericalError.code, "RW-ENGINE"):
+        metrics.on_report(Step([TokenEvent(1, finish=FinishReason.FAILED, error=ErrorInfo(code, ""))], stats(1)))
+    assert read(metrics)["vllm:corrupted_requests_total", ()] == 1
+
+
+def test_old_names_are_shown_on_demand_only() -> None:
+    old = {"vllm:gpu_cache_usage_perc", "vllm:gpu_prefix_cache_hits_total", "vllm:time_per_output_token_seconds_count"}
+    for hidden in (False, True):
+        metrics = Metrics("m", hidden_names=hidden)
+        metrics.on_report(Step([], stats(1)))
+        found = {name for name, _ in read(metrics)}
+        assert (old <= found, bool(old & found)) == (hidden, hidden)
+    assert read(metrics)["vllm:gpu_cache_usage_perc", ()] == 0.25
+
+
+def test_keys_have_series_up_to_a_bound() -> None:
+    totals = {f"key_{number}": Amounts(requests=1, prompt=10, cached=4, answer=3) for number in range(MOST_KEYS + 7)}
+    totals = {"": Amounts(requests=2), **totals}
+    requests, tokens = families(totals, {"key_0": "app"})
+    counts = {sample.labels["key"]: sample.value for sample in requests.samples}
+    assert (len(counts), counts["none"], counts["app"], counts["other"]) == (MOST_KEYS + 1, 2, 1, 8)
+    assert {s.labels["kind"]: s.value for s in tokens.samples if s.labels["key"] == "app"} == {
+        "prompt": 6, "cached": 4, "answer": 3,
+    }  # fmt: skip
 
 
 def test_an_idle_engine_says_nothing(caplog: pytest.LogCaptureFixture) -> None:

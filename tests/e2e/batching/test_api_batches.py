@@ -3,98 +3,31 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
+from batchkit import (
+    KEYS,
+    MIB,
+    Slow,
+    ended,
+    line,
+    lines,
+    read,
+    run,
+    until,
+    upload,
+)
 
-from apiserver import Server, running
+from apiserver import Server
 from ropeway.contract import Urgency
-from ropeway.service.echo import EchoService
-from ropeway.service.request import TextRequest, TextStream
-
-KEYS = ("one-key", "other-key")
-MIB = 1024 * 1024
-ENDED = ("completed", "failed", "expired", "cancelled")
-
-
-class Slow(EchoService):
-    """An echo that remembers what it was asked, and takes its time over what says `slowly`."""
-
-    def __init__(self) -> None:
-        super().__init__(delay=0.0)
-        self.requests: list[TextRequest] = []
-
-    async def submit(self, request: TextRequest) -> TextStream:
-        self.requests.append(request)
-        self.delay = 0.05 if "slowly" in str(request.text or request.messages) else 0.0
-        return await super().submit(request)
-
-
-@pytest.fixture(scope="module")
-def service() -> Slow:
-    return Slow()
-
-
-@pytest.fixture(scope="module")
-def server(service: Slow, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("data")
-    settings = {"max_file_mib": 1.0, "max_batch_requests": 50, "webhook_allow": "127.0.0.1"}
-    with running(service, data_dir=str(folder), api_key=",".join(KEYS), **settings) as up:
-        yield up
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return server.client(api_key=KEYS[0])
-
-
-@pytest.fixture(scope="module")
-def http(server: Server) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=server.url, headers={"authorization": f"Bearer {KEYS[0]}"}, timeout=20) as http:
-        yield http
-
-
-def line(name: str, prompt: str = "x", **changes: Any) -> dict[str, Any]:
-    body = {"model": "echo", "prompt": prompt, "max_tokens": 64}
-    return {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body} | changes
-
-
-def lines(*wanted: dict[str, Any]) -> bytes:
-    return b"".join(json.dumps(one).encode() + b"\n" for one in wanted)
-
-
-def upload(client: openai.OpenAI, content: bytes, name: str = "in.jsonl") -> str:
-    return client.files.create(file=(name, content), purpose="batch").id
-
-
-def run(client: openai.OpenAI, content: bytes, **fields: Any) -> Any:
-    asked = {"endpoint": "/v1/completions", "completion_window": "24h", **fields}
-    return ended(client, client.batches.create(input_file_id=upload(client, content), **asked).id)
-
-
-def ended(client: openai.OpenAI, name: str, seconds: float = 20.0) -> Any:
-    return until(lambda: client.batches.retrieve(name), lambda batch: batch.status in ENDED, seconds)
-
-
-def until(look: Callable[[], Any], good: Callable[[Any], bool], seconds: float = 20.0) -> Any:
-    limit = time.monotonic() + seconds
-    while not good(found := look()):
-        assert time.monotonic() < limit, f"not reached within {seconds} s: {found}"
-        time.sleep(0.02)
-    return found
-
-
-def read(client: openai.OpenAI, name: str | None) -> list[dict[str, Any]]:
-    assert name is not None
-    return [json.loads(one) for one in client.files.content(name).text.splitlines()]
 
 
 def test_a_batch_from_upload_to_answers(client: openai.OpenAI, server: Server, service: Slow) -> None:
@@ -358,110 +291,6 @@ def test_cancelling_keeps_what_is_there(client: openai.OpenAI, service: Slow) ->
     assert client.batches.cancel(batch.id).status == "cancelled", "nothing is taken back"
 
 
-def test_a_deferred_request_becomes_a_job(http: httpx2.Client, service: Slow) -> None:
-    service.requests.clear()
-    answer = http.post("/v1/completions", json={"model": "echo", "prompt": "later", "deferred": True})
-    job = answer.json()
-    assert (answer.status_code, answer.headers["location"]) == (202, f"/v1/jobs/{job['id']}")
-    assert (job["object"], job["task_id"], job["endpoint"]) == ("job", job["id"], "/v1/completions")
-    assert (job["status"], job["position"] >= 1, job["priority"]) == ("queued", True, "medium")
-    done = finished(http, job["id"])
-    assert (done["status"], done["error"], done["position"]) == ("completed", None, None)
-    response = done["response"]
-    assert (response["status_code"], response["request_id"]) == (200, job["id"])
-    assert response["body"]["choices"][0]["text"] == "later"
-    assert [request.urgency for request in service.requests] == [Urgency.MEDIUM]
-    found = http.get("/v1/jobs", params={"limit": 1}).json()
-    assert ([one["id"] for one in found["data"]], found["first_id"]) == ([job["id"]], job["id"])
-    assert http.delete(f"/v1/jobs/{job['id']}").json() == {"id": job["id"], "object": "job", "deleted": True}
-    assert http.get(f"/v1/jobs/{job['id']}").status_code == 404
-    assert http.delete(f"/v1/jobs/{job['id']}").json()["error"]["code"] == "job_not_found"
-
-
-def finished(http: httpx2.Client, name: str) -> Any:
-    return until(lambda: http.get(f"/v1/jobs/{name}").json(), lambda job: job["status"] in ENDED)
-
-
-@pytest.mark.parametrize(
-    ("path", "fields", "headers", "urgency"),
-    [
-        ("/v1/completions", {"prompt": "x", "background": True}, {}, Urgency.MEDIUM),
-        ("/v1/completions", {"prompt": "x", "deferred": True, "service_tier": "batch"}, {}, Urgency.LOW),
-        ("/v1/completions", {"prompt": "x", "deferred": True}, {"x-ropeway-priority": "low"}, Urgency.LOW),
-        ("/v1/embeddings", {"input": "x", "deferred": True, "priority": "low"}, {}, Urgency.LOW),
-        ("/v1/responses", {"input": "x", "deferred": True, "priority": "high"}, {}, Urgency.MEDIUM),
-        (
-            "/v1/messages",
-            {"max_tokens": 9, "messages": [{"role": "user", "content": "x"}], "deferred": True},
-            {},
-            Urgency.MEDIUM,
-        ),
-    ],
-)
-def test_every_endpoint_can_be_deferred(
-    http: httpx2.Client, service: Slow, path: str, fields: dict[str, Any], headers: dict[str, str], urgency: Urgency
-) -> None:
-    service.requests.clear()
-    answer = http.post(path, json={"model": "echo", **fields}, headers=headers)
-    assert answer.status_code == 202, answer.text
-    job = finished(http, answer.json()["id"])
-    assert (job["status"], job["response"]["status_code"]) == ("completed", 200), job
-    assert [request.urgency for request in service.requests] == [urgency]
-    assert job["priority"] == urgency.name.lower()
-
-
-@pytest.mark.parametrize(
-    ("fields", "status", "param"),
-    [
-        ({"prompt": 7}, 400, "prompt"),
-        ({"prompt": "x", "temperature": 9}, 400, "temperature"),
-        ({"prompt": "x", "model": "other"}, 404, "model"),
-        ({"prompt": "x", "stream": True}, 400, "stream"),
-        ({"prompt": "x", "callback_url": "http://169.254.169.254/"}, 400, "callback_url"),
-        ({"prompt": "x", "background": True, "deferred": "yes"}, 400, "deferred"),
-    ],
-)
-def test_a_wrong_body_is_refused_at_once(
-    http: httpx2.Client, service: Slow, fields: dict[str, Any], status: int, param: str
-) -> None:
-    before = http.get("/v1/jobs", params={"limit": 100}).json()["data"]
-    answer = http.post("/v1/completions", json={"model": "echo", "deferred": True, **fields})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
-    assert [one["id"] for one in http.get("/v1/jobs", params={"limit": 100}).json()["data"]] == [
-        one["id"] for one in before
-    ]
-
-
-def test_a_job_can_be_cancelled_while_it_runs(http: httpx2.Client, server: Server) -> None:
-    body = {"model": "echo", "prompt": "slowly " * 99, "max_tokens": 3000, "deferred": True}
-    name = http.post("/v1/completions", json=body).json()["id"]
-    until(lambda: http.get(f"/v1/jobs/{name}").json()["status"], lambda status: status == "in_progress")
-    assert http.post(f"/v1/jobs/{name}/cancel").json()["status"] == "cancelled"
-    job = http.get(f"/v1/jobs/{name}").json()
-    assert (job["response"], job["error"]["code"]) == (None, "job_cancelled")
-    other = httpx2.get(f"{server.url}/v1/jobs/{name}", headers={"authorization": f"Bearer {KEYS[1]}"})
-    assert other.status_code == 404
-
-
-def test_the_class_of_a_request_that_is_answered_now(http: httpx2.Client, service: Slow) -> None:
-    for fields, headers, urgency in (
-        ({}, {}, Urgency.HIGH),
-        ({"service_tier": "auto"}, {}, Urgency.HIGH),
-        ({"service_tier": "flex"}, {}, Urgency.MEDIUM),
-        ({"service_tier": "priority"}, {"x-ropeway-priority": "low"}, Urgency.LOW),
-        ({"priority": "low"}, {}, Urgency.LOW),
-        ({"priority": 3}, {}, Urgency.HIGH),
-    ):
-        service.requests.clear()
-        answer = http.post("/v1/completions", json={"model": "echo", "prompt": "x", **fields}, headers=headers)
-        assert answer.status_code == 200, answer.text
-        assert [request.urgency for request in service.requests] == [urgency], (fields, headers)
-        assert (service.requests[0].deadline_s is None) == (urgency is not Urgency.HIGH)
-    wrong = http.post("/v1/completions", json={"prompt": "x"}, headers={"x-ropeway-priority": "soon"})
-    assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "invalid_priority")
-    assert http.post("/v1/completions", json={"prompt": "x", "priority": "soon"}).status_code == 400
-
-
 def test_a_client_cannot_pass_for_the_inside(server: Server) -> None:
     """The gate believes a scope, never a header."""
     for headers in ({"ropeway.call": "1"}, {"x-ropeway-call": "{}"}, {}):
@@ -486,26 +315,3 @@ def test_one_upload_at_a_time_in_a_form(http: httpx2.Client) -> None:
         data={"purpose": "batch"},
     )
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "file")
-
-
-def test_no_more_is_taken_than_can_be_kept(tmp_path: Path) -> None:
-    body = {"model": "echo", "prompt": "slowly " * 40, "max_tokens": 1000, "deferred": True}
-    with running(Slow(), data_dir=str(tmp_path), max_jobs=2, job_concurrency=1) as server:
-        answers = [server.http.post("/v1/completions", json=body) for _ in range(3)]
-        assert [answer.status_code for answer in answers] == [202, 202, 503], answers[2].text
-        assert (answers[2].json()["error"]["code"], int(answers[2].headers["retry-after"])) == ("server_overloaded", 30)
-        server.http.post(f"/v1/jobs/{answers[1].json()['id']}/cancel")
-        assert server.http.post("/v1/completions", json=body).status_code == 202
-
-
-def test_a_server_that_is_stopped_gives_back_what_it_computes(tmp_path: Path) -> None:
-    """At once: nobody waits for a job, so the end of the server does not either."""
-    body = {"model": "echo", "prompt": "slowly " * 40, "max_tokens": 1000, "deferred": True}
-    with running(Slow(), data_dir=str(tmp_path), shutdown_timeout=10.0) as server:
-        name = server.http.post("/v1/completions", json=body).json()["id"]
-        until(lambda: server.http.get(f"/v1/jobs/{name}").json()["status"], lambda status: status == "in_progress")
-        begun = time.monotonic()
-    assert time.monotonic() - begun < 5
-    with running(EchoService(), data_dir=str(tmp_path)) as server:
-        job = finished(server.http, name)
-        assert (job["status"], job["response"]["body"]["choices"][0]["text"]) == ("completed", body["prompt"])

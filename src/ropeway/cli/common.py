@@ -1,0 +1,34 @@
+"""What commands that ask a running server have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+URL = "http://127.0.0.1:8000"
+
+Url = Annotated[str, typer.Option(help="Address of the server.")]
+Key = Annotated[str | None, typer.Option(help="Key of the server (or ROPEWAY_API_KEY, OPENAI_API_KEY).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def key_from(environ: Mapping[str, str]) -> str | None:
+    """The key that clients on this machine use: the first of the server's own, or the one for OpenAI."""
+    keys = environ.get("ROPEWAY_API_KEY") or environ.get("OPENAI_API_KEY") or ""
+    return keys.split(",")[0].strip() or None
+
+
+def print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2))
+
+
+def ask(method: str, path: str, url: str, api_key: str | None, body: Any = None) -> Any:
+    """The JSON at `path` of the server at `url`. Raises RopewayError."""
+    from ropeway.cli.client import Client
+
+    return Client(url, api_key=api_key or key_from(os.environ)).call(method, path, body)

@@ -1,0 +1,65 @@
+"""A server for files, batches and deferred requests, and how OpenAI's client speaks to it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import openai
+
+from ropeway.service.echo import EchoService
+from ropeway.service.request import TextRequest, TextStream
+
+KEYS = ("one-key", "other-key")
+MIB = 1024 * 1024
+ENDED = ("completed", "failed", "expired", "cancelled")
+
+
+class Slow(EchoService):
+    """An echo that remembers what it was asked, and takes its time over what says `slowly`."""
+
+    def __init__(self) -> None:
+        super().__init__(delay=0.0)
+        self.requests: list[TextRequest] = []
+
+    async def submit(self, request: TextRequest) -> TextStream:
+        self.requests.append(request)
+        self.delay = 0.05 if "slowly" in str(request.text or request.messages) else 0.0
+        return await super().submit(request)
+
+
+def line(name: str, prompt: str = "x", **changes: Any) -> dict[str, Any]:
+    body = {"model": "echo", "prompt": prompt, "max_tokens": 64}
+    return {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body} | changes
+
+
+def lines(*wanted: dict[str, Any]) -> bytes:
+    return b"".join(json.dumps(one).encode() + b"\n" for one in wanted)
+
+
+def upload(client: openai.OpenAI, content: bytes, name: str = "in.jsonl") -> str:
+    return client.files.create(file=(name, content), purpose="batch").id
+
+
+def run(client: openai.OpenAI, content: bytes, **fields: Any) -> Any:
+    asked = {"endpoint": "/v1/completions", "completion_window": "24h", **fields}
+    return ended(client, client.batches.create(input_file_id=upload(client, content), **asked).id)
+
+
+def ended(client: openai.OpenAI, name: str, seconds: float = 20.0) -> Any:
+    return until(lambda: client.batches.retrieve(name), lambda batch: batch.status in ENDED, seconds)
+
+
+def until(look: Callable[[], Any], good: Callable[[Any], bool], seconds: float = 20.0) -> Any:
+    limit = time.monotonic() + seconds
+    while not good(found := look()):
+        assert time.monotonic() < limit, f"not reached within {seconds} s: {found}"
+        time.sleep(0.02)
+    return found
+
+
+def read(client: openai.OpenAI, name: str | None) -> list[dict[str, Any]]:
+    assert name is not None
+    return [json.loads(one) for one in client.files.content(name).text.splitlines()]
