@@ -22,7 +22,7 @@ GREEDY_BELOW = 1e-5
 NOT_FINITE, NOTHING_LEFT = -1, -2
 _FEW = 512
 _BLOCK = 256
-_ALMOST = 1 - 1e-6
+ALMOST = 1 - 1e-6
 """Rounding must not ask for a token more where equal ones make up top_p exactly."""
 
 
@@ -87,16 +87,20 @@ def _sample(logits: Tensor, wishes: Sequence[SamplingParams], noise: NDArray[np.
     rows = [i for i, s in enumerate(wishes) if s.top_p < 1.0]
     if rows:
         part = logits[rows]
-        share = column([wishes[i].top_p for i in rows]) * _ALMOST
+        share = column([wishes[i].top_p for i in rows]) * ALMOST
         total = weights(part, rows).sum(dim=1, keepdim=True, dtype=torch.float64)
         logits[rows] = _keep_highest(part, share * total, lambda values: weights(values, rows))
-    return _invert(weights(logits), torch.from_numpy(noise).to(logits.device))
+    tokens: list[int] = invert(weights(logits), torch.from_numpy(noise).to(logits.device)).tolist()
+    return tokens
 
 
 def _keep_highest(logits: Tensor, wanted: Tensor, weights: Callable[[Tensor], Tensor]) -> Tensor:
-    """`logits` (n, vocab) with -inf in place of all but the highest, whose weights reach `wanted` (n, 1); among equals
-    the lowest ids."""
-    at = _threshold(logits, wanted, weights)
+    return keep_from(logits, _threshold(logits, wanted, weights), wanted, weights)
+
+
+def keep_from(logits: Tensor, at: Tensor, wanted: Tensor, weights: Callable[[Tensor], Tensor]) -> Tensor:
+    """`logits` (n, vocab) with -inf in place of all but the highest, whose weights reach `wanted` (n, 1): those above
+    the threshold `at` (n, 1), and among its equals the lowest ids."""
     above = torch.where(logits > at, weights(logits), 0).sum(dim=1, keepdim=True, dtype=torch.float64)
     ties = ((wanted - above) / weights(at)).ceil().clamp(min=1)
     equal = logits == at
@@ -111,12 +115,13 @@ def _threshold(logits: Tensor, wanted: Tensor, weights: Callable[[Tensor], Tenso
     at = few.gather(1, reached.int().argmax(dim=1, keepdim=True))
     rest = (~reached.any(dim=1)).nonzero()[:, 0]
     if rest.numel():
-        at[rest] = _bisect(logits[rest], weights(logits)[rest], wanted[rest])
+        at[rest] = bisect(logits[rest], weights(logits)[rest], wanted[rest])
     return at
 
 
-def _bisect(logits: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
-    """`_threshold` for logits whose `weight` is known, by the bits of the values: as many rounds as a float32 has."""
+def bisect(logits: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+    """The highest value (n, 1) such that the `weight` of all logits from it upwards reaches `wanted`, the lowest if
+    nothing does: by the bits of the values, in as many rounds as a float32 has."""
     keys = _ordered((logits + 0.0).view(torch.int32))  # adding zero makes -0 equal to 0
     low, high = keys.amin(dim=1, keepdim=True).long(), keys.amax(dim=1, keepdim=True).long()
     for _ in range(32):
@@ -131,8 +136,9 @@ def _ordered(bits: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _invert(weights: Tensor, noise: Tensor) -> list[int]:
-    """Inverse CDF in the order of token ids: find the block in which the noise falls, then the token in the block."""
+def invert(weights: Tensor, noise: Tensor) -> Tensor:
+    """Inverse CDF in the order of token ids, (n,) int64 of (n, vocab): find the block in which the noise falls, then
+    the token in the block."""
     number, vocab = weights.shape
     blocks = -(-vocab // _BLOCK)
     split = torch.nn.functional.pad(weights, (0, blocks * _BLOCK - vocab)).view(number, blocks, _BLOCK)
@@ -145,5 +151,4 @@ def _invert(weights: Tensor, noise: Tensor) -> list[int]:
     place = (before[:, None] + inside.cumsum(dim=1) <= target[:, None]).sum(dim=1)
     # The block's sum and the running sum inside it may round apart: never go beyond the last token with any weight.
     last = (_BLOCK - 1) - (inside > 0).flip(1).int().argmax(dim=1)
-    tokens: list[int] = (block * _BLOCK + torch.minimum(place, last)).tolist()
-    return tokens
+    return block * _BLOCK + torch.minimum(place, last)
