@@ -1,7 +1,8 @@
-"""The small operations between the matrix products, behind one seam: plain torch, or fused native kernels."""
+"""The small operations between the matrix products, behind one seam: plain torch, or fused kernels."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -11,9 +12,9 @@ from ropeway.runtime.kernels.library import NativeLibrary, load
 
 
 class Ops(Protocol):
-    """Fused element-wise operations on float32 or bfloat16 rows.
+    """Fused element-wise operations on float32, bfloat16 or float16 rows.
 
-    Arithmetic is float32 inside; results are rounded where Hugging Face models round them, so that both
+    Arithmetic is float32 inside; results are rounded where Hugging Face models round them, so that all
     implementations agree with them and with each other up to the last bit or two.
     """
 
@@ -163,9 +164,9 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 def select_ops(device: torch.device, dtype: torch.dtype, level: int = 3) -> tuple[Ops, list[str]]:
     """The operations to use on `device` for `dtype`, and one sentence for each implementation that was passed over.
-    Below level 2 they are torch's."""
+    Below level 2 on a CPU, and 1 on a GPU, they are torch's."""
     if device.type != "cpu":
-        return TorchOps(), [f"native: it runs on the CPU, not on {device.type}"]
+        return _select_beyond(device, level)
     if dtype not in _TYPES:
         return TorchOps(), [f"native: it computes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"]
     if level < 2:
@@ -174,3 +175,16 @@ def select_ops(device: torch.device, dtype: torch.dtype, level: int = 3) -> tupl
     if isinstance(library, str):
         return TorchOps(), [f"native: {library}"]
     return NativeOps(library), []
+
+
+def _select_beyond(device: torch.device, level: int) -> tuple[Ops, list[str]]:
+    """The same on another device than the CPU."""
+    if device.type != "cuda":
+        return TorchOps(), [f"triton: it runs on CUDA, not on {device.type}"]
+    if level < 1:
+        return TorchOps(), [f"triton: kernel level {level} does without"]
+    if find_spec("triton") is None:
+        return TorchOps(), ["triton: it is not installed"]
+    from ropeway.runtime.kernels.triton.ops import TritonOps
+
+    return TritonOps(), []
