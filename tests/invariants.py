@@ -12,7 +12,7 @@ from ropeway.scheduler.sequence import State
 def check(scheduler: Scheduler) -> None:
     """Raise AssertionError unless each block, slot and request is in exactly one place."""
     memory = scheduler.memory
-    pinned = [block for block in memory.pins._held.values() if block is not None]
+    pinned = [block for block in memory.pins.held.values() if block is not None]
     check_pool(memory.pool, [*[seq.blocks for seq in scheduler.running], pinned])
     for shelf in memory.lower:
         check_pool(shelf.pool, [])
@@ -37,11 +37,11 @@ def check_pool(pool: BlockPool, tables: Iterable[Sequence[int]] | None = None) -
     free = {*kept, *pool._blank}
     if len(free) != len(kept) + len(pool._blank) or len(free) != pool.available:
         raise AssertionError(f"{len(free)} different blocks are free but {pool.available} are counted")
-    if free != {b for b in range(pool.num_blocks) if pool._holders[b] == 0}:
+    if free != {b for b in range(pool.num_blocks) if pool.holders[b] == 0}:
         raise AssertionError("a block is both held and free, or neither")
-    if any(pool._key[b] is None for b in kept) or any(pool._key[b] is not None for b in pool._blank):
+    if any(pool.names[b] is None for b in kept) or any(pool.names[b] is not None for b in pool._blank):
         raise AssertionError("a block without a key is in a line, or one with a key is not")
-    if {key: b for b, key in enumerate(pool._key) if key is not None} != pool._by_key:
+    if {key: b for b, key in enumerate(pool.names) if key is not None} != pool._by_key:
         raise AssertionError("the index of keys disagrees with the blocks")
     for level, line in enumerate(pool._lines):
         if list(line.values()) != sorted(line.values()) or any(pool._level[b] != level for b in line):
@@ -60,5 +60,5 @@ def check_pool(pool: BlockPool, tables: Iterable[Sequence[int]] | None = None) -
                 raise AssertionError(f"a block table names a block twice: {list(table)}")
             for b in table:
                 counted[b] += 1
-        if counted != pool._holders:
+        if counted != pool.holders:
             raise AssertionError("the numbers of holders disagree with the block tables")

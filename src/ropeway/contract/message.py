@@ -7,6 +7,7 @@ from msgspec import Struct
 from ropeway.contract.event import EngineStats, ErrorInfo, Pinned, TokenEvent, Why
 from ropeway.contract.request import GenerateRequest
 from ropeway.contract.result import ExecutorInfo
+from ropeway.contract.scene import Look, Recall, Recalled, Scene
 
 
 class Submit(Struct, frozen=True, tag="submit"):
@@ -21,10 +22,11 @@ class Cancel(Struct, frozen=True, tag="cancel"):
 
 
 class Explain(Struct, frozen=True, tag="explain"):
-    """Ask why requests wait; all waiting ones if `rids` is empty."""
+    """Ask why requests wait; if `rids` is empty, all waiting ones, or the first `most` in line."""
 
     token: int
     rids: list[int] = []
+    most: int | None = None
 
 
 class Pin(Struct, frozen=True, tag="pin"):
@@ -87,5 +89,5 @@ class Stopped(Struct, frozen=True, tag="stopped"):
     error: ErrorInfo | None = None
 
 
-Command = Submit | Cancel | Explain | Pin | Reorder | Drain
-Report = Ready | Step | Explained | Pins | Ordered | Stopped
+Command = Submit | Cancel | Explain | Pin | Reorder | Drain | Look | Recall
+Report = Ready | Step | Explained | Pins | Ordered | Stopped | Scene | Recalled

@@ -96,8 +96,8 @@ class Engine:
                     reason = FinishReason.STOP if stop else FinishReason.CANCELLED
                     event = self.scheduler.cancel(rid, reason, now)
                     self._news += [event] if event is not None else []
-                case Explain(token, rids):
-                    reports.append(Explained(token, self.scheduler.why(now, rids)))
+                case Explain(token, rids, most):
+                    reports.append(Explained(token, self.scheduler.why(now, rids, most)))
                 case Reorder(token, policy):
                     reports.append(self._reorder(token, policy, now))
                 case Pin():

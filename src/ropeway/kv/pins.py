@@ -17,12 +17,12 @@ class Pins:
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
         self._keys: dict[str, list[bytes]] = {}
-        self._held: dict[bytes, int | None] = {}  # all keys of all pins, and the block once there is one
+        self.held: dict[bytes, int | None] = {}  # all keys of all pins, and the block once there is one
 
     @property
     def reserved(self) -> int:
         """Blocks of the pool that pins hold or will hold."""
-        return len(self._held)
+        return len(self.held)
 
     def add(self, name: str, keys: Sequence[bytes], room: int) -> None:
         """Pin the content of `keys` as `name`, replacing what was pinned so. `room` is how many blocks the requests of
@@ -41,7 +41,7 @@ class Pins:
         self.remove(name)
         self._keys[name] = list(keys)
         for key in keys:
-            if self._held.setdefault(key, None) is None:
+            if self.held.setdefault(key, None) is None:
                 block = self._pool.find(key)
                 if block is not None:
                     self.adopt(block, key)
@@ -50,26 +50,26 @@ class Pins:
         """Give up the prefix `name`. False if there is none."""
         gone = self._keys.pop(name, None)
         others = {key for pinned in self._keys.values() for key in pinned}
-        blocks = [self._held.pop(key) for key in gone or () if key not in others]
+        blocks = [self.held.pop(key) for key in gone or () if key not in others]
         self._pool.release([block for block in blocks if block is not None])
         return gone is not None
 
     def adopt(self, block: int, key: bytes) -> None:
         """`block` has the content `key` now: hold it if it is pinned."""
-        if key in self._held and self._held[key] is None:
-            self._held[key] = block
+        if key in self.held and self.held[key] is None:
+            self.held[key] = block
             self._pool.share([block])
 
     def drop(self, keys: Iterable[bytes]) -> None:
         """This content is void. Whoever computes it again is welcome."""
         for key in keys:
-            block = self._held.get(key)
+            block = self.held.get(key)
             if block is not None:
-                self._held[key] = None
+                self.held[key] = None
                 self._pool.release([block])
 
     def listing(self, block_size: int) -> list[Pinned]:
         return [
-            Pinned(name, len(keys) * block_size, len(keys), sum(self._held[key] is not None for key in keys))
+            Pinned(name, len(keys) * block_size, len(keys), sum(self.held[key] is not None for key in keys))
             for name, keys in self._keys.items()
         ]

@@ -52,8 +52,8 @@ class BlockPool:
         self._quota = int(quota * num_blocks)
         self._rationed = quota < 1
         self._evicting = evicting
-        self._holders = [0] * num_blocks
-        self._key: list[bytes | None] = [None] * num_blocks
+        self.holders = [0] * num_blocks  # of each block, for others to read too
+        self.names: list[bytes | None] = [None] * num_blocks  # and what is in it
         self._by_key: dict[bytes, int] = {}
         self._past: OrderedDict[bytes, int] = OrderedDict()  # names of lost content, and its level
         self._blank = list(range(num_blocks - 1, -1, -1))  # free and without a key, the next last
@@ -68,7 +68,7 @@ class BlockPool:
         for block, key in kept:
             self._name(block, key, "")
             self._put(block)
-        self._blank = [block for block in self._blank if self._key[block] is None]
+        self._blank = [block for block in self._blank if self.names[block] is None]
 
     @property
     def used(self) -> int:
@@ -96,15 +96,15 @@ class BlockPool:
 
     def idle(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` nobody holds: sharing them takes that many from `available`."""
-        return sum(1 for block in blocks if self._holders[block] == 0)
+        return sum(1 for block in blocks if self.holders[block] == 0)
 
     def share(self, blocks: Iterable[int]) -> None:
         """Become one more holder of each of these (matched) blocks."""
         for block in blocks:
-            if self._holders[block] == 0:
+            if self.holders[block] == 0:
                 self._take(block)
                 self.available -= 1
-            self._holders[block] += 1
+            self.holders[block] += 1
             self.refresh(block)
 
     def alloc(self, count: int) -> list[int] | None:
@@ -114,7 +114,7 @@ class BlockPool:
         taken = []
         for _ in range(count):
             block = self._blank.pop() if self._blank else self._evict()
-            self._holders[block] = 1
+            self.holders[block] = 1
             taken.append(block)
         self.available -= count
         return taken
@@ -124,20 +124,20 @@ class BlockPool:
 
         The last is freed first, so that a chain of remembered blocks loses its leaves before its root.
         """
-        self._age.now += bool(blocks) and self._key[blocks[0]] is not None
+        self._age.now += bool(blocks) and self.names[blocks[0]] is not None
         for block in reversed(blocks):
-            if self._holders[block] <= 0:
+            if self.holders[block] <= 0:
                 raise ValueError(f"block {block} is released but nobody holds it")
-            self._holders[block] -= 1
-            if self._holders[block] == 0:
+            self.holders[block] -= 1
+            if self.holders[block] == 0:
                 self._put(block)
                 self.available += 1
 
     def publish(self, block: int, key: bytes, owner: str = "") -> bool:
         """Remember that held `block` has the content named `key`, if no other block has. False if it is not news."""
-        if self._holders[block] <= 0:
+        if self.holders[block] <= 0:
             raise ValueError(f"block {block} is published but nobody holds it")
-        if not self.remember or self._key[block] is not None:
+        if not self.remember or self.names[block] is not None:
             return False
         known = self._by_key.get(key)
         if known is not None:
@@ -154,14 +154,14 @@ class BlockPool:
         if taken is None:
             return None
         self.publish(taken[0], key, owner)
-        self._holders[taken[0]] = 0
+        self.holders[taken[0]] = 0
         self._put(taken[0])
         self.available += 1
         return taken[0]
 
     def refresh(self, block: int) -> None:
         """The content of a remembered block was asked for."""
-        free = self._holders[block] == 0
+        free = self.holders[block] == 0
         if free:
             self._take(block)
         self._level[block] = min(self._level[block] + 1, LEVELS - 1)
@@ -171,7 +171,7 @@ class BlockPool:
     def forget(self, blocks: Iterable[int]) -> None:
         """Let the content of these blocks, held or free, be matched no more."""
         for block in blocks:
-            free = self._holders[block] == 0 and self._key[block] is not None
+            free = self.holders[block] == 0 and self.names[block] is not None
             if free:
                 self._take(block)
             self._forget(block)
@@ -181,7 +181,7 @@ class BlockPool:
     def _evict(self) -> int:
         """The least valuable remembered block, nameless and in nobody's line."""
         block = self._least()
-        key = self._key[block]
+        key = self.names[block]
         if key is not None:
             if self._evicting is not None:
                 self._evicting(block, key, self._owner[block])
@@ -205,18 +205,18 @@ class BlockPool:
         return least
 
     def _name(self, block: int, key: bytes, owner: str) -> None:
-        self._key[block], self._owner[block], self._level[block] = key, owner, 0
+        self.names[block], self._owner[block], self._level[block] = key, owner, 0
         self._by_key[key] = block
         self._owned[owner] = self._owned.get(owner, 0) + 1
         if owner and self._owned[owner] > self._quota:
             self._greedy[owner] = None
 
     def _forget(self, block: int) -> None:
-        key, owner = self._key[block], self._owner[block]
+        key, owner = self.names[block], self._owner[block]
         if key is None:
             return
         del self._by_key[key]
-        self._key[block] = None
+        self.names[block] = None
         self._owned[owner] -= 1
         if self._owned[owner] <= self._quota:
             self._greedy.pop(owner, None)
@@ -234,7 +234,7 @@ class BlockPool:
 
     def _put(self, block: int) -> None:
         """Into the free ones, as the last of its line."""
-        if self._key[block] is None:
+        if self.names[block] is None:
             self._blank.append(block)
             return
         self._lines[self._level[block]][block] = self._age.now

@@ -118,7 +118,8 @@ def _span(span: Span) -> dict[str, Any]:
 
 
 def _nanos(seconds: float) -> str:
-    return str(round(seconds * 1e9))  # 64 bits do not fit a JSON number
+    """As text, for a JSON number is too short for it; and a float of seconds has no more than microseconds."""
+    return str(round(seconds * 1e6) * 1000)
 
 
 def _attributes(values: Mapping[str, Value]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from ropeway.engine.engine import Engine
 from ropeway.errors import DrainingError, EngineError, NotReadyError, RopewayError
 from ropeway.remote.socket_channel import ServiceEnd, SocketChannel
 from ropeway.remote.watchdog import Watchdog
+from ropeway.scene.watcher import Watcher
 
 RESTART_WINDOW = 600.0
 """Seconds in which `max_restarts` restarts are allowed."""
@@ -85,8 +86,9 @@ class ThreadLink(_Link):
             await asyncio.to_thread(self._thread.join)
 
     def _run(self, channel: SocketChannel) -> None:
+        watcher = self._engine.executor = Watcher(self._engine.executor)
         try:
-            self._engine.run(channel)
+            watcher.run(self._engine, channel)
         except RopewayError as error:
             channel.send(Stopped(ErrorInfo.of(error)))
         finally:

@@ -19,6 +19,7 @@ from ropeway.contract.executor import Executor
 from ropeway.errors import EngineError, RopewayError
 from ropeway.recorder.recorder import make_engine
 from ropeway.remote.socket_channel import SocketChannel
+from ropeway.scene.watcher import Watcher
 
 _PR_SET_PDEATHSIG = 1
 
@@ -36,9 +37,10 @@ def serve_fd0(make_executor: Callable[[EngineConfig], Executor]) -> int:
     channel = SocketChannel(sock)
     try:
         config = msgspec.json.decode(_read_line(sock), type=EngineConfig)
-        engine = make_engine(make_executor(config), config)
+        watcher = Watcher(make_executor(config))
+        engine = make_engine(watcher, config)
         try:
-            engine.run(channel)
+            watcher.run(engine, channel)
         finally:
             engine.close()
     except RopewayError as error:

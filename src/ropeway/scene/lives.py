@@ -151,9 +151,9 @@ class Lives:
         waits = []
         for chunk in chunks:
             record, span = chunk.record, chunk.span
-            chunk.end = now
+            chunk.end = now if span.end is None else span.end  # it has left meanwhile
             if not chunk.emits or span.end is not None:
-                continue  # there is more to read, or it has left meanwhile
+                continue
             span.close(now, chunk.step)
             if not any(other.phase == "decode" for other in record.spans):
                 waits.append(now - record.arrived)

@@ -54,54 +54,55 @@ def _engine(story: Story, pid: int, zero: float) -> Iterable[Event]:
     for seat in taken:
         yield _meta("thread_name", seats, seat + 1, name=f"seat {seat}")
         yield _meta("thread_sort_index", seats, seat + 1, sort_index=seat)
-    for life in story.lives:
-        for span in life.spans:
-            if span.seat is not None:
-                yield from _aboard(story.name(life), life, span, seats, zero)
+    yield from _aboard(story, seats, zero)
     yield from _waits(story, line, zero)
     for point in story.points:
         for chart, values in point.values.items():
             yield {"ph": "C", "name": chart, "pid": seats, "tid": 0, "ts": _us(point.at - zero), "args": dict(values)}
 
 
-def _aboard(name: str, life: Life, span: Span, pid: int, zero: float) -> Iterable[Event]:
-    begin = life.arrived - zero
-    facts = {
-        "request": life.rid, "urgency": life.urgency, "prompt tokens": life.prompt_tokens, "cached": span.cached,
-        "steps": f"{span.first_step} to {span.last_step}",
-    }  # fmt: skip
-    if span.phase == "decode" and life.finish is not None:
-        facts |= {"answer tokens": life.completion_tokens, "finish": life.finish}
-    tid = (span.seat or 0) + 1
-    yield _slice(
-        f"{name}: {span.phase}", span.phase, pid, tid, begin + span.begin, _end(life, span) - span.begin, facts
-    )
-    told = span.begin
-    for chunk in span.chunks:
-        end = _end(life, span) if chunk.end is None else chunk.end
-        start, told = max(chunk.begin, told), max(end, told)  # steps may overlap, slices of a thread must not
-        facts = {"step": chunk.step, "tokens": f"{chunk.start} to {chunk.start + chunk.count - 1}"}
-        yield _slice(f"{chunk.count} tokens", "chunk", pid, tid, begin + start, told - start, facts)
+def _aboard(story: Story, pid: int, zero: float) -> Iterable[Event]:
+    """Who sits where: nobody before the one before has left, and no step before the one before is over. Clocks are not
+    so exact, and steps may overlap."""
+    left: dict[int, int] = {}
+    for life, span in _in_order(story, lambda span: span.seat is not None):
+        seat = span.seat or 0
+        begin = max(_us(life.arrived - zero + span.begin), left.get(seat, 0))
+        end = left[seat] = max(_us(life.arrived - zero + _end(life, span)), begin)
+        facts = {
+            "request": life.rid, "urgency": life.urgency, "prompt tokens": life.prompt_tokens, "cached": span.cached,
+            "steps": f"{span.first_step} to {span.last_step}",
+        }  # fmt: skip
+        if span.phase == "decode" and life.finish is not None:
+            facts |= {"answer tokens": life.completion_tokens, "finish": life.finish}
+        yield _slice(f"{story.name(life)}: {span.phase}", span.phase, pid, seat + 1, begin, end, facts)
+        for chunk in span.chunks:
+            done = end if chunk.end is None else min(_us(life.arrived - zero + chunk.end), end)
+            begin, before = max(done, begin), max(_us(life.arrived - zero + chunk.begin), begin)
+            facts = {"step": chunk.step, "tokens": f"{chunk.start} to {chunk.start + chunk.count - 1}"}
+            yield _slice(f"{chunk.count} tokens", "chunk", pid, seat + 1, min(before, begin), begin, facts)
 
 
 def _waits(story: Story, pid: int, zero: float) -> Iterable[Event]:
     """Who waits, each beside the others: on the thread that has been free for longest."""
-    spans = [
-        (life.arrived + span.begin, life, span) for life in story.lives for span in life.spans if span.seat is None
-    ]
-    free: list[tuple[float, int]] = []
+    free: list[tuple[int, int]] = []
     threads = 0
-    for begin, life, span in sorted(spans, key=lambda one: one[0]):
+    for life, span in _in_order(story, lambda span: span.seat is None):
+        begin, end = (_us(life.arrived - zero + seconds) for seconds in (span.begin, _end(life, span)))
         if free and free[0][0] <= begin:
             _, tid = heappop(free)
         else:
             threads += 1
             tid = threads
             yield _meta("thread_name", pid, tid, name=f"waiting {tid}")
-        end = life.arrived + _end(life, span)
         heappush(free, (end, tid))
         why = {wait.holder or "the step under way": f"{wait.seconds:.3f} s: {wait.reason}" for wait in span.waits}
-        yield _slice(story.name(life), "queue", pid, tid, begin - zero, end - begin, {"request": life.rid, **why})
+        yield _slice(story.name(life), "queue", pid, tid, begin, end, {"request": life.rid, **why})
+
+
+def _in_order(story: Story, wanted: Callable[[Span], bool]) -> Iterable[tuple[Life, Span]]:
+    found = [(life, span) for life in story.lives for span in life.spans if wanted(span)]
+    return sorted(found, key=lambda one: (one[0].arrived + one[1].begin, one[0].arrived + _end(*one)))
 
 
 def _end(life: Life, span: Span) -> float:
@@ -109,9 +110,9 @@ def _end(life: Life, span: Span) -> float:
     return sum((life.seconds.queue, life.seconds.prefill, life.seconds.decode)) if span.end is None else span.end
 
 
-def _slice(name: str, kind: str, pid: int, tid: int, begin: float, seconds: float, facts: Mapping[str, Any]) -> Event:
+def _slice(name: str, kind: str, pid: int, tid: int, begin: int, end: int, facts: Mapping[str, Any]) -> Event:
     return {
-        "ph": "X", "name": name, "cat": kind, "pid": pid, "tid": tid, "ts": _us(begin), "dur": _us(max(seconds, 0.0)),
+        "ph": "X", "name": name, "cat": kind, "pid": pid, "tid": tid, "ts": begin, "dur": max(end - begin, 0),
         "args": dict(facts),
     }  # fmt: skip
 
@@ -120,5 +121,6 @@ def _meta(what: str, pid: int, tid: int, **values: Any) -> Event:
     return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": values}
 
 
-def _us(seconds: float) -> float:
-    return round(seconds * 1e6, 1)
+def _us(seconds: float) -> int:
+    """Microseconds, the unit of the format."""
+    return round(seconds * 1e6)

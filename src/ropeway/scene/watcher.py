@@ -36,10 +36,16 @@ OURS: Final = -1
 
 
 class Watcher:
-    """An executor around `executor`, for an engine that is then to be `run`. `wall` gives seconds since 1970."""
+    """An executor around `executor`, for an engine that is then to be `run`. `wall` gives seconds since 1970. While
+    anybody waits, the reasons are asked for `every` so many seconds."""
 
     def __init__(
-        self, executor: Executor, *, clock: Clock | None = None, wall: Callable[[], float] = time.time
+        self,
+        executor: Executor,
+        *,
+        clock: Clock | None = None,
+        wall: Callable[[], float] = time.time,
+        every: float = EVERY,
     ) -> None:
         self.info = executor.info
         self.lives = Lives()
@@ -51,7 +57,9 @@ class Watcher:
         self._plan: StepPlan | None = None
         self._stats: EngineStats | None = None
         self._reasons: list[Why] = []
-        self._asked = self._ask_at = 0.0
+        self._every = every
+        self._asked = 0.0
+        self._ask_at = self._now() + every
 
     def run(self, engine: Engine, channel: Channel) -> None:
         """`engine.run(channel)`, watched. The engine drives this executor."""
@@ -107,7 +115,7 @@ class Watcher:
             self.lives.heard(report.events, report.stats.step, self._now())
         elif isinstance(report, Explained) and report.token == OURS:
             now = self._now()
-            self._ask_at = now + max(EVERY, SHARE * (now - self._asked))
+            self._ask_at = now + max(self._every, SHARE * (now - self._asked))
             self._reasons = report.reasons
             self.lives.explained(report.reasons, now)
             return None
@@ -144,7 +152,7 @@ class Watcher:
 
     def _waiting(self) -> list[Waiting]:
         """Those who were told to wait when that was last asked, and wait still."""
-        found = []
+        found: list[Waiting] = []
         for why in self._reasons:
             urgency = self.lives.waits(why.rid)
             if urgency is not None:

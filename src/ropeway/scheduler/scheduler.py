@@ -102,12 +102,12 @@ class Scheduler:
             order.boards(seq, seq.first_scheduled or now)
         self.waiting = room
 
-    def why(self, now: float, rids: Collection[int] = ()) -> list[Why]:
-        """What each of `rids` (all waiting requests if empty) waits for. Unknown ids are left out."""
-        line = list(self.waiting.line(now, len(self.waiting)))
+    def why(self, now: float, rids: Collection[int] = (), most: int | None = None) -> list[Why]:
+        """What each of `rids` (if empty: of the first `most` in line, or all) waits for. Unknown ids are left out."""
+        line = list(islice(self.waiting.line(now, len(self.waiting)), most and max(most, self.resources.slots)))
         self._limits.begin(self.running, lambda: line)
         place = {seq.rid: position for position, seq in enumerate(line)}
-        wanted = [self._sequences[rid] for rid in rids if rid in self._sequences] if rids else line
+        wanted = [self._sequences[rid] for rid in rids if rid in self._sequences] if rids else line[:most]
         waits = self._foretell(line[: 1 + max([place.get(seq.rid, -1) for seq in wanted], default=-1)], now)
         return [self._explain(seq, place.get(seq.rid, -1), waits, now) for seq in wanted]
 

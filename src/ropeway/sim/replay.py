@@ -18,6 +18,7 @@ from ropeway.recorder.journal import WORLD, Closed, Cut, Header, ended, files, r
 from ropeway.recorder.snapshot import thaw
 from ropeway.sim.biography import Biography
 from ropeway.sim.tape import Call, Difference, EndOfRecord, RecordedFailure, Tape, calls
+from ropeway.sim.witness import Witness
 
 
 @dataclass
@@ -37,12 +38,14 @@ class Summary:
     waits: list[tuple[float, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     biographies: list[Biography] = field(default_factory=list)
+    witnesses: list[Witness] = field(default_factory=list)
     difference: Difference | None = None
 
 
-def replay(path: Path, *, until: int | None = None, explain: int | None = None) -> Summary:
+def replay(path: Path, *, until: int | None = None, explain: int | None = None, watch: bool = False) -> Summary:
     """Replay a journal: a directory of files in order, or one file. Ends after step `until`, or at the first
-    difference; keeps the biography of request `explain`, one for each engine's life.
+    difference; keeps the biography of request `explain`, and with `watch` the lives of all requests, one for each
+    engine's life.
 
     Raises ConfigError for what is no journal, and for a state that this version cannot make again.
     """
@@ -53,7 +56,7 @@ def replay(path: Path, *, until: int | None = None, explain: int | None = None) 
             header, items = read(file)
             summary.headers.append((file, header))
             if life is None or not life.goes_on_in(header):
-                life = _Life(file, header, summary, explain)
+                life = _Life(file, header, summary, explain, watch)
             life.header = header
             for call in calls(items):
                 match call:
@@ -77,7 +80,7 @@ def replay(path: Path, *, until: int | None = None, explain: int | None = None) 
 class _Life:
     """One engine, from the state that a file begins with."""
 
-    def __init__(self, file: Path, header: Header, summary: Summary, explain: int | None) -> None:
+    def __init__(self, file: Path, header: Header, summary: Summary, explain: int | None, watch: bool) -> None:
         self.header = header
         self.over = False
         self.tape = Tape(header.info)
@@ -94,6 +97,10 @@ class _Life:
         if explain is not None:
             self._biography = Biography(explain, header.clock)
             summary.biographies.append(self._biography)
+        self._witness: Witness | None = None
+        if watch:
+            self._witness = Witness(header, self._engine.scheduler)
+            summary.witnesses.append(self._witness)
 
     def goes_on_in(self, header: Header) -> bool:
         return not self.over and (self.header.life, self.header.part + 1) == (header.life, header.part)
@@ -127,6 +134,8 @@ class _Life:
         summary.preemptions += counters.preemptions - preempted
         if self._biography is not None:
             self._biography.take(self._engine.scheduler, self.tape, call.commands or (), reports)
+        if self._witness is not None:
+            self._witness.take(self._engine.scheduler, self.tape, call.commands or (), reports)
 
     def _count(self, call: Call, reports: list[Report]) -> None:
         summary = self._summary

@@ -73,10 +73,12 @@ class Tape:
         self.info = info
         self.moment = 0.0
         self.submitted: list[StepPlan] = []
+        self.begun: list[float] = []  # when each was
+        self.collected: list[int] = []  # the steps whose results were asked for
         self.call = Call()
 
     def play(self, call: Call) -> None:
-        self.call, self.submitted = call, []
+        self.call, self.submitted, self.begun, self.collected = call, [], [], []
 
     def now(self) -> float:
         if not self.call.moments:
@@ -89,6 +91,7 @@ class Tape:
             self._beyond("a step", [plan])
         compare(self.call.plans.popleft(), slim(plan))
         self.submitted.append(plan)
+        self.begun.append(self.moment)
         return plan.step
 
     def collect(self, ticket: int) -> StepResult:
@@ -96,7 +99,9 @@ class Tape:
             if self.call.error:
                 raise RecordedFailure
             self._beyond("a look at a result", [])
-        return self.call.results.popleft()
+        result = self.call.results.popleft()
+        self.collected.append(result.step)
+        return result
 
     def close(self) -> None:
         """Holds nothing."""

@@ -28,6 +28,7 @@ class Witness:
         self._zero = header.started - header.clock
         self._now = header.clock
         self._under_way: dict[int, Sequence[Reading]] = {}  # the chunks that each step reads
+        self._line = len(scheduler.waiting), scheduler.waiting.order.name  # as those who come find it
         self._latest: dict[str, dict[str, int]] = {}
         for seq in sorted([*scheduler.running, *scheduler.waiting], key=lambda seq: seq.number):
             self._lives.arrived(seq.request, 0, "", seq.arrival)
@@ -43,11 +44,12 @@ class Witness:
         now = self._now = tape.moment
         for command in commands:
             if isinstance(command, Submit):
-                self._lives.arrived(command.request, len(scheduler.waiting), scheduler.waiting.order.name, now)
+                self._lives.arrived(command.request, *self._line, now)
         for plan, begun in zip(tape.submitted, tape.begun, strict=True):
             self._under_way[plan.step] = self._lives.planned(plan, begun)
         for step in tape.collected:  # it may have begun before the record did
             self._lives.computed(self._under_way.pop(step, ()), now)
+        self._line = len(scheduler.waiting), scheduler.waiting.order.name
         for report in reports:
             if isinstance(report, Explained):
                 self._lives.explained(report.reasons, now)
