@@ -27,6 +27,7 @@ from ropeway.accounts.accounts import open_accounts
 from ropeway.accounts.usage import Query, UsageRow, ask
 from ropeway.api.inside import URLS, Inside
 from ropeway.api.middleware import ADMIN, PUBLIC, SHARED
+from ropeway.api.ui import HOME
 from ropeway.jobs.work import Call
 from ropeway.service.echo import EchoService
 
@@ -113,7 +114,7 @@ def test_every_route_asks_who_one_is(server: Server, folder: Path) -> None:
             return server.http.request(method, url, headers=headers).status_code
 
         if path in PUBLIC:
-            assert {status(one) for one in (*wrong, user, "owner", "fixed")} == {200}, path
+            assert {status(one) for one in (*wrong, user, "owner", "fixed")} == {307 if path == HOME else 200}, path
             continue
         assert {status(one) for one in wrong} == {401}, (method, path)
         client = {status(user), status("fixed")}

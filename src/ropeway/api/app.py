@@ -23,6 +23,7 @@ from ropeway.api import (
     batches,
     canary,
     chat,
+    compare,
     completions,
     deferred,
     deployments,
@@ -37,6 +38,7 @@ from ropeway.api import (
     schema,
     scores,
     tokens,
+    ui,
     usage,
 )
 from ropeway.api.anthropic_schema import CountRequest, InputTokens, MessageBody, MessageErrorEnvelope, MessageRequest
@@ -58,6 +60,7 @@ from ropeway.api.response_store import ResponseStore
 from ropeway.api.responses_schema import DeletedResponse, InputItems, ResponseBody, ResponseRequest, TokenCount
 from ropeway.api.state import Api, api_of
 from ropeway.config import ServerConfig
+from ropeway.contract.compare import Comparison, Mix
 from ropeway.jobs.running import Jobs
 from ropeway.observe.metrics import Metrics
 from ropeway.service.request import TextService
@@ -95,8 +98,10 @@ def create_app(
         app.add_middleware(Deferring)
         prices = read_prices(Path(config.prices)) if config.prices else None
         app.state.accounts = Accounts(config.data_path, prices)
+        metrics.include(app.state.accounts.families)
         app.add_middleware(Gate, config=config, metrics=metrics, accounts=app.state.accounts)
     app.add_exception_handler(HTTPException, _not_here)
+    app.state.simulator = compare.Simulator()
     _add_routes(app)
     return app
 
@@ -176,6 +181,10 @@ def _add_routes(app: FastAPI) -> None:
     add("DELETE", one, canary.forget_canary, op(CanaryList))
     app.add_api_route("/openapi.json", _openapi, methods=["GET"], include_in_schema=False)
     app.add_api_route("/docs", _docs, methods=["GET"], include_in_schema=False)
+    add("POST", "/ui/compare", compare.compare, op(Comparison, Mix))
+    app.add_api_route(ui.HOME, ui.home, methods=["GET", "HEAD"], include_in_schema=False)
+    for path in ui.ASSETS:
+        app.add_api_route(path, ui.asset, methods=["GET", "HEAD"], include_in_schema=False)
 
 
 def _add_durable(add: Callable[[str, str, Callable[..., Any], dict[str, Any]], None]) -> None:

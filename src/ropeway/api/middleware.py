@@ -24,7 +24,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ropeway.accounts import Accounts, Meter
-from ropeway.api import anthropic_errors
+from ropeway.api import anthropic_errors, ui
 from ropeway.api.errors import HttpError, error_response
 from ropeway.api.files import FORM_BYTES
 from ropeway.api.files import PATH as FILES
@@ -38,7 +38,7 @@ from ropeway.observe.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
-PUBLIC: Final = frozenset({"/livez", "/readyz", "/health", "/ping", "/version"})
+PUBLIC: Final = frozenset({"/livez", "/readyz", "/health", "/ping", "/version"}) | ui.PATHS
 """What anybody may ask, with GET or HEAD, on a server that has a key."""
 
 ADMIN: Final = "/admin/"

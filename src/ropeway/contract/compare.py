@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-MAX_TOKENS = 32_768
+MAX_TOKENS = 16_384
 """Of all answers of a comparison together."""
 
 MAX_ANSWER = 960

@@ -34,6 +34,7 @@ function keyFor(path) {
 
 /** A response that is fine. Raises HttpError for one that is not, and TypeError where no server answers. */
 export async function ask(path, { method = "GET", body, headers = {}, signal } = {}) {
+  if (path.startsWith("admin/") && !keys.get("admin")) throw new HttpError(401, null, "This is the administrator's.");
   const key = keyFor(path);
   const sent = { ...headers, ...(key ? { authorization: `Bearer ${key}` } : {}) };
   if (body !== undefined && !(body instanceof FormData)) {

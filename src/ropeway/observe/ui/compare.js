@@ -37,7 +37,7 @@ export class Compare {
     const form = h("form", { class: "card mix", on: { submit: (event) => { event.preventDefault(); this.run(); } } },
       FIELDS.map(([name, text]) => field(text, this.inputs[name])), field("What a step costs", this.profile), this.runButton);
     this.sides = { static: new SideView("Static batching", "Everybody waits until the whole batch has arrived."), continuous: new SideView("Continuous batching", "A free seat is taken in the next step.") };
-    this.playButton = h("button", { type: "button", "aria-pressed": "false", on: { click: () => this.play(!this.playing) } }, "Pause");
+    this.playButton = h("button", { type: "button", on: { click: () => this.play(!this.playing) } }, "Play");
     this.slider = h("input", {
       type: "range", min: 0, max: 1000, value: 0, "aria-label": "Time", class: "grow",
       on: { input: () => { this.play(false); this.seek((this.slider.value / 1000) * this.length); } },
@@ -152,6 +152,7 @@ class SideView {
       h("dl", { class: "tiles small" }, Object.entries(this.facts).map(([id, value]) => h("div", {}, h("dt", {}, id), h("dd", {}, value)))),
       h("div", { class: "track" }, this.canvas), this.strip);
     this.track = new Track(this.canvas);
+    this.track.empty = "empty";
   }
 
   load(side, seats, length) {

@@ -34,7 +34,7 @@ export function jobs() {
         ["queued", "in_progress"].includes(one.status)
           ? button("Cancel", act("End this job?", "End it", "POST", `v1/jobs/${one.id}/cancel`), "danger")
           : button("Delete", act("Delete this job and its answer?", "Delete", "DELETE", `v1/jobs/${one.id}`), "danger"))],
-    ], data, "No deferred requests. A request with `\"deferred\": true` becomes one.");
+    ], data, 'No deferred requests. A request that says "deferred": true becomes one.');
   };
   const batches = async () => {
     const { data } = await get("v1/batches?limit=50");

@@ -46,15 +46,15 @@ export class Ropeway {
     this.news = h("ul", { class: "news" });
     const perSecond = (n) => `${whole(n)}/s`;
     const charts = [
-      ["Tokens", [["generation_tps", "decode"], ["prompt_tps", "prefill"]], { format: perSecond }],
-      ["First token (p50, p99)", [["ttft_p50", "high"], ["ttft_p99", "high"]], { format: seconds }],
-      ["Between tokens (p50, p99)", [["itl_p50", "medium"], ["itl_p99", "medium"]], { format: seconds }],
-      ["Seats and KV in use", [["occupancy", "decode"], ["kv", "kv-shared"]], { most: 1, format: percent }],
+      ["Tokens", [["generation_tps", "decode"], ["prompt_tps", "prefill"]], { format: perSecond }, "written, – – read"],
+      ["First token", [["ttft_p50", "high"], ["ttft_p99", "high"]], { format: seconds }, "p50, – – p99"],
+      ["Between tokens", [["itl_p50", "medium"], ["itl_p99", "medium"]], { format: seconds }, "p50, – – p99"],
+      ["In use", [["occupancy", "decode"], ["kv", "kv-shared"]], { most: 1, format: percent }, "seats, – – KV"],
       ["Waiting", [["waiting", "low"]], { format: whole }],
     ];
-    this.charts = charts.map(([name, lines, rest]) => {
-      const canvas = h("canvas", { class: "chart", role: "img", "aria-label": name });
-      return { name, canvas, chart: new Chart(canvas, lines, rest) };
+    this.charts = charts.map(([name, lines, rest, about = ""]) => {
+      const canvas = h("canvas", { class: "chart", role: "img", "aria-label": `${name}: ${about}` });
+      return { name, about, canvas, chart: new Chart(canvas, lines, rest) };
     });
     return h("div", { class: "ropeway" },
       h("div", { class: "row head" }, h("h1", {}, "The batch, live"), this.model, this.about, this.phase,
@@ -63,15 +63,16 @@ export class Ropeway {
       h("dl", { class: "tiles" }, TILES.map(([id, name]) => h("div", {}, h("dt", {}, name), h("dd", {}, this.tiles[id])))),
       this.away,
       h("div", { class: "halves" },
-        h("section", { class: "card wide", "aria-label": "Seats" }, h("div", { class: "track" }, this.canvas), this.spoken,
-          h("p", { id: "track-help", class: "dim small" },
-            "Each lane is a seat. Right of the line: tokens written so far, on a logarithmic scale, for nobody knows where a request gets off. ",
-            "Click a lane, or choose one by arrow keys and Enter.")),
+        h("div", { class: "side" },
+          h("section", { class: "card", "aria-label": "Seats" }, h("div", { class: "track" }, this.canvas), this.spoken,
+            h("p", { id: "track-help", class: "dim small" },
+              "Each lane is a seat. Right of the line: tokens written so far, on a logarithmic scale, for nobody knows where a request gets off. ",
+              "Click a lane, or choose one by arrow keys and Enter.")),
+          h("div", { class: "charts" }, this.charts.map(({ name, about, canvas }) => h("section", { class: "card" }, h("h2", {}, name, " ", h("small", {}, about)), canvas)))),
         h("div", { class: "side" },
           h("section", { class: "card" }, h("h2", {}, "Waiting ", this.lineHead), this.line),
-          h("section", { class: "card" }, h("h2", {}, "KV blocks"), h("div", { class: "map" }, this.map), this.counts, this.tiers))),
-      h("div", { class: "charts" }, this.charts.map(({ name, canvas }) => h("section", { class: "card" }, h("h2", {}, name), canvas))),
-      h("section", { class: "card" }, h("h2", {}, "Lately"), this.news));
+          h("section", { class: "card" }, h("h2", {}, "KV blocks"), h("div", { class: "map" }, this.map), this.counts, this.tiers),
+          h("section", { class: "card" }, h("h2", {}, "Lately"), this.news))));
   }
 
   /** The page is looked at from now on. */
@@ -207,9 +208,9 @@ export class Ropeway {
     const shown = frame.waiting.slice(0, 50).map((one) => h("li", {},
       h("span", { class: "place" }, one.position + 1), mark(one.urgency),
       h("span", { class: "who" }, name(one.id) || "somebody"),
-      h("span", { class: "dim" }, one.reason || (one.holder ? `held by ${one.holder}` : "boards with the next step")),
       h("span", { class: "right" }, one.eta_s === null || one.eta_s === undefined ? "" : `≈ ${seconds(one.eta_s)}`),
-      mine(one.id) && h("button", { type: "button", class: "plain", title: "Cancel", "aria-label": `Cancel ${one.id}`, on: { click: () => cancel(one.id) } }, "✕")));
+      mine(one.id) && h("button", { type: "button", class: "plain", title: "Cancel", "aria-label": `Cancel ${one.id}`, on: { click: () => cancel(one.id) } }, "✕"),
+      h("span", { class: "why dim" }, one.reason || (one.holder ? `held by ${one.holder}` : "boards with the next step"))));
     if (!shown.length) shown.push(h("li", { class: "empty" }, "Nobody waits."));
     if (frame.waiting_total > frame.waiting.length) shown.push(h("li", { class: "empty" }, `and ${whole(frame.waiting_total - frame.waiting.length)} more`));
     this.line.replaceChildren(...shown);

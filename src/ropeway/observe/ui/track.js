@@ -23,6 +23,7 @@ export class Track {
     this.scale = { from: 6, to: 6, at: 0 };
     this.selected = null;
     this.width = 0;
+    this.empty = "";
     this.restyle();
   }
 
@@ -45,7 +46,7 @@ export class Track {
     const lanes = this.lanes.length;
     const columns = Math.min(most, lanes <= 16 ? 1 : lanes <= 48 ? 2 : lanes <= 160 ? 3 : 4);
     const rows = Math.ceil(lanes / columns);
-    const tall = rows <= 10 ? 40 : rows <= 20 ? 30 : rows <= 32 ? 22 : 15;
+    const tall = rows <= 12 ? 38 : rows <= 20 ? 30 : rows <= 32 ? 22 : 15;
     const height = HEAD + rows * tall + 4;
     const dense = Math.min(2, devicePixelRatio || 1);
     if (this.width !== width || this.height !== height || this.dense !== dense) {
@@ -187,7 +188,13 @@ export class Track {
       ctx.textAlign = "right";
       ctx.fillText(slot + 1, x0 - 10, y + 1);
     }
-    if (!lane) return;
+    if (!lane) {
+      if (this.empty && tall >= 21) {
+        ctx.textAlign = "left";
+        ctx.fillText(this.empty, x1 + 12, y + tall * 0.42);
+      }
+      return;
+    }
     const x = this.x(slot, position(lane, now), reach);
     const { seat } = lane;
     const read = Math.min(x, x1);
@@ -225,6 +232,10 @@ export class Track {
     ctx.lineWidth = 2;
     ctx.strokeStyle = this.colours[seat.urgency] ?? this.colours.high;
     ctx.stroke();
+    if (r >= 7) {
+      ctx.fillStyle = this.colours.panel;
+      for (const side of [-0.5, 0.1]) ctx.fillRect(side * r, r * 1.1, 0.4 * r, 0.4 * r);
+    }
     ctx.restore();
   }
 
