@@ -44,3 +44,18 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[kind]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A small random checkpoint with experts by its kind in `expert_checkpoints.EXPERTS`, made once a session."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        from expert_checkpoints import save_experts
+
+        if kind not in made:
+            made[kind] = save_experts(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return make

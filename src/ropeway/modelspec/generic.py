@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from ropeway import checkpoint
 from ropeway.errors import ModelError
 from ropeway.modelspec.files import Files
+from ropeway.modelspec.native import ARCHITECTURES
 from ropeway.modelspec.reader import Reader
 from ropeway.modelspec.spec import DTYPE_BYTES, ModelSpec
 
@@ -156,7 +157,10 @@ def _refuse(reader: Reader, architecture: str) -> None:
         reason = "it compresses keys and values (multi-head latent attention, kv_lora_rank in config.json)"
     else:
         return
-    raise ModelError(f"{architecture} in {reader.path} cannot be served: {reason}, which Ropeway does not compute.")
+    raise ModelError(
+        f"{architecture} in {reader.path} cannot be served: {reason}, which Ropeway does not compute in transformers' "
+        f"code. Native code is there for {', '.join(ARCHITECTURES)}."
+    )
 
 
 def _count(reader: Reader, keys: tuple[str, ...], default: int | None = None, high: int = 2**31 - 1) -> int:

@@ -1,14 +1,15 @@
 """Which quantized checkpoints can be loaded, read from `quantization_config` and the names of the stored tensors.
 
-Read are compressed-tensors `int-quantized` (W8A8, W8A16) and `pack-quantized` (W4A16), GPTQ and AWQ (4 bits). Whether a
-layer is quantized follows from the tensors that the checkpoint has for it, so no list of exceptions is interpreted. All
-of them are computed with activations that are quantized to int8 for each token as it comes.
+Read are compressed-tensors `int-quantized` (W8A8, W8A16), `pack-quantized` (W4A16) and `float-quantized` (fp8), the fp8
+of Qwen3's and DeepSeek's own checkpoints, GPTQ and AWQ (4 bits). Whether a layer is quantized follows from the tensors
+that the checkpoint has for it, so no list of exceptions is interpreted. How they are computed is the device's to say,
+see `runtime.quantization`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ropeway.checkpoint import TensorInfo
@@ -16,14 +17,16 @@ from ropeway.errors import ModelError
 from ropeway.modelspec.reader import Reader
 
 SUPPORTED = (
-    "compressed-tensors int-quantized (8 bits, per channel) and pack-quantized (4 bits), GPTQ and AWQ of 4 bits, and "
-    "plain checkpoints, which --quantization int8 or int4 quantizes while loading"
+    "compressed-tensors int-quantized (8 bits, per channel), pack-quantized (4 bits) and float-quantized (fp8), fp8 in "
+    "e4m3 with scales per tensor or block, GPTQ and AWQ of 4 bits, and plain checkpoints, which --quantization int8, "
+    "int4 or fp8 quantizes while loading"
 )
-SCALE_BYTES = {"int8": 4, "int4": 3}
-"""Bytes beside the quantized values: a float32 scale for each channel of int8, and a float16 scale and a zero point for
-each group of int4 (symmetric ones save the zero point)."""
+SCALE_BYTES = {"int8": 4, "fp8": 4, "int4": 3}
+"""Bytes beside the quantized values: a float32 scale for each channel of int8 and fp8 (or for each block of a channel),
+and a float16 scale and a zero point for each group of int4 (symmetric ones save the zero point)."""
 _PACKED = (".weight_packed", ".qweight")
-_SCALES = (".weight_scale", ".scales")
+_SCALES = (".weight_scale", ".weight_scale_inv", ".scales")
+_BYTES = ("I8", "F8_E4M3")
 _PARTS = (*_SCALES, ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".qzeros", ".g_idx")
 
 
@@ -31,15 +34,19 @@ _PARTS = (*_SCALES, ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".qz
 class QuantSpec:
     """How the linear layers of a checkpoint are stored.
 
-    `method` is 'compressed-tensors', 'gptq' or 'awq'; `format` what they are computed as, 'int8' or 'int4'; `group` the
-    input features that share a scale, 0 for all of them. `zero_offset` is what GPTQ's first format subtracts from zero
-    points. `weights` and `scales` count what is stored quantized (None without weights at hand). `notes` say where the
-    engine computes otherwise than the configuration says.
+    `method` is 'compressed-tensors', 'gptq', 'awq' or 'fp8'; `format` what they are computed as, 'int8', 'int4' or
+    'fp8'; `group` the input features that share a scale, 0 for all of them, and `tall` the output features that do in
+    blocks of fp8, else 0. `widened` says that they are held in the model's dtype instead, as fp8 is wherever the device
+    does not compute in it. `zero_offset` is what GPTQ's first format subtracts from zero points. `weights` and `scales`
+    count what is stored quantized (None without weights at hand), scales as they are held. `notes` say where the engine
+    computes otherwise than the configuration says.
     """
 
     method: str
     format: str
     group: int
+    tall: int = 0
+    widened: bool = False
     symmetric: bool = True
     zero_offset: int = 0
     weights: int | None = None
@@ -49,7 +56,7 @@ class QuantSpec:
 
 def packed_bytes(format: str, weights: int, scales: int) -> int:
     """Bytes of `weights` quantized values with `scales` scales, as the kernels keep them."""
-    return (weights if format == "int8" else weights // 2) + scales * SCALE_BYTES[format]
+    return (weights // 2 if format == "int4" else weights) + scales * SCALE_BYTES[format]
 
 
 def matrix_bytes(format: str, outs: int, ins: int, group: int) -> int:
@@ -71,6 +78,15 @@ def stored_parameters(stored: Mapping[str, TensorInfo]) -> int:
     )
 
 
+_STATIC = "Static activation scales are not used: activations are quantized for each token as it comes."
+_LAYOUTS = {
+    "int-quantized": ("int8", 8, "int", ("channel", "tensor")),
+    "pack-quantized": ("int4", 4, "int", ("group", "channel")),
+    "float-quantized": ("fp8", 8, "float", ("channel", "tensor", "block")),
+}
+"""Of compressed-tensors: what it is computed as, bits and type of the weights, and what may share a scale."""
+
+
 def read_quantization(reader: Reader, stored: Mapping[str, TensorInfo]) -> QuantSpec | None:
     """How the checkpoint is quantized, or None. Raises ModelError, with what is supported, for what is not."""
     key = "quantization_config" if reader.get("quantization_config") is not None else "compression_config"
@@ -81,19 +97,19 @@ def read_quantization(reader: Reader, stored: Mapping[str, TensorInfo]) -> Quant
         raise reader.wrong(key, "must be an object")
     config = Reader(given, reader.path)
     method = str(config.get("quant_method", "unknown"))
-    readers = {"compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq}
+    readers = {"compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq, "fp8": _fp8}
     if method not in readers:
         raise _refusal(reader, f"quant_method {method!r}")
     found = readers[method](config)
     if not stored:
         return found
     weights = sum(
-        t.elements if t.dtype == "I8" else 8 * t.elements
+        t.elements if t.dtype in _BYTES else 8 * t.elements
         for name, t in stored.items()
-        if name.endswith(_PACKED) or (name.endswith(".weight") and t.dtype == "I8")
+        if name.endswith(_PACKED) or (name.endswith(".weight") and t.dtype in _BYTES)
     )
-    scales = sum(t.elements for name, t in stored.items() if name.endswith(_SCALES))
-    return QuantSpec(**{**vars(found), "weights": weights, "scales": scales})
+    scales = sum(t.elements for name, t in stored.items() if name.endswith(_SCALES)) * max(found.tall, 1)
+    return replace(found, weights=weights, scales=scales)
 
 
 def _refusal(reader: Reader, what: str) -> ModelError:
@@ -114,33 +130,57 @@ def _compressed(config: Reader) -> QuantSpec:
         raise _refusal(config, f"{len(found)} different schemes for its layers")
     if config.get("kv_cache_scheme") is not None:
         notes["The checkpoint's scheme for the KV cache is not used: the cache is kept in the model's dtype."] = None
-    format, group, symmetric = found.pop()
-    return QuantSpec(method="compressed-tensors", format=format, group=group, symmetric=symmetric, notes=tuple(notes))
+    return replace(found.pop(), notes=tuple(notes))
 
 
-def _scheme(config: Reader, group: Mapping[str, Any], notes: dict[str, None]) -> tuple[str, int, bool]:
-    """(format, group size, symmetric) of one group of layers."""
+def _scheme(config: Reader, group: Mapping[str, Any], notes: dict[str, None]) -> QuantSpec:
+    """One group of layers."""
     layout = str(group.get("format") or config.get("format", "unknown"))
     weights, inputs = group.get("weights"), group.get("input_activations")
-    if layout not in ("int-quantized", "pack-quantized") or not isinstance(weights, dict):
+    if layout not in _LAYOUTS or not isinstance(weights, dict):
         raise _refusal(config, f"the format {layout!r}")
+    format, most, kind, strategies = _LAYOUTS[layout]
     bits, strategy = weights.get("num_bits", 8), weights.get("strategy")
     symmetric = weights.get("symmetric", True)
-    if weights.get("type", "int") != "int" or bits != (8 if layout == "int-quantized" else 4):
+    if weights.get("type", "int") != kind or bits != most:
         raise _refusal(config, f"{bits}-bit {weights.get('type', 'int')} weights in the format {layout!r}")
-    if layout == "int-quantized" and (strategy not in ("channel", "tensor") or not symmetric):
-        raise _refusal(config, f"8-bit weights {_words(symmetric)} per {strategy}")
-    if layout == "pack-quantized" and strategy not in ("group", "channel"):
-        raise _refusal(config, f"4-bit weights per {strategy}")
+    if strategy not in strategies or (most == 8 and not symmetric):
+        raise _refusal(config, f"{bits}-bit weights {_words(symmetric)} per {strategy}")
     if isinstance(inputs, dict):
-        if inputs.get("num_bits", 8) != 8 or inputs.get("type", "int") != "int":
+        if inputs.get("num_bits", 8) != 8 or inputs.get("type", "int") != kind:
             raise _refusal(config, f"{inputs.get('num_bits')}-bit {inputs.get('type', 'int')} activations")
         if not inputs.get("dynamic", False):
-            notes["Static activation scales are not used: activations are quantized for each token as it comes."] = None
+            notes[_STATIC] = None
         elif not inputs.get("symmetric", True):
             notes["Activations are quantized symmetrically, where the checkpoint asks for zero points."] = None
-    size = weights.get("group_size") if strategy == "group" else None
-    return ("int8", 0, True) if bits == 8 else ("int4", _group(config, size), bool(symmetric))
+    tall, size = _block(config, weights.get("block_structure")) if strategy == "block" else (0, 0)
+    if strategy == "group":
+        size = _group(config, weights.get("group_size"))
+    return QuantSpec(
+        method="compressed-tensors",
+        format=format,
+        group=size,
+        tall=tall,
+        widened=format == "fp8",
+        symmetric=bool(symmetric),
+    )
+
+
+def _fp8(config: Reader) -> QuantSpec:
+    """The layout of DeepSeek-V3's and Qwen3's own checkpoints, and of transformers' fine-grained fp8."""
+    kind, size = str(config.get("fmt", "e4m3")), config.get("weight_block_size")
+    if kind not in ("e4m3", "float8_e4m3fn"):
+        raise _refusal(config, f"fp8 of the kind {kind!r}")
+    tall, group = (0, 0) if size is None else _block(config, size)
+    notes = () if config.get("activation_scheme", "dynamic") == "dynamic" else (_STATIC,)
+    return QuantSpec(method="fp8", format="fp8", group=group, tall=tall, widened=True, notes=notes)
+
+
+def _block(config: Reader, size: Any) -> tuple[int, int]:
+    """Output and input features of a block with a scale of its own."""
+    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)) or size[1] % 32:
+        raise _refusal(config, f"a scale for every block of {size} (the second number must be a multiple of 32)")
+    return size[0], size[1]
 
 
 def _gptq(config: Reader) -> QuantSpec:

@@ -35,8 +35,8 @@ class Reader:
             raise self.wrong(key, "must be a positive number")
         return float(value)
 
-    def flag(self, key: str) -> bool:
-        value = self.get(key, False)
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.get(key, default)
         if not isinstance(value, bool):
             raise self.wrong(key, "must be true or false")
         return value

@@ -17,7 +17,9 @@ from ropeway.errors import KernelError
 from ropeway.runtime.attention.cpu import CpuBackend
 from ropeway.runtime.batch import BatchInputs
 from ropeway.runtime.kernels.ops import NativeOps
+from ropeway.runtime.layers.attention import Attention
 from ropeway.runtime.layers.linear import PackedLinear
+from ropeway.runtime.layers.mlp import GatedMLP
 from ropeway.runtime.layers.norm import RMSNorm
 from ropeway.runtime.models.llama import Layer, Llama
 
@@ -116,6 +118,9 @@ def fuse(model: object) -> FusedModel | str:
     """`model` as one native call per step, or the reason why it cannot be one."""
     if not isinstance(model, Llama) or type(model).hidden is not Llama.hidden:
         return f"{type(model).__name__} does not have the layers of the Llama family"
+    odd = {type(part).__name__ for layer in model.layers for part in _parts(layer) if not isinstance(part, _KNOWN)}
+    if odd:
+        return f"it does not compute {' and '.join(sorted(odd))}"
     backend = model.backend
     if not isinstance(backend, CpuBackend):
         return f"attention is {backend.name}, not the native one"
@@ -129,21 +134,35 @@ def fuse(model: object) -> FusedModel | str:
     return FusedModel(model, backend)
 
 
+_KNOWN = (Attention, GatedMLP)
+
+
+def _parts(layer: Layer) -> tuple[object, object]:
+    return layer.attention, layer.mlp
+
+
+def _dense(layer: Layer) -> tuple[Attention, GatedMLP]:
+    assert isinstance(layer.attention, Attention), "fuse() has looked"
+    assert isinstance(layer.mlp, GatedMLP), "fuse() has looked"
+    return layer.attention, layer.mlp
+
+
 def _linears(model: Llama) -> Iterator[PackedLinear]:
-    for layer in model.layers:
-        yield from (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down)
+    for attention, mlp in map(_dense, model.layers):
+        yield from (attention.qkv, attention.out, mlp.gate_up, mlp.down)
     yield model.head
 
 
 def _norms(model: Llama) -> Iterator[RMSNorm]:
     for layer in model.layers:
-        optional = (layer.attention.q_norm, layer.attention.k_norm)
+        attention, _ = _dense(layer)
+        optional = (attention.q_norm, attention.k_norm)
         yield from (layer.input_norm, layer.post_norm, *(norm for norm in optional if norm is not None))
     yield model.norm
 
 
 def _describe(layer: Layer, window: int | None) -> StepLayer:
-    attention = layer.attention
+    attention, mlp = _dense(layer)
     return StepLayer(
         input_norm=layer.input_norm.weight.data_ptr(),
         post_norm=layer.post_norm.weight.data_ptr(),
@@ -151,8 +170,8 @@ def _describe(layer: Layer, window: int | None) -> StepLayer:
         k_norm=None if attention.k_norm is None else attention.k_norm.weight.data_ptr(),
         qkv=_address(attention.qkv),
         out=_address(attention.out),
-        gate_up=_address(layer.mlp.gate_up),
-        down=_address(layer.mlp.down),
+        gate_up=_address(mlp.gate_up),
+        down=_address(mlp.down),
         window=window or 0,
     )
 

@@ -19,13 +19,14 @@ from ropeway.runtime.models.registry import MODELS
 from ropeway.runtime.models.transformers_check import check
 from ropeway.runtime.models.transformers_model import PAGED, TransformersModel, attend, decoder_of
 from ropeway.runtime.models.transformers_pack import Packer
+from ropeway.runtime.weights.dummy import load_note, open_weights
 from ropeway.runtime.weights.loader import Weights
 
 
 @dataclass(frozen=True)
 class Built:
     """A model that can be run. `passed` says of each attention back end before `backend` why it was passed over, `note`
-    whose code computes the model, '' for Ropeway's own."""
+    is a sentence about the model for the start-up banner, such as whose code computes it; '' for nothing."""
 
     model: Llama | TransformersModel
     attention: AttentionSpec
@@ -44,14 +45,14 @@ def build(
     max_model_len: int,
 ) -> Built:
     """Load the weights of `spec` and choose its attention. Raises ModelError, ConfigError or KernelError."""
-    with Weights(spec.directory, dtype, spec.quantization, config.quantization, config.quantization_group) as weights:
+    with open_weights(spec, config, dtype, device) as weights:
         if isinstance(spec, GenericSpec):
             return _build_generic(spec, config, weights, ops, device, level)
         attention = attention_spec(spec, config, dtype)
         backend, passed = select(attention, device, attention_backend(config, level))
         with torch.inference_mode():
             model = MODELS[spec.architecture](spec, weights, backend, ops, device, max_model_len, level)
-    return Built(model, attention, backend, passed)
+    return Built(model, attention, backend, passed, f"{model.note} {load_note(config)}".strip())
 
 
 def attention_spec(
@@ -71,10 +72,11 @@ def attention_spec(
         head_dim=spec.head_dim,
         block_size=config.block_size,
         dtype=dtype,
-        scale=spec.head_dim**-0.5 if scale is None else scale,
+        scale=spec.scale if scale is None else scale,
         windows=spec.windows if windows is None else windows,
         softcap=softcap,
-        int8_kv=config.kv_cache_dtype == "int8",
+        kv_cache_dtype=config.kv_cache_dtype,
+        latent=0 if spec.latent is None else spec.latent.rank,
     )
 
 

@@ -18,8 +18,10 @@ from ropeway.runtime.batch import BatchInputs
 from ropeway.runtime.kernels.ops import Ops
 from ropeway.runtime.layers.attention import Attention
 from ropeway.runtime.layers.embedding import Embedding
+from ropeway.runtime.layers.latent import LatentAttention
 from ropeway.runtime.layers.linear import FASTEST, PackedLinear
 from ropeway.runtime.layers.mlp import GatedMLP
+from ropeway.runtime.layers.moe import SparseMLP
 from ropeway.runtime.layers.norm import RMSNorm
 from ropeway.runtime.layers.quantized import QuantizedWeight
 from ropeway.runtime.layers.rotary import rotary_tables
@@ -31,14 +33,18 @@ class Layer:
     """One decoder layer: attention and MLP, each after a norm and added to the residual stream."""
 
     input_norm: RMSNorm
-    attention: Attention
+    attention: Attention | LatentAttention
     post_norm: RMSNorm
-    mlp: GatedMLP
+    mlp: GatedMLP | SparseMLP
 
 
 class Llama:
     """`max_model_len` bounds the positions that the rotary tables are made for; `level` says how linear layers may be
-    computed (see `layers.linear.choose`)."""
+    computed (see `layers.linear.choose`). `note` is a sentence for the start-up banner, '' for nothing; a step that is
+    `capturable` never waits for the device, so that a CUDA graph can hold it."""
+
+    note = ""
+    capturable = True
 
     def __init__(
         self,
@@ -53,7 +59,7 @@ class Llama:
         self.spec, self.weights, self.backend, self.ops, self.device = spec, weights, backend, ops, device
         self.level = level
         embedding = weights.take("model.embed_tokens.weight", (spec.vocab, spec.hidden)).to(device)
-        self.rotary = rotary_tables(spec.rope, spec.head_dim, spec.max_position, max_model_len, device)
+        self.rotary = rotary_tables(spec.rope, spec.rotary_dim, spec.max_position, max_model_len, device)
         self.layers = [self.build_layer(f"model.layers.{i}.", i) for i in range(spec.layers)]
         self.norm = self.build_norm("model.norm.weight")
         if spec.tied:
@@ -92,25 +98,31 @@ class Llama:
         return self.head(states).float()
 
     def build_layer(self, prefix: str, number: int) -> Layer:
-        spec = self.spec
-        gate_up = [spec.intermediate, spec.intermediate]
         return Layer(
             input_norm=self.build_norm(prefix + "input_layernorm.weight"),
             attention=self.build_attention(prefix + "self_attn.", number),
             post_norm=self.build_norm(prefix + "post_attention_layernorm.weight"),
-            mlp=GatedMLP(
-                self.build_linear(prefix + "mlp.", ["gate_proj", "up_proj"], gate_up, spec.hidden, bias=spec.mlp_bias),
-                self.build_linear(prefix + "mlp.", ["down_proj"], [spec.hidden], spec.intermediate, bias=spec.mlp_bias),
-                self.ops,
-            ),
+            mlp=self.build_mlp(prefix, number),
         )
 
-    def build_attention(self, prefix: str, number: int) -> Attention:
+    def build_attention(self, prefix: str, number: int) -> Attention | LatentAttention:
         spec = self.spec
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         qkv = self.build_linear(prefix, ["q_proj", "k_proj", "v_proj"], [q, kv, kv], spec.hidden, bias=spec.qkv_bias)
         out = self.build_linear(prefix, ["o_proj"], [spec.hidden], q, bias=spec.out_bias)
-        return Attention(spec, number, qkv, out, self.backend, self.ops)
+        norms = [self.build_norm(f"{prefix}{x}_norm.weight", spec.head_dim) for x in "qk"] if spec.qk_norm else []
+        return Attention(spec, number, qkv, out, self.backend, self.ops, *norms)
+
+    def build_mlp(self, prefix: str, number: int) -> GatedMLP | SparseMLP:
+        return self.build_gated(prefix + "mlp.", self.spec.intermediate)
+
+    def build_gated(self, prefix: str, inner: int) -> GatedMLP:
+        spec = self.spec
+        return GatedMLP(
+            self.build_linear(prefix, ["gate_proj", "up_proj"], [inner, inner], spec.hidden, bias=spec.mlp_bias),
+            self.build_linear(prefix, ["down_proj"], [spec.hidden], inner, bias=spec.mlp_bias),
+            self.ops,
+        )
 
     def build_norm(self, name: str, size: int | None = None) -> RMSNorm:
         weight = self.weights.take(name, (size or self.spec.hidden,)).to(self.device)

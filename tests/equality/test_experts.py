@@ -1,0 +1,155 @@
+"""Families with experts: token for token what transformers generates in float32, however the work is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_quantized import ROUNDING, logits, spread
+from test_whole_engine import CONDITIONS, LENGTHS, NUMBER, Run
+
+from checkpoints import greedy, prompt
+from driver import Driver
+from expert_checkpoints import EXPERTS, rewritten, stacked
+from ropeway.config import EngineConfig
+from ropeway.errors import ConfigError, ModelError
+from ropeway.modelspec import load_spec
+from ropeway.runtime.local import LocalExecutor
+from ropeway.runtime.weights.export import write_quantized
+from ropeway.runtime.weights.quant import rounding
+
+Make = Callable[[str], Path]
+NEAR = {"int8": 0.3, "int4": 0.9}
+"""Rounded weights change some choices of experts, and with them logits as a whole, so this is no more than near."""
+
+
+@cache
+def expected(directory: Path, tokens: tuple[int, ...]) -> list[int]:
+    return greedy(directory, list(tokens), NUMBER)
+
+
+def executor(directory: Path, **changes: object) -> LocalExecutor:
+    values = {"dtype": "float32", "threads": 1, "num_kv_blocks": 80, "block_size": 8, "max_num_seqs": 8} | changes
+    return LocalExecutor(EngineConfig(model=str(directory), model_impl="native", max_model_len=128, **values))  # type: ignore[arg-type]
+
+
+def in_many_ways(directory: Path, **changes: object) -> None:
+    """Sequences of all ages in a step, in chunks; then on shared blocks; then put back and resumed."""
+    d = Driver(executor(directory, **changes))
+    lines = []
+    for length in (5, 33, 58):
+        lines.append(d.add(prompt(length, length)))
+        d.step([(line, 7) for line in reversed(lines)])
+    d.run(lines, NUMBER, chunk=7)
+    changed = prompt(58, 58)[:40] + prompt(1, 9)
+    shared = d.add(changed, shared=lines[2].blocks[:5])
+    d.run([shared], 4, chunk=5)
+    kept = d.remove(shared, keep=2)
+    d.remove(lines[1])
+    other = d.add(prompt(17, 17))
+    d.run([other], 3)
+    d.readmit(shared, shared=kept)
+    d.run([shared, other], NUMBER, chunk=9)
+    for line in (*lines, shared, other):
+        assert line.output[:NUMBER] == expected(directory, tuple(line.tokens[: line.prompt_len]))
+
+
+@pytest.mark.parametrize("level", ["0", "1", "auto"])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_equals_generate(experts: Make, kind: str, level: str) -> None:
+    in_many_ways(experts(kind), kernel_level=level)
+
+
+@pytest.mark.parametrize("condition", ["chunks-of-7", "starved", "static-in-chunks"])
+@pytest.mark.parametrize("kind", ["qwen3-moe", "deepseek-v3"])
+def test_in_the_whole_engine(experts: Make, kind: str, condition: str) -> None:
+    directory = experts(kind)
+    run = Run(directory, blind="starved" in condition, **CONDITIONS[condition])
+    for rid, length in enumerate(LENGTHS):
+        run.ask(rid, prompt(length, length), priority=rid % 3)
+        run.steps(2)
+    run.steps()
+    for rid, length in enumerate(LENGTHS):
+        assert run.tokens[rid] == expected(directory, tuple(prompt(length, length)))
+    if "starved" in condition:
+        assert run.engine.scheduler.counters.preemptions > 0
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek-v2"])
+def test_prefix_hits_and_swapping(experts: Make, kind: str) -> None:
+    directory = experts(kind)
+    run = Run(directory, blind=True, num_kv_blocks=12, kv_host_gib=0.01, preemption_mode="swap")
+    tokens = [prompt(40, 40), prompt(40, 40)[:31], prompt(40, 40)[:20] + prompt(2, 30), *map(prompt, (9, 7), (9, 33))]
+    for rid, asked in enumerate(tokens):
+        run.ask(rid, asked)
+        run.steps(3)
+    run.steps()
+    for rid, asked in enumerate(tokens):
+        assert run.tokens[rid] == expected(directory, tuple(asked))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "deepseek-v3"])
+def test_stacked_experts_are_the_same(experts: Make, tmp_path: Path, kind: str) -> None:
+    directory = stacked(experts(kind), tmp_path / "stacked")
+    assert load_spec(directory).parameters == load_spec(directory).stored_parameters
+    tokens = prompt(6, 30)
+    assert torch.equal(logits(directory, tokens), logits(experts(kind), tokens))
+    with pytest.raises(ConfigError, match=r"does not store .* as a matrix of its own"):
+        write_quantized(load_spec(directory), tmp_path / "out", "int8", 64, rounding("int8", 64))
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_plans_what_is_loaded(experts: Make, kind: str) -> None:
+    spec = load_spec(experts(kind), kind, "native")
+    assert spec.parameters == spec.stored_parameters > spec.active_parameters
+    loaded = executor(experts(kind))
+    assert loaded.info.weight_bytes == 4 * spec.parameters
+    block = loaded.runner.kv.data[0]
+    assert block.numel() * block.element_size() == 8 * spec.kv_bytes_per_token("float32")
+    assert sum(f" of {spec.experts.count} for each token" in note for note in loaded.info.notes) == 1  # type: ignore[union-attr]
+    assert f"{spec.active_parameters:,} parameters" in " ".join(loaded.info.notes)
+
+
+@pytest.mark.parametrize("quantization", NEAR)
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "deepseek-v2-lite"])
+def test_quantized_while_loading_and_on_disk(experts: Make, tmp_path: Path, kind: str, quantization: str) -> None:
+    """Both are the same weights but for the LM head. Near float32 only loosely: rounding changes who is chosen."""
+    directory, tokens = experts(kind), prompt(4, 40)
+    found = logits(directory, tokens, quantization=quantization, quantization_group=32)
+    assert 0 < spread(found, directory, tokens) < NEAR[quantization]
+    spec = load_spec(directory)
+    write_quantized(spec, tmp_path / "out", quantization, 32, rounding(quantization, 32))
+    stored = load_spec(tmp_path / "out")
+    assert stored.parameters == spec.parameters == stored.stored_parameters
+    assert stored.weight_bytes("float32") < spec.weight_bytes("float32")
+    again = logits(tmp_path / "out", tokens)
+    assert float((again - found).pow(2).mean().sqrt() / found.std()) < ROUNDING
+
+
+def test_bfloat16_is_near(experts: Make) -> None:
+    for kind in ("qwen3-moe", "deepseek-v3"):
+        tokens = prompt(8, 30)
+        assert spread(logits(experts(kind), tokens, dtype="bfloat16"), experts(kind), tokens) < 0.25
+
+
+def test_layers_that_predict_further_tokens_are_left_out(experts: Make, tmp_path: Path) -> None:
+    source = experts("deepseek-v3")
+    tensors = load_file(source / "model.safetensors")
+    more = {f"model.layers.3.{name}": torch.ones(4, 4) for name in ("eh_proj.weight", "shared_head.head.weight")}
+    directory = rewritten(source, tmp_path / "more", tensors | more)
+    spec = load_spec(directory)
+    assert spec.parameters == spec.stored_parameters
+    assert torch.equal(logits(directory, prompt(1, 9)), logits(source, prompt(1, 9)))
+
+
+def test_a_missing_expert_is_named(experts: Make, tmp_path: Path) -> None:
+    tensors = load_file(experts("qwen3-moe") / "model.safetensors")
+    del tensors["model.layers.2.mlp.experts.5.up_proj.weight"]
+    directory = rewritten(experts("qwen3-moe"), tmp_path / "less", tensors)
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.experts\.5\.up_proj\.weight"):
+        executor(directory)
