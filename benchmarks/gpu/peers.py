@@ -92,7 +92,7 @@ class Peer:
         its start."""
         settings = self.settings(max(ask.output for ask in asks))
         settings.min_new_tokens, settings.eos_token_id = None, -1
-        manager = self.model.init_continuous_batching(generation_config=settings)
+        manager = self.model.init_continuous_batching(settings, self._bounds())
         begun = time.perf_counter()
         manager.start()
         try:
@@ -109,6 +109,12 @@ class Peer:
             "requests": len(asks), "seconds": seconds, "output_tokens": made, "output_s": made / seconds,
             "start_seconds": start,
         }  # fmt: skip
+
+    def _bounds(self) -> Any:
+        """None, so that it takes of a GPU's memory what it thinks right. On a CPU that would be all of RAM."""
+        from transformers.generation import ContinuousBatchingConfig
+
+        return None if self.device.type == "cuda" else ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=256)
 
     def _answered(self, manager: Any, asks: Sequence[Ask], name: str, deadline: Deadline) -> int:
         """Tokens of output once all `asks` are answered."""
