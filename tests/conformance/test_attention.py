@@ -79,11 +79,15 @@ def make(request: pytest.FixtureRequest) -> Make:
 def test_prefill_in_chunks_then_decode(
     make: Make, heads: int, kv_heads: int, head_dim: int, block_size: int, kind: Kind
 ) -> None:
-    world = World(spec_of(heads, kv_heads, head_dim, block_size, **kind), 24)
+    chunks_then_decode(make, (heads, kv_heads, head_dim, block_size), kind, (1, 6, 13, 37, 25, 1, 1, 1, 2))
+
+
+def chunks_then_decode(make: Make, shape: tuple[int, int, int, int], kind: Kind, counts: Sequence[int]) -> None:
+    world = World(spec_of(*shape, **kind), 24)
     backend = make(world.spec)
     store = world.store(backend)
-    line = world.line(87)
-    for count in (1, 6, 13, 37, 25, 1, 1, 1, 2):
+    line = world.line(sum(counts))
+    for count in counts:
         start = line.computed
         (out,) = world.step(backend, store, [(line, count)], layer=1)
         assert_close(out, world.expected(line, start, count))
@@ -193,11 +197,16 @@ def rotation_first(make: Make, rotated: int, norms: bool, dtype: torch.dtype, co
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("heads", "head_dim", "latent"), [(4, 48, 32), (40, 24, 16), (16, 80, 64)])
 def test_a_latent_is_both_key_and_value(make: Make, heads: int, head_dim: int, latent: int, kind: Kind) -> None:
+    latent_attention(make, (heads, head_dim, latent), kind, ((33, 0), (20, 7), (1, 1), (1, 20), (1, 1)))
+
+
+def latent_attention(make: Make, shape: tuple[int, int, int], kind: Kind, steps: Sequence[tuple[int, int]]) -> None:
+    heads, head_dim, latent = shape
     world = World(spec_of(heads, 1, head_dim, latent=latent, **kind), 24)
     backend = make(world.spec)
     store = world.store(backend)
     long, short = world.line(70), world.line(30)
-    for counts in ((33, 0), (20, 7), (1, 1), (1, 20), (1, 1)):
+    for counts in steps:
         rows = [(line, n) for line, n in zip((long, short), counts, strict=True) if n]
         starts = [line.computed for line, _ in rows]
         outs = world.step(backend, store, rows, layer=1)

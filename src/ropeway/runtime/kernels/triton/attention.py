@@ -10,7 +10,7 @@ tokens, their keys are split between several programs (FlashDecoding, Dao et al.
 import triton
 import triton.language as tl
 
-from ropeway.runtime.kernels.triton.cache import from_codes
+from ropeway.runtime.kernels.triton.cache import from_fp8
 
 
 @triton.jit
@@ -38,7 +38,9 @@ def walk(
         offset = n % BLOCK_SIZE
         at = kv + (block * block_stride + offset * D)[:, None] + d[None, :]
         inside = real[:, None] & (d < MAIN)[None, :]
-        keys = from_codes(tl.load(at, mask=inside, other=0), CODED)
+        keys = tl.load(at, mask=inside, other=0)
+        if CODED == 2:
+            keys = from_fp8(keys)
         scores = tl.dot(queries, tl.trans(keys.to(OPERAND)), input_precision="ieee")
         if D > MAIN:
             t = tl.arange(0, BLOCK_T)
@@ -47,7 +49,9 @@ def walk(
                 mask=real[:, None] & (t < D - MAIN)[None, :],
                 other=0,
             )
-            scores = tl.dot(tail, tl.trans(from_codes(rest, CODED).to(OPERAND)), scores, input_precision="ieee")
+            if CODED == 2:
+                rest = from_fp8(rest)
+            scores = tl.dot(tail, tl.trans(rest.to(OPERAND)), scores, input_precision="ieee")
         if CODED > 0:
             at_scale = scales + block * (block_stride // 4) + offset
             units = tl.load(at_scale + key_scales, mask=real, other=0.0) * UNIT
@@ -72,7 +76,9 @@ def walk(
         if LATENT:
             values = keys
         else:
-            values = from_codes(tl.load(at + value_offset, mask=inside, other=0), CODED)
+            values = tl.load(at + value_offset, mask=inside, other=0)
+            if CODED == 2:
+                values = from_fp8(values)
             if CODED > 0:
                 units = tl.load(at_scale + value_scales, mask=real, other=0.0) * UNIT
         if CODED > 0:

@@ -18,7 +18,7 @@ from ropeway.runtime.attention.rotation import Rotation
 CODES = {"auto": 0, "int8": 1, "fp8": 2}
 """How the kernels name what the cache holds: plain elements, or codes."""
 UNIT = {"auto": 1.0, "int8": 1.0, "fp8": 256.0}
-"""What the numbers of `from_codes` are to be multiplied by, beside their scale."""
+"""What codes are to be multiplied by beside their scale, see `from_fp8`."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """Triton's names for the types of a model."""
 
@@ -49,16 +49,11 @@ def to_codes(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def from_codes(codes, KIND: tl.constexpr):
-    """Codes as numbers: of int8 themselves, of fp8 in float16 and 256 times too small (see `UNIT`). Elements that are
-    no codes stay as they are."""
-    if KIND == 2:
-        bits = codes.to(tl.uint16)
-        # The same bits as a float16, whose exponent has a bias of 15 instead of 7.
-        numbers = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
-    else:
-        numbers = codes
-    return numbers
+def from_fp8(codes):
+    """e4m3 numbers in float16, 256 times too small (see `UNIT`): the same bits where exponents have a bias of 15
+    instead of 7."""
+    bits = codes.to(tl.uint16)
+    return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -70,69 +65,71 @@ def normed(x, factor, weight, KIND: tl.constexpr):
 
 @triton.jit
 def turned(
-    row, heads, position, weight, eps, cos, sin,
-    NUMBER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
-    KIND: tl.constexpr,
+    x, stride, token, head, there, positions, weight, eps, cos, sin,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Heads `heads` of the token at `row`, float32 (H, BLOCK_D) that KIND can hold: normalised if NORM, and rotated
-    unless HALF is 0. Dimension i < HALF turns with i + HALF. Outside there are zeros."""
+    """Heads `head` of tokens `token` (R,), as float32 (R, BLOCK_D) that KIND can hold: normalised if NORM, and rotated
+    unless HALF is 0. Dimension i < HALF turns with i + HALF. Where not `there` and outside D there are zeros."""
     d = tl.arange(0, BLOCK_D)
-    inside = (heads < NUMBER)[:, None] & (d < D)[None, :]
-    at = row + heads[:, None] * D
-    x = tl.load(at + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    inside = there[:, None] & (d < D)[None, :]
+    at = x + (token * stride + head * D)[:, None]
+    found = tl.load(at + d[None, :], mask=inside, other=0.0).to(tl.float32)
     if NORM:
-        factor = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
-        x = normed(x, factor, tl.load(weight + d, mask=d < D, other=0.0), KIND)
+        factor = tl.rsqrt(tl.sum(found * found, axis=1) / D + eps)
+        found = normed(found, factor, tl.load(weight + d, mask=d < D, other=0.0), KIND)
     if HALF > 0:
         low = d < HALF
-        turning = d < 2 * HALF
-        partner = tl.where(low, d + HALF, tl.where(turning, d - HALF, d))
+        turning = there[:, None] & (d < 2 * HALF)[None, :]
+        partner = tl.where(low, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
         # Loaded again rather than moved between threads: it is in the nearest cache.
-        y = tl.load(at + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+        other = tl.load(at + partner[None, :], mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            y = normed(y, factor, tl.load(weight + partner, mask=d < D, other=0.0), KIND)
-        angle = position * HALF + tl.where(low, d, d - HALF)
+            other = normed(other, factor, tl.load(weight + partner, mask=d < D, other=0.0), KIND)
+        position = tl.load(positions + token, mask=there, other=0).to(tl.int64)
+        angle = position[:, None] * HALF + tl.where(low, d, d - HALF)[None, :]
         c = tl.load(cos + angle, mask=turning, other=1.0)
         s = tl.load(sin + angle, mask=turning, other=0.0)
-        x = (x * c[None, :] + y * tl.where(low, -s, s)[None, :]).to(KIND).to(tl.float32)
-    return x
+        found = (found * c + other * tl.where(low[None, :], -s, s)).to(KIND).to(tl.float32)
+    return found
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
+# What differs from step to step must not make the compiler work again in the middle of serving.
+@triton.jit(do_not_specialize=["tokens", "q_programs"], do_not_specialize_on_alignment=["slots", "positions"])
 def write_kernel(
-    q, k, v, q_out, kv, scales, slots, positions, cos, sin, q_weight, k_weight, q_eps, k_eps,
+    q, k, v, q_out, kv, scales, slots, positions, cos, sin, q_weight, k_weight, q_eps, k_eps, tokens, q_programs,
     q_stride, k_stride, v_stride, block_stride, layer_offset, head_stride, value_offset, key_scales, value_scales,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, Q_PARTS: tl.constexpr, VALUES: tl.constexpr,
-    CODED: tl.constexpr, KIND: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, VALUES: tl.constexpr, CODED: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
-    """One program for BLOCK_H query heads of a token, or for K and V of BLOCK_H KV heads of it.
-
-    Strides and offsets are in elements, those of scales in float32. VALUES is False where V is a part of K.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    """The first `q_programs` programs turn BLOCK_R query heads each, of one token after the other; the others turn and
+    store K, and store V, of as many KV heads. VALUES is False where V is a part of K. Strides and offsets are in
+    elements, those of scales in float32."""
+    program = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
-    position = tl.load(positions + token)
-    if part < Q_PARTS:
-        heads = part * BLOCK_H + tl.arange(0, BLOCK_H)
+    if program < q_programs:
+        pair = program * BLOCK_R + tl.arange(0, BLOCK_R)
+        wanted = pair < tokens * HEADS
         x = turned(
-            q + token * q_stride, heads, position, q_weight, q_eps, cos, sin, HEADS, D, BLOCK_D, HALF, NORM, KIND
-        )
-        at = q_out + token * (HEADS * D) + heads[:, None] * D + d[None, :]
-        tl.store(at, x.to(KIND), mask=(heads < HEADS)[:, None] & (d < D)[None, :])
+            q, q_stride, (pair // HEADS).to(tl.int64), pair % HEADS, wanted, positions, q_weight, q_eps, cos, sin, D,
+            BLOCK_D, HALF, NORM, KIND,
+        )  # fmt: skip
+        at = q_out + pair.to(tl.int64)[:, None] * D + d[None, :]
+        tl.store(at, x.to(KIND), mask=wanted[:, None] & (d < D)[None, :])
     else:
         # Other names than above: a name that both branches define would have to mean the same type in both.
-        owners = (part - Q_PARTS) * BLOCK_H + tl.arange(0, BLOCK_H)
-        there = owners < KV_HEADS
+        owner = (program - q_programs) * BLOCK_R + tl.arange(0, BLOCK_R)
+        there = owner < tokens * KV_HEADS
+        token = (owner // KV_HEADS).to(tl.int64)
+        head = owner % KV_HEADS
         inside = there[:, None] & (d < D)[None, :]
-        slot = tl.load(slots + token).to(tl.int64)
+        slot = tl.load(slots + token, mask=there, other=0).to(tl.int64)
         offset = slot % BLOCK_SIZE
-        base = (slot // BLOCK_SIZE) * block_stride + layer_offset + owners.to(tl.int64) * head_stride
+        base = (slot // BLOCK_SIZE) * block_stride + layer_offset + head * head_stride
         key = turned(
-            k + token * k_stride, owners, position, k_weight, k_eps, cos, sin, KV_HEADS, D, BLOCK_D, HALF, NORM, KIND
+            k, k_stride, token, head, there, positions, k_weight, k_eps, cos, sin, D, BLOCK_D, HALF, NORM, KIND
         )
-        spot = kv + base[:, None] + offset * D + d[None, :]
+        spot = kv + (base + offset * D)[:, None] + d[None, :]
         if CODED > 0:
             codes, scale = to_codes(key, CODED)
             tl.store(spot, codes, mask=inside)
@@ -140,7 +137,7 @@ def write_kernel(
         else:
             tl.store(spot, key.to(KIND), mask=inside)
         if VALUES:
-            value = tl.load(v + token * v_stride + owners[:, None] * D + d[None, :], mask=inside, other=0.0)
+            value = tl.load(v + (token * v_stride + head * D)[:, None] + d[None, :], mask=inside, other=0.0)
             if CODED > 0:
                 value_codes, value_scale = to_codes(value.to(tl.float32), CODED)
                 tl.store(spot + value_offset, value_codes, mask=inside)
@@ -184,24 +181,24 @@ def write(
     a new tensor (or `q` itself if there is nothing to do). Shapes are those of `AttentionBackend.forward`."""
     tokens = q.shape[0]
     block_d = max(16, triton.next_power_of_2(spec.head_dim))
-    block_h = max(1, min(1024 // block_d, triton.next_power_of_2(spec.heads)))
+    block_r = max(1, 1024 // block_d)
     if rotation is None:
         out, cos, sin, positions, half, norms = q, slots, slots, slots, 0, None
     else:
         out = torch.empty((tokens, spec.heads, spec.head_dim), dtype=q.dtype, device=q.device)
         cos, sin, positions, half = rotation.cos, rotation.sin, rotation.positions, rotation.cos.shape[1]
         norms = None if rotation.q_norm is None or rotation.k_norm is None else (rotation.q_norm, rotation.k_norm)
-    q_parts = 0 if rotation is None else triton.cdiv(spec.heads, block_h)
-    write_kernel[(tokens, q_parts + triton.cdiv(spec.kv_heads, block_h))](
+    q_programs = 0 if rotation is None else triton.cdiv(tokens * spec.heads, block_r)
+    write_kernel[(q_programs + triton.cdiv(tokens * spec.kv_heads, block_r),)](
         q, k, v, out, kv,
         kv.view(torch.float32) if spec.quantized else kv,
         slots, positions, cos, sin,
         norms[0].weight if norms else q, norms[1].weight if norms else q,
         norms[0].eps if norms else 0.0, norms[1].eps if norms else 0.0,
-        q.stride(0), k.stride(0), v.stride(0), kv.stride(0), layer * kv.stride(1),
+        tokens, q_programs, q.stride(0), k.stride(0), v.stride(0), kv.stride(0), layer * kv.stride(1),
         layout.head, layout.value, layout.key_scales, layout.value_scales,
-        HEADS=spec.heads, KV_HEADS=spec.kv_heads, D=spec.head_dim, BLOCK_D=block_d, BLOCK_H=block_h,
-        BLOCK_SIZE=spec.block_size, HALF=half, NORM=norms is not None, Q_PARTS=q_parts, VALUES=not spec.latent,
+        HEADS=spec.heads, KV_HEADS=spec.kv_heads, D=spec.head_dim, BLOCK_D=block_d, BLOCK_R=block_r,
+        BLOCK_SIZE=spec.block_size, HALF=half, NORM=norms is not None, VALUES=not spec.latent,
         CODED=CODES[spec.kv_cache_dtype], KIND=TYPES[spec.dtype], num_warps=4,
     )  # fmt: skip
     return out
