@@ -133,7 +133,7 @@ def _group(group: Path, limit_file: str, use_file: str, reclaimable: str) -> tup
 
 def workspace_bytes(config: EngineConfig, spec: ModelSpec, dtype: str) -> int:
     """Room for one step's intermediate tensors: activations of its tokens, and logits of its rows in float32."""
-    wide = 4 * spec.hidden + 3 * spec.intermediate + 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    wide = 4 * spec.hidden + spec.mlp_width + 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     activations = config.max_num_batched_tokens * wide * DTYPE_BYTES[dtype]
     return activations + 3 * config.max_num_seqs * spec.vocab * 4
 
