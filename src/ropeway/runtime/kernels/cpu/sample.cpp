@@ -1,8 +1,9 @@
 // Choose a token for each row of logits, and say how likely tokens are, without sorting the vocabulary.
 //
-// A row is read once for the maxima of its blocks. top_k and top_p are thresholds on the logit, found by selection
-// (Floyd and Rivest 1975, here also by weight instead of count): a sample brackets the threshold, one pass sums what is
-// above the bracket and copies what is inside, and so on with that. The draw is an inverse CDF in the order of ids.
+// A row is read once for the maxima of its blocks, and where no top_k or min_p makes most weights needless, also for those,
+// relative to a high logit that a sample finds. top_k and top_p are thresholds on the logit, found by selection (Floyd and
+// Rivest 1975, here also by weight instead of count): a sample brackets the threshold, one pass sums what is above the
+// bracket and copies what is inside, and so on with that. The draw is an inverse CDF in the order of ids.
 
 #include <omp.h>
 
@@ -11,13 +12,14 @@
 #include <cmath>
 #include <limits>
 
+#include "sample_scan.h"
 #include "sample_select.h"
 #include "vec.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 128;  // logits that share a maximum
 constexpr int64_t ALL = std::numeric_limits<int64_t>::max();
+constexpr float OUTREACH = 60.0f;  // powers of two by which a row's maximum may exceed it, so that sums stay finite
 constexpr int64_t NOT_FINITE = -1, NOTHING_LEFT = -2;
 
 }  // namespace
@@ -50,44 +52,13 @@ struct Row {
     int64_t vocab;
     const float* maxima;
     float top;
+    const float* weights = nullptr;  // of all logits, if they are written down
     float at = -INF;
     int64_t ties = ALL;
 
     int64_t blocks() const { return (vocab + BLOCK - 1) / BLOCK; }
     int64_t size(int64_t block) const { return std::min(BLOCK, vocab - block * BLOCK); }
 };
-
-// Find the maxima of the blocks and of the row. Returns false if a logit is NaN.
-bool scan(const float* x, int64_t vocab, float* maxima, float* top) {
-    I invalid{};
-    F highest = splat<W>(-INF);
-    for (int64_t begin = 0; begin < vocab; begin += BLOCK) {
-        F best[2] = {splat<W>(-INF), splat<W>(-INF)};
-        const int64_t end = std::min(begin + BLOCK, vocab);
-        int64_t i = begin;
-        for (; i + 2 * W <= end; i += 2 * W) {
-            for (int c = 0; c < 2; ++c) {
-                const F y = load<W>(x + i + c * W);
-                invalid |= y != y;
-                best[c] = y > best[c] ? y : best[c];
-            }
-        }
-        float rest = -INF;
-        for (; i < end; ++i) {
-            invalid[0] |= -(x[i] != x[i]);
-            rest = x[i] > rest ? x[i] : rest;
-        }
-        const F both = best[0] > best[1] ? best[0] : best[1];
-        maxima[begin / BLOCK] = std::max(rest, maximum<W>(both));
-        highest = both > highest ? both : highest;
-        highest[0] = std::max(highest[0], rest);
-    }
-    *top = maximum<W>(highest);
-    for (int i = 0; i < W; ++i) {
-        if (invalid[i]) return false;
-    }
-    return true;
-}
 
 // The first token of the highest logit.
 int64_t argmax(const Row& row) {
@@ -98,43 +69,97 @@ int64_t argmax(const Row& row) {
     return id;
 }
 
+// A thread's memory for one row: the sums and maxima of its blocks, its weights, and two pools for selections.
+struct Scratch {
+    double* upto;
+    float *maxima, *weights;
+    Stored::Pool pool, other;
+
+    Scratch(float* start, int64_t vocab) {
+        const int64_t blocks = (vocab + BLOCK - 1) / BLOCK, n = vocab + W;
+        upto = reinterpret_cast<double*>(start);
+        maxima = reinterpret_cast<float*>(upto + blocks);
+        weights = maxima + blocks;
+        pool = {weights + n, weights + 2 * n};
+        other = {weights + 3 * n, weights + 4 * n};
+    }
+    static int64_t size(int64_t vocab) { return (3 * ((vocab + BLOCK - 1) / BLOCK) + 5 * (vocab + W) + 1) / 2 * 2; }
+};
+
+// `select` among values whose weights follow from them.
+template <class Weight>
+Cut select_by(const float* x, int64_t n, double share, const Weight& weight, const Scratch& room) {
+    using Values = Computed<Weight>;
+    return select(Values{x, weight}, n, share, typename Values::Pool{room.pool.x}, typename Values::Pool{room.other.x});
+}
+
 // Copy the row's logits from `lowest` upwards to `out`; returns their number.
 int64_t gather(const Row& row, float lowest, float* out) {
+    const Count count;
     int64_t n = 0;
     for (int64_t b = 0; b < row.blocks(); ++b) {
-        if (row.maxima[b] >= lowest) n += copy(row.x + b * BLOCK, row.size(b), lowest, INF, out + n);
+        if (row.maxima[b] < lowest) continue;
+        n += copy(Computed<Count>{row.x + b * BLOCK, count}, row.size(b), lowest, INF, {out + n});
     }
     return n;
 }
 
-void keep_top_k(Row& row, int64_t k, Room room) {
+void keep_top_k(Row& row, int64_t k, const Scratch& room) {
     float lowest = row.at;
     // Each of the k highest blocks has a token at least as high as the lowest of their maxima.
     if (k < row.blocks()) {
         const double share = (double(k) - 0.5) / double(row.blocks());
-        lowest = std::max(lowest, select(row.maxima, row.blocks(), share, Count(), room).at);
+        lowest = std::max(lowest, select_by(row.maxima, row.blocks(), share, Count(), room).at);
     }
-    const int64_t n = gather(row, lowest, room.other);
+    const int64_t n = gather(row, lowest, room.other.x);
     row.at = lowest;
     if (n <= k) return;
-    const Cut cut = select(room.other, n, (double(k) - 0.5) / double(n), Count(), room);
+    const Cut cut = select_by(room.other.x, n, (double(k) - 0.5) / double(n), Count(), room);
     row.at = cut.at;
     row.ties = int64_t(std::ceil(cut.missing));
 }
 
-void keep_top_p(Row& row, double p, const Mass& mass, Room room) {
-    const float* x = row.x;
-    int64_t n = row.vocab;
-    if (row.at > -INF) {
-        x = room.other;
-        n = gather(row, row.ties == ALL ? row.at : std::nextafter(row.at, INF), room.other);
-        if (row.ties != ALL) {
-            std::fill_n(room.other + n, row.ties, row.at);
-            n += row.ties;
+// Where the weights of a row, from the highest logit downwards, reach `share` of them all. What lies below is many small
+// weights, of which a sample of the blocks tells well how many: that brackets the threshold within `width` of the logit.
+Cut nucleus(const Row& row, double share, double total, float width, const Scratch& room) {
+    constexpr int64_t STRIDE = 16;
+    const Stored all{row.x, row.weights};
+    int64_t n = 0;
+    double sampled = 0;
+    for (int64_t b = 0; b < row.blocks(); b += STRIDE) {
+        const int64_t first = b * BLOCK, size = row.size(b);
+        std::copy_n(row.x + first, size, room.other.x + n);
+        std::copy_n(row.weights + first, size, room.other.w + n);
+        sampled += room.upto[b] - (b > 0 ? room.upto[b - 1] : 0);
+        n += size;
+    }
+    const double below = (1 - share) * total * double(n) / double(row.vocab);
+    if (row.blocks() > STRIDE && below < sampled) {
+        const Stored sample{room.other.x, room.other.w};
+        const float guess = select(sample, n, 1 - below / sampled, room.pool, room.other).at;
+        const Parts parts = partition(all, row.vocab, guess - width, guess + width, room.pool);
+        const double missing = share * (parts.above + parts.inside + parts.below) - parts.above;
+        if (0 < missing && missing <= parts.inside) {
+            return select(all.in(room.pool), parts.count, missing / parts.inside, room.other, room.pool);
         }
     }
-    // Rounding must not ask for a token more where equal ones make up p exactly.
-    const Cut cut = select(x, n, p * (1 - 1e-6), mass, room);
+    return select(all, row.vocab, share, room.pool, room.other);
+}
+
+void keep_top_p(Row& row, double p, const Mass& mass, const Scratch& room) {
+    p *= 1 - 1e-6;  // rounding must not ask for a token more where equal ones make up p exactly
+    Cut cut;
+    if (row.weights) {
+        cut = nucleus(row, p, room.upto[row.blocks() - 1], 0.15f * float(LOG2_E) / mass.scale, room);
+    } else {
+        float* const kept = room.other.x;
+        int64_t n = gather(row, row.ties == ALL ? row.at : std::nextafter(row.at, INF), kept);
+        if (row.ties != ALL) {
+            std::fill_n(kept + n, row.ties, row.at);
+            n += row.ties;
+        }
+        cut = select_by(kept, n, p, mass, room);
+    }
     const double each = mass(splat<W>(cut.at))[0];
     const int64_t ties = std::max<int64_t>(1, int64_t(std::ceil(cut.missing / each)));
     row.ties = cut.at == row.at ? std::min(row.ties, ties) : ties;
@@ -161,12 +186,13 @@ struct Bounds {
     int64_t ties_end;
 };
 
-// Sum the weights of those of x[0, n) that are not below `lowest`; store each in `weights`, if given, or 0.
-float weigh(const float* x, int64_t n, float lowest, const Mass& mass, float* weights) {
+// Sum the weights of those of n values that are not below `lowest`; store each in `weights`, if given, or 0.
+template <class Values>
+float weigh(const Values& values, int64_t n, float lowest, float* weights) {
     F total{};
     for (int64_t i = 0; i < n; i += W) {
-        const F y = load_upto(x + i, n - i);
-        const F w = only(y >= lowest, mass(y));
+        const F y = load_upto(values.x + i, n - i);
+        const F w = only(y >= lowest, values.from(i).weights(y, n - i));
         if (weights) store<W>(weights + i, w);
         total += w;
     }
@@ -174,23 +200,32 @@ float weigh(const float* x, int64_t n, float lowest, const Mass& mass, float* we
 }
 
 // The same of a block's tokens that may be drawn. `weights` has room for BLOCK + W.
-float weigh_block(const Row& row, int64_t block, const Bounds& bounds, const Mass& mass, float* weights) {
-    const float* x = row.x + block * BLOCK;
-    const int64_t n = row.size(block), equal = std::clamp<int64_t>(bounds.ties_end - block * BLOCK, 0, n);
-    float total = equal > 0 ? weigh(x, equal, bounds.at, mass, weights) : 0;
-    if (equal < n) total += weigh(x + equal, n - equal, bounds.above, mass, weights ? weights + equal : nullptr);
+template <class Values>
+float weigh_block(const Values& values, int64_t n, int64_t equal, const Bounds& bounds, float* weights) {
+    float total = equal > 0 ? weigh(values, equal, bounds.at, weights) : 0;
+    if (equal < n) total += weigh(values.from(equal), n - equal, bounds.above, weights ? weights + equal : nullptr);
     return total;
 }
 
-int64_t draw(const Row& row, const Mass& mass, double noise, double* upto) {
+float weigh_block(const Row& row, int64_t block, const Bounds& bounds, const Mass& mass, float* weights) {
+    const int64_t first = block * BLOCK, n = row.size(block), equal = std::clamp<int64_t>(bounds.ties_end - first, 0, n);
+    const float* x = row.x + first;
+    if (row.weights) return weigh_block(Stored{x, row.weights + first}, n, equal, bounds, weights);
+    return weigh_block(Computed<Mass>{x, mass}, n, equal, bounds, weights);
+}
+
+// Draw by the sums of the blocks up to each one's end, which are in `upto` already if all tokens may be drawn.
+int64_t draw(const Row& row, const Mass& mass, double noise, double* upto, bool summed) {
     const Bounds bounds{row.at, std::nextafter(row.at, INF), end_of_ties(row)};
     const int64_t blocks = row.blocks();
-    double total = 0;
-    for (int64_t b = 0; b < blocks; ++b) {
-        if (row.maxima[b] >= row.at) total += double(weigh_block(row, b, bounds, mass, nullptr));
-        upto[b] = total;
+    if (!summed) {
+        double total = 0;
+        for (int64_t b = 0; b < blocks; ++b) {
+            if (row.maxima[b] >= row.at) total += double(weigh_block(row, b, bounds, mass, nullptr));
+            upto[b] = total;
+        }
     }
-    const double target = noise * total;
+    const double total = upto[blocks - 1], target = noise * total;
     int64_t b = std::upper_bound(upto, upto + blocks, target) - upto;
     if (b == blocks) b = std::lower_bound(upto, upto + blocks, total) - upto;  // the last with any weight
     float weights[BLOCK + W];
@@ -248,23 +283,33 @@ bool keep_allowed(const uint32_t* mask, float* x, int64_t vocab) {
     return true;
 }
 
-int64_t sample_row(float* x, int64_t vocab, const SampleRow& wish, double noise, float* scratch) {
-    const int64_t blocks = (vocab + BLOCK - 1) / BLOCK;
-    double* upto = reinterpret_cast<double*>(scratch);
-    float* maxima = reinterpret_cast<float*>(upto + blocks);
-    const Room room(maxima + blocks, vocab);
-    Row row{x, vocab, maxima, 0};
+int64_t sample_row(float* x, int64_t vocab, const SampleRow& wish, double noise, float* start) {
+    const Scratch room(start, vocab);
+    Row row{x, vocab, room.maxima, 0};
     const bool adjusted = wish.biases || wish.bans || wish.seens || wish.outputs || wish.mask;
+    const bool few = (0 < wish.top_k && wish.top_k < vocab) || wish.min_p > 0, nucleus = wish.top_p < 1;
     bool sound = adjust(wish, x);
     if (wish.mask) sound &= keep_allowed(wish.mask, x, vocab);
-    if (!scan(x, vocab, maxima, &row.top) || !sound || row.top == INF) return NOT_FINITE;
+    const bool all = wish.temperature != 0 && !few;  // whether every weight is needed
+    Mass mass(all ? high_one(x, vocab) : INF, wish.temperature);
+    const auto weighed = [&] {
+        if (nucleus) return scan(x, vocab, room.maxima, &row.top, Weigher<true>{mass, room.upto, room.weights});
+        return scan(x, vocab, room.maxima, &row.top, Weigher<false>{mass, room.upto, nullptr});
+    };
+    bool done = std::isfinite(mass.top);
+    sound &= done ? weighed() : scan(x, vocab, room.maxima, &row.top, Nothing());
+    if (!sound || row.top == INF) return NOT_FINITE;
     if (row.top == -INF) return adjusted ? NOTHING_LEFT : NOT_FINITE;
     if (wish.temperature == 0) return argmax(row);
-    const Mass mass(row.top, wish.temperature);
+    if (!done || (row.top - mass.top) * mass.scale > OUTREACH) {
+        mass = Mass(row.top, wish.temperature);
+        if (all) weighed();
+    }
+    if (all && nucleus) row.weights = room.weights;
     if (wish.min_p > 0) row.at = float(double(row.top) + wish.temperature * std::log(wish.min_p));
     if (0 < wish.top_k && wish.top_k < vocab) keep_top_k(row, wish.top_k, room);
-    if (wish.top_p < 1) keep_top_p(row, wish.top_p, mass, room);
-    return draw(row, mass, noise, upto);
+    if (nucleus) keep_top_p(row, wish.top_p, mass, room);
+    return draw(row, mass, noise, room.upto, all && !nucleus);
 }
 
 // How many tokens come before `token` by their logits, the lower id first among equals; 1 for none.
@@ -305,11 +350,11 @@ void measure_row(const float* x, int64_t vocab, int64_t token, int64_t count, in
     Row row{x, vocab, scratch, 0};
     std::fill_n(ids, 1 + count, 0);
     std::fill_n(values, 1 + count, 0.0);
-    if (!scan(x, vocab, scratch, &row.top) || !std::isfinite(row.top)) return;
+    if (!scan(x, vocab, scratch, &row.top, Nothing()) || !std::isfinite(row.top)) return;
     const Mass mass(row.top, 1.0);
     double total = 0;
     for (int64_t b = 0; b < row.blocks(); ++b) {
-        total += double(weigh(x + b * BLOCK, row.size(b), -INF, mass, nullptr));
+        total += double(weigh(Computed<Mass>{x + b * BLOCK, mass}, row.size(b), -INF, nullptr));
     }
     const double base = double(row.top) + std::log(total);
     float* const kept = scratch + row.blocks();
@@ -323,7 +368,7 @@ void measure_row(const float* x, int64_t vocab, int64_t token, int64_t count, in
 
 // Floats that each thread needs as scratch for rows of this many logits.
 ROPEWAY_EXPORT int64_t ropeway_sample_scratch(int64_t vocab) {
-    return (3 * ((vocab + BLOCK - 1) / BLOCK) + Room::size(vocab) + 1) / 2 * 2;
+    return Scratch::size(vocab);
 }
 
 // Choose a token for each of `rows` rows of `logits` (rows, vocab), which may be changed. `noise` has a number in [0, 1)

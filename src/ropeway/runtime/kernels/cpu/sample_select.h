@@ -105,26 +105,62 @@ struct Count {
     ROPEWAY_INLINE F operator()(F) const { return splat<W>(1.0f); }
 };
 
+// Values whose weights follow from them: `weight` says how.
+template <class Weight>
+struct Computed {
+    const float* x;
+    Weight weight;
+
+    ROPEWAY_INLINE Computed from(int64_t i) const { return {x + i, weight}; }
+    ROPEWAY_INLINE F weights(F y, int64_t) const { return weight(y); }
+    ROPEWAY_INLINE float weight_of(float y, int64_t) const { return weight(splat<W>(y))[0]; }
+
+    struct Pool {
+        float* x;
+        ROPEWAY_INLINE int put(F y, F, I keep, int64_t at) const { return compress(y, keep, x + at); }
+    };
+    Computed in(Pool pool) const { return {pool.x, weight}; }
+};
+
+// Values beside which their weights are written down.
+struct Stored {
+    const float *x, *w;
+
+    ROPEWAY_INLINE Stored from(int64_t i) const { return {x + i, w + i}; }
+    ROPEWAY_INLINE F weights(F, int64_t n) const { return load_upto(w, n); }
+    ROPEWAY_INLINE float weight_of(float, int64_t i) const { return w[i]; }
+
+    struct Pool {
+        float *x, *w;
+        ROPEWAY_INLINE int put(F y, F weight, I keep, int64_t at) const {
+            compress(weight, keep, w + at);
+            return compress(y, keep, x + at);
+        }
+    };
+    Stored in(Pool pool) const { return {pool.x, pool.w}; }
+};
+
 struct Parts {
     double above = 0, inside = 0, below = 0;
     int64_t count = 0;
 };
 
-// Weigh x[0, n) above `high`, from `low` to `high`, and below. What is inside goes to `out`, which has room for n + W.
-template <class Weight>
-Parts partition(const float* x, int64_t n, float low, float high, const Weight& weight, float* out) {
+// Weigh the first n values above `high`, from `low` to `high`, and below. What is inside goes to `out`, which has room for
+// n + W.
+template <class Values>
+Parts partition(const Values& values, int64_t n, float low, float high, const typename Values::Pool& out) {
     Parts parts;
     for (int64_t begin = 0; begin < n; begin += SPAN) {
         F above{}, inside{}, below{};
         const int64_t end = std::min(begin + SPAN, n);
         for (int64_t i = begin; i < end; i += W) {
-            const F y = load_upto(x + i, end - i);
-            const F w = weight(y);
+            const F y = load_upto(values.x + i, end - i);
+            const F w = values.from(i).weights(y, end - i);
             const I within = (y >= low) & (y <= high);
             above += only(y > high, w);
-            inside += only(within, w);
             below += only(y < low, w);
-            parts.count += compress(y, within, out + parts.count);
+            inside += only(within, w);
+            parts.count += out.put(y, w, within, parts.count);
         }
         parts.above += sum<W>(above);
         parts.inside += sum<W>(inside);
@@ -134,11 +170,12 @@ Parts partition(const float* x, int64_t n, float low, float high, const Weight& 
 }
 
 // Copy what is inside, and nothing else.
-int64_t copy(const float* x, int64_t n, float low, float high, float* out) {
+template <class Values>
+int64_t copy(const Values& values, int64_t n, float low, float high, const typename Values::Pool& out) {
     int64_t count = 0;
     for (int64_t i = 0; i < n; i += W) {
-        const F y = load_upto(x + i, n - i);
-        count += compress(y, (y >= low) & (y <= high), out + count);
+        const F y = load_upto(values.x + i, n - i);
+        count += out.put(y, values.from(i).weights(y, n - i), (y >= low) & (y <= high), count);
     }
     return count;
 }
@@ -152,16 +189,17 @@ struct Cut {
 // Up to FEW values, each tried as the threshold.
 class Few {
    public:
-    template <class Weight>
-    Few(const float* x, int64_t n, int64_t step, const Weight& weight) {
+    template <class Values>
+    Few(const Values& all, int64_t n, int64_t step) {
         float values[FEW], weights[FEW];
-        for (int64_t i = 0; i < FEW; ++i) values[i] = i < n ? x[i * step] : NAN;
+        for (int64_t i = 0; i < FEW; ++i) {
+            values[i] = i < n ? all.x[i * step] : NAN;
+            weights[i] = i < n ? all.weight_of(values[i], i * step) : 0;
+        }
         F total{};
         for (int v = 0; v < VECTORS; ++v) {
             values_[v] = load<W>(values + v * W);
-            const F w = only(values_[v] == values_[v], weight(values_[v]));
-            store<W>(weights + v * W, w);
-            total += w;
+            total += load<W>(weights + v * W);
         }
         total_ = sum<W>(total);
         for (int64_t i = 0; i < n; ++i) {
@@ -193,41 +231,35 @@ class Few {
     float total_;
 };
 
-// Room for a selection among n values: two pools that are filled in turn.
-struct Room {
-    float *pool, *other;
-    Room(float* start, int64_t n) : pool(start), other(start + n + W) {}
-    static int64_t size(int64_t n) { return 2 * (n + W); }
-};
-
-// Where the weights of x[0, n), from the highest value downwards, reach `share` of them all. x may be room.other.
-template <class Weight>
-Cut select(const float* x, int64_t n, double share, const Weight& weight, Room room) {
+// Where the weights of the first n `values`, from the highest downwards, reach `share` of them all. Two pools are filled in
+// turn, each with room for n + W; `values` may lie in `other`.
+template <class Values>
+Cut select(Values values, int64_t n, double share, typename Values::Pool pool, typename Values::Pool other) {
     constexpr double MARGIN = 0.125;  // about two standard deviations of a sample's quantile
     bool narrow = false;
     while (n > FEW) {
-        const Few sample(x, FEW, n / FEW, weight);
+        const Few sample(values, FEW, n / FEW);
         const float high = narrow ? sample.at(share).at : share > MARGIN ? sample.at(share - MARGIN).at : INF;
         const float low = narrow ? high : share + MARGIN < 1 ? sample.at(share + MARGIN).at : -INF;
-        const Parts parts = partition(x, n, low, high, weight, room.pool);
+        const Parts parts = partition(values, n, low, high, pool);
         const double upto = parts.above + parts.inside, all = upto + parts.below, target = std::min(share * all, all);
         int64_t count = parts.count;
         if (target <= parts.above) {
             share = target / parts.above;
-            count = copy(x, n, std::nextafter(high, INF), INF, room.pool);
+            count = copy(values, n, std::nextafter(high, INF), INF, pool);
         } else if (target <= upto) {
             if (low == high) return {low, target - parts.above};
             share = (target - parts.above) / parts.inside;
         } else {
             share = (target - upto) / parts.below;
-            count = copy(x, n, -INF, std::nextafter(low, -INF), room.pool);
+            count = copy(values, n, -INF, std::nextafter(low, -INF), pool);
         }
         narrow = count == n;  // a bracket of one value of the pool always makes it smaller
-        x = room.pool;
+        values = values.in(pool);
         n = count;
-        std::swap(room.pool, room.other);
+        std::swap(pool, other);
     }
-    return Few(x, n, 1, weight).at(share);
+    return Few(values, n, 1).at(share);
 }
 
 }  // namespace
