@@ -1,6 +1,7 @@
 """Read the tensors of a safetensors checkpoint, one fused weight at a time, straight into the wanted dtype or format.
 
-Files are mapped, not read: what is resident beyond the finished weights is one tensor's pages, given back after use.
+For a CPU files are mapped, not read: what is resident beyond the finished weights is one tensor's pages, given back
+after use. For another device nothing but an `Uploader`'s buffers is.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from ropeway.errors import ConfigError, ModelError
 from ropeway.modelspec import QuantSpec
 from ropeway.modelspec.quantization import kernel_group
 from ropeway.runtime.layers.quantized import QuantizedWeight
+from ropeway.runtime.streams import open_streams
 from ropeway.runtime.weights import formats
 from ropeway.runtime.weights.quant import quantize_int4, quantize_int8
+from ropeway.runtime.weights.upload import Uploader
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _RAW = {**_DTYPES, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+_CPU = torch.device("cpu")
 _NAMED = 5
 _UNUSED = (".rotary_emb.inv_freq",)
 """Endings of tensors that no model needs: older checkpoints store the rotary frequencies, which follow from the
@@ -34,7 +38,8 @@ _UNUSED_QUANTIZED = (".input_scale", ".input_zero_point", ".output_scale", ".k_s
 class Weights:
     """The tensors of a checkpoint directory, each to be taken once.
 
-    `take` and `fuse` return new tensors of `dtype` on the CPU; `linear`, `head` and `quantize` return quantized weights
+    `take` and `fuse` return new tensors of `dtype` on `device`, through an `uploader` if one is given or the device is
+    not the CPU; `raw` returns them on the CPU. `linear`, `head` and `quantize` return quantized weights
     where the checkpoint (`stored`) has them or `quantization` ('auto', 'int8', 'int4') asks for them, int4 with a scale
     for every `group` input features or fewer. `finish` refuses a checkpoint with tensors that the model has not asked
     for. Use as a context manager, so that the mappings are closed. Raises ConfigError if the checkpoint is quantized
@@ -48,6 +53,9 @@ class Weights:
         stored: QuantSpec | None = None,
         quantization: str = "auto",
         group: int = 64,
+        *,
+        device: torch.device = _CPU,
+        uploader: Uploader | None = None,
     ) -> None:
         if stored is not None and quantization not in ("auto", stored.format):
             raise ConfigError(
@@ -57,6 +65,7 @@ class Weights:
             )
         self.directory = directory
         self.dtype = dtype
+        self.device = device
         self.stored = stored
         self._quantization = quantization
         self._group = group
@@ -65,6 +74,8 @@ class Weights:
             self._tensors = {f"model.{name}": info for name, info in self._tensors.items()}
         self._left = set(self._tensors)
         self._maps: dict[Path, mmap.mmap] = {}
+        streams = open_streams(device) if uploader is None else None
+        self._uploader = uploader if streams is None else Uploader(streams)
 
     def __enter__(self) -> Weights:
         return self
@@ -73,6 +84,8 @@ class Weights:
         for mapped in self._maps.values():
             mapped.close()
         self._maps.clear()
+        if self._uploader is not None:
+            self._uploader.close()
 
     def take(self, name: str, shape: Sequence[int]) -> Tensor:
         """The tensor `name`. Raises ModelError if it is missing or of another shape."""
@@ -82,11 +95,13 @@ class Weights:
         """The tensors `names` one below the other along the first dimension, as one tensor."""
         infos = [self._check(name, shape) for name, shape in zip(names, shapes, strict=True)]
         rows = sum(shape[0] for shape in shapes)
-        out = torch.empty((rows, *shapes[0][1:]), dtype=self.dtype)
-        first = 0
-        for info in infos:
-            self._copy(info, out[first : first + info.shape[0]])
-            first += info.shape[0]
+        out = torch.empty((rows, *shapes[0][1:]), dtype=self.dtype, device=self.device)
+        parts = list(zip(infos, torch.split(out, [info.shape[0] for info in infos]), strict=True))
+        if self._uploader is not None:
+            self._uploader.fill([(info, _DTYPES[info.dtype], part) for info, part in parts])
+            return out
+        for info, part in parts:
+            self._copy(info, part)
         return out
 
     def linear(self, modules: Sequence[str], outs: Sequence[int], ins: int) -> Tensor | QuantizedWeight:
