@@ -1,0 +1,145 @@
+"""The evidence: what continuous batching and its parts gain on this machine, beside what articles claim.
+
+    python benchmarks/evidence                              # bundled model and a random one of 360M parameters
+    python benchmarks/evidence --models bundled --only batching,chunks
+    python benchmarks/evidence --quick --out /tmp/evidence  # small: to see that all of it works
+
+Writes a page with pictures for each model to --out, and a page with the claims. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from chapter import Chapter
+from claims import table
+from experiments import ALL, Scale
+from loop import Bench
+from streaming import streaming
+
+from ropeway import __version__
+from ropeway.hub import locate
+from ropeway.modelspec import load_spec
+from ropeway.runtime.cpu_info import detect
+
+ROOT = Path(__file__).parents[2]
+BUNDLED = Scale(seats=64, prompt=64, unit=24, long=400, count=64, vocab=4000)
+LARGE = Scale(seats=16, prompt=64, unit=8, long=512, count=32, vocab=30000)
+QUICK = Scale(seats=16, prompt=16, unit=8, long=64, count=16, vocab=4000)
+STREAMING = "streaming"
+
+
+def random_model(folder: Path) -> Path:
+    """A Llama of 360 million parameters with random weights: as costly as a trained one, and nothing to download."""
+    path = folder / "random-360m"
+    if not (path / "config.json").exists():
+        command = [sys.executable, str(ROOT / "benchmarks/cpu/peers/make_models.py"), str(folder), "S"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        (folder / "S").rename(path)
+    return path
+
+
+def machine() -> str:
+    cpu = detect()
+    return (
+        f"{_processor()}, {cpu.cores} cores; Ropeway {__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {platform.system()}"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    names = [*ALL, STREAMING]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="bundled,random", help="bundled, random, or directories, by commas")
+    parser.add_argument("--only", default=",".join(names), help=f"experiments, by commas: {', '.join(names)}")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "evidence")
+    parser.add_argument("--quick", action="store_true", help="small runs, whose figures mean little")
+    options = parser.parse_args()
+    wanted = options.only.split(",")
+    if unknown := [name for name in wanted if name not in names]:
+        parser.error(f"there is no experiment {', '.join(unknown)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in options.models.split(","):
+            model = str(random_model(Path(scratch))) if name == "random" else name
+            scale = QUICK if options.quick else BUNDLED if name == "bundled" else LARGE
+            label = Path(name).name
+            found[label] = page(label, model, scale, wanted, options.out, scratch)
+    summary(found, options.out, quick=options.quick)
+
+
+def page(label: str, model: str, scale: Scale, wanted: list[str], out: Path, scratch: str) -> dict[str, float]:
+    """Run the experiments on one model and write its page. Returns all figures."""
+    spec = load_spec(locate(model), model)
+    bench = Bench(model, kv_cache_gib=1.0)
+    figures: dict[str, float] = {}
+    lines = [
+        f"# Evidence: {label}",
+        "",
+        f"{spec.parameters:,} parameters. {machine()}. {time.strftime('%Y-%m-%d')}.",
+        "",
+    ]
+    for name, (title, experiment) in ALL.items():
+        if name in wanted:
+            chapter = Chapter(
+                title, f"python benchmarks/evidence --models {label} --only {name}", folder=out, stem=f"{label}-{name}"
+            )
+            begun = time.perf_counter()
+            experiment(bench, scale, chapter)
+            lines += written(chapter)
+            figures |= chapter.figures
+            print(f"{label}: {name}, {time.perf_counter() - begun:.0f} s", file=sys.stderr)
+    if STREAMING in wanted:
+        chapter = Chapter(
+            "Streams, whole answers, batches",
+            f"python benchmarks/evidence --models {label} --only {STREAMING}",
+            folder=out,
+        )
+        streaming(model, scale, chapter, f"{scratch}/data-{label}")
+        lines += written(chapter)
+        figures |= chapter.figures
+    (out / f"{label}.md").write_text("\n".join(lines).rstrip() + "\n")
+    return figures
+
+
+def written(chapter: Chapter) -> list[str]:
+    return [
+        f"## {chapter.title}",
+        "",
+        *chapter.lines,
+        f"<!-- not run: takes minutes -->\n```sh\n{chapter.command}\n```",
+        "",
+    ]
+
+
+def summary(found: dict[str, dict[str, float]], out: Path, *, quick: bool) -> None:
+    lines = ["# Evidence", "", f"{machine()}. {time.strftime('%Y-%m-%d')}.", ""]
+    lines += ["`make evidence` writes these pages: a few minutes of a machine that does nothing else.", ""]
+    if quick:
+        lines += ["**Made with `--quick`: these figures show that the experiments run, and nothing else.**", ""]
+    lines += ["Pages: " + ", ".join(f"[{label}]({label}.md)" for label in found) + ".", ""]
+    for label, figures in found.items():
+        lines += [f"## What articles claim, and {label}", "", *table(figures)]
+    (out / "index.md").write_text("\n".join(lines).rstrip() + "\n")
+    (out / "figures.json").write_text(json.dumps({"machine": machine(), "models": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
