@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -36,10 +37,15 @@ class Device:
     memory: MemoryState
 
 
-def find_device(name: str, memory_gib: float | None) -> Device:
-    """This machine's CPU or GPU, or one of `DEVICES`; `memory_gib` replaces what is free. Raises ConfigError."""
+def find_device(name: str, memory_gib: float | None, gpu_memory_gib: float | None = None) -> Device:
+    """This machine's CPU or GPU, one of `DEVICES`, or any GPU of `gpu_memory_gib`; `memory_gib` replaces what is free
+    there. Raises ConfigError."""
     known = {key.lower(): key for key in DEVICES}
-    if name.lower() in known:
+    if gpu_memory_gib is not None:
+        if name not in ("cpu", "cuda"):
+            raise ConfigError(f"--device {name} has a memory of its own. Leave out --gpu-memory-gib or --device.")
+        device = Device(f"a GPU with {gpu_memory_gib:g} GiB", "cuda", _all_free(int(gpu_memory_gib * GIB)))
+    elif name.lower() in known:
         key = known[name.lower()]
         device = Device(key, "cuda", _all_free(DEVICES[key] * 1024**2))
     elif name == "cpu":
@@ -50,7 +56,11 @@ def find_device(name: str, memory_gib: float | None) -> Device:
         raise ConfigError(f"No device {name!r}. Known are cpu, cuda, {', '.join(DEVICES)}; or add --memory-gib to one.")
     if memory_gib is None:
         return device
-    return Device(f"{device.name} with {memory_gib:g} GiB free", device.kind, _all_free(int(memory_gib * GIB)))
+    free = int(memory_gib * GIB)
+    # A GPU shares its memory: what others hold of it still counts in the share that the engine may take.
+    total = max(device.memory.total, free) if device.kind == "cuda" else free
+    memory = MemoryState(total, free, "of memory")
+    return Device(f"{device.name} with {memory_gib:g} GiB free", device.kind, memory)
 
 
 def _all_free(size: int) -> MemoryState:
@@ -105,8 +115,10 @@ def devices_that_fit(config: EngineConfig, spec: ModelSpec) -> list[str]:
 
 def show(config: EngineConfig, spec: ModelSpec, device: Device, console: Console) -> None:
     """Print the budget. Raises MemoryBudgetError, with what would work, after showing what is needed."""
+    spec = _as_served(config, spec, device)
     dtype = resolve_dtype(config, spec, device.kind)
-    console.print(f"[bold]{spec.name}[/bold]  {spec.architecture}, {spec.parameters:,} parameters, {dtype}")
+    active = f" ({spec.active_parameters:,} for each token)" if spec.active_parameters != spec.parameters else ""
+    console.print(f"[bold]{spec.name}[/bold]  {spec.architecture}, {spec.parameters:,} parameters{active}, {dtype}")
     console.print(f"on {device.name}: {gib(device.memory.free)} free of {gib(device.memory.total)}\n")
     try:
         budget = plan_budget(config, spec, dtype, device.kind, device.memory)
@@ -122,6 +134,18 @@ def show(config: EngineConfig, spec: ModelSpec, device: Device, console: Console
         _show_encoder(config, dtype, device, budget, console)
     for note in budget.notes:
         console.print(f"\nNote: {note}", soft_wrap=True)
+    if device.kind != "cpu":
+        console.print(
+            "\nWeights and step are estimated here. `serve` measures both, and gives the rest to the KV cache."
+        )
+
+
+def _as_served(config: EngineConfig, spec: ModelSpec, device: Device) -> ModelSpec:
+    """With weights in fp8 as a GPU keeps them; a CPU, or another quantization, widens them first."""
+    stored = spec.quantization
+    if device.kind == "cpu" or stored is None or not stored.widened or config.quantization not in ("auto", "fp8"):
+        return spec
+    return dataclasses.replace(spec, quantization=dataclasses.replace(stored, widened=False))
 
 
 def _show_needs(config: EngineConfig, spec: ModelSpec, dtype: str, device: Device, console: Console) -> None:
@@ -148,7 +172,7 @@ def _show_division(
     config: EngineConfig, spec: ModelSpec, dtype: str, device: Device, budget: Budget, console: Console
 ) -> None:
     each = spec.kv_bytes_per_token(dtype, config.kv_cache_dtype)
-    left = device.memory.free - budget.weight_bytes - budget.workspace_bytes - budget.kv_bytes
+    left = device.memory.free - budget.weight_bytes - budget.workspace_bytes - budget.other_bytes - budget.kv_bytes
     if device.kind == "cpu":
         left -= budget.host_blocks * config.block_size * each
     tokens = budget.num_blocks * config.block_size
@@ -160,6 +184,8 @@ def _show_division(
     table.add_row(
         "one step", gib(budget.workspace_bytes), f"{config.max_num_batched_tokens} tokens, activations and logits"
     )
+    if budget.other_bytes:
+        table.add_row("copies", gib(budget.other_bytes), "KV blocks on their way to and from the tiers")
     table.add_row("KV cache", gib(budget.kv_bytes), budget.why)
     for tier, blocks in (("KV host tier", budget.host_blocks), ("KV disk tier", budget.disk_blocks)):
         if blocks:

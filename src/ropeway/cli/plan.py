@@ -28,6 +28,9 @@ def plan(
         str, typer.Option(help="'cpu' or 'cuda' of this machine, or a name from `--device list`.", metavar="NAME")
     ] = "cpu",
     memory_gib: Annotated[float | None, typer.Option(help="Plan for this much free memory, in GiB.", min=0.01)] = None,
+    gpu_memory_gib: Annotated[
+        float | None, typer.Option(help="Plan for a GPU with this much memory, in GiB; none has to be here.", min=0.01)
+    ] = None,
     flags: dict[str, Any],
 ) -> None:
     """Show what fits on a device: weights, KV cache, and sequences by length. Reads the model's settings alone."""
@@ -41,7 +44,8 @@ def plan(
         for name, mib in DEVICES.items():
             typer.echo(f"{name:<12} {mib / 1024:.1f} GiB")
         return
+    where = find_device(device, memory_gib, gpu_memory_gib)
     config, _ = load(EngineConfig, {**flags, "model": model})
     directory = locate(model, revision=config.revision, download_dir=config.download_dir, weights=False)
     spec = load_spec(directory, model, config.model_impl)
-    show(config, spec, find_device(device, memory_gib), Console(highlight=False))
+    show(config, spec, where, Console(highlight=False))

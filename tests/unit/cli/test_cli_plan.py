@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from ropeway.cli.budget import DEVICES, devices_that_fit, find_device, resolve_dtype, sequence_lengths, show
+from ropeway.cli.main import app
 from ropeway.config import EngineConfig
-from ropeway.errors import MemoryBudgetError
+from ropeway.errors import ConfigError, MemoryBudgetError
 from ropeway.modelspec import ModelSpec, load_spec
 
 
@@ -82,6 +84,21 @@ def test_memory_can_be_given(big: ModelSpec) -> None:
     assert device.memory.free == device.memory.total == int(3.5 * 1024**3)
     assert resolve_dtype(EngineConfig(dtype="float32"), big, "cpu") == "float32"
     assert resolve_dtype(EngineConfig(), big, "cuda") == "bfloat16"
+
+
+def test_a_gpu_that_is_not_here(big: ModelSpec) -> None:
+    gpu = find_device("cpu", None, 80)
+    assert (gpu.kind, gpu.memory.total, gpu.memory.free) == ("cuda", 80 * 1024**3, 80 * 1024**3)
+    shared = find_device("cuda", 30, 80)
+    assert (shared.memory.total, shared.memory.free) == (80 * 1024**3, 30 * 1024**3)
+    with pytest.raises(ConfigError, match="--device L4-24 has a memory of its own"):
+        find_device("L4-24", None, 80)
+    arguments = ["plan", str(big.directory), "--gpu-memory-gib", "80", "--max-model-len", "8192"]
+    text = CliRunner().invoke(app, [*arguments, "--kv-host-gib", "2"], env={"COLUMNS": "200"}).output
+    assert "on a GPU with 80 GiB: 80.00 GiB free of 80.00 GiB" in text
+    assert "the share 0.9 of 80.00 GiB less weights and workspace" in text
+    assert "KV blocks on their way to and from the tiers" in text
+    assert "`serve` measures both" in text
 
 
 def test_lengths_double_up_to_the_limit() -> None:
