@@ -21,10 +21,10 @@ KERNEL_SOURCES := $(wildcard src/ropeway/runtime/kernels/*.py src/ropeway/runtim
 
 # Both ways of installing write to one environment.
 .NOTPARALLEL:
-.PHONY: help serve test lint bench clean
+.PHONY: help serve test test-gpu lint bench clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do printf '%-14s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do printf '%-14s %s\n' "$$name" "$$what"; done
 
 serve: $(BUILT) ## set everything up, then serve the bundled model on http://127.0.0.1:8000
 	@exec $(BIN)/ropeway serve $(MODEL) --port $(PORT) $(ARGS)
@@ -32,12 +32,18 @@ serve: $(BUILT) ## set everything up, then serve the bundled model on http://127
 test: $(DEVELOP) $(LITELLM) $(BUILT) ## run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
+test-gpu: $(DEVELOP) $(BUILT) ## run what computes on a GPU there; without one only the kernels, in Triton's interpreter
+	$(BIN)/python -m pytest tests/gpu_kernels tests/gpu tests/unit/runtime/test_runner.py $(ARGS)
+
 lint: $(DEVELOP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 bench: $(DEVELOP) $(BUILT) ## static against continuous batching on this machine, with a picture of the seats
 	$(BIN)/ropeway bench batching $(ARGS)
+
+evidence: $(DEVELOP) $(BUILT) ## measure what batching and its parts gain on this machine, and write docs/evidence (minutes)
+	$(BIN)/python benchmarks/evidence $(ARGS)
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
