@@ -21,6 +21,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AWQ keeps output feature AWQ_ORDER[i] of every eight in nibble i."""
 W8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
+F8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
 A8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
@@ -121,9 +122,47 @@ def store_awq(name: str, weight: Array, group: int, symmetric: bool) -> tuple[di
     return stored, plain(values, scale, zero, group)
 
 
+def store_fp8(name: str, weight: Array, scale: Array, stored_as: str, kept: Array) -> tuple[dict[str, Tensor], Tensor]:
+    """`scale` as large as the weight, `kept` as it is written."""
+    values = torch.from_numpy(weight / scale).float().clamp(-448, 448).to(torch.float8_e4m3fn)
+    stored = {f"{name}.weight": values, f"{name}.{stored_as}": torch.from_numpy(kept.astype(np.float32))}
+    return stored, values.float() * torch.from_numpy(scale.astype(np.float32))
+
+
+def store_fp8_channel(name: str, weight: Array) -> tuple[dict[str, Tensor], Tensor]:
+    scale = np.abs(weight).max(1, keepdims=True) / 448
+    return store_fp8(name, weight, np.broadcast_to(scale, weight.shape).copy(), "weight_scale", scale)
+
+
+def store_fp8_tensor(name: str, weight: Array) -> tuple[dict[str, Tensor], Tensor]:
+    scale = np.abs(weight).max() / 448
+    return store_fp8(name, weight, np.full(weight.shape, scale), "weight_scale", np.array(scale))
+
+
+def store_fp8_blocks(name: str, weight: Array, stored_as: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Blocks of 128 x 128, of which the last ones are smaller."""
+    outs, ins = weight.shape
+    blocks = np.array([
+        [np.abs(weight[row : row + 128, column : column + 128]).max() / 448 for column in range(0, ins, 128)]
+        for row in range(0, outs, 128)
+    ])  # fmt: skip
+    scale = np.array([[blocks[row // 128, column // 128] for column in range(ins)] for row in range(outs)])
+    return store_fp8(name, weight, scale, stored_as, blocks)
+
+
 Store = Callable[[str, Array], tuple[dict[str, Tensor], Tensor]]
 LAYOUTS: dict[str, tuple[dict[str, Any], Store]] = {
     "w8a8": (compressed("int-quantized", W8, A8), store_int8),
+    "fp8-channel": (compressed("float-quantized", F8, {**A8, "type": "float"}), store_fp8_channel),
+    "fp8-block": (
+        compressed("float-quantized", {**F8, "strategy": "block", "block_structure": [128, 128]}, None),
+        lambda n, w: store_fp8_blocks(n, w, "weight_scale"),
+    ),
+    "fp8": (
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]},
+        lambda n, w: store_fp8_blocks(n, w, "weight_scale_inv"),
+    ),
+    "fp8-tensor": ({"quant_method": "fp8", "activation_scheme": "static"}, store_fp8_tensor),
     "w4a16": (compressed("pack-quantized", W4, None), lambda n, w: store_packed(n, w, 32, True)),
     "w4a16-asym": (
         compressed("pack-quantized", {**W4, "symmetric": False, "group_size": 64}, None),

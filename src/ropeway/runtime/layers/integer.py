@@ -12,6 +12,7 @@ from torch.nn import functional
 from ropeway.runtime.layers.quantized import QuantizedWeight
 
 SMALLEST = 2.0**-126
+FP8_MOST = 448.0
 _COLUMNS = 1024
 """Columns of a weight that are widened at a time, so that no call needs the whole of it in float32."""
 
@@ -29,7 +30,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.where(usable, scale, torch.where(finite, 0.0, torch.nan))
 
 
-class _Integers:
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (T, K), finite, in float8_e4m3fn, and scales (T, 1) float32: the largest magnitude of a row is 448."""
+    wide = x.float()
+    scale = (wide.abs().amax(1, keepdim=True) / FP8_MOST).clamp_(min=SMALLEST)
+    return (wide / scale).clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn), scale
+
+
+class Stored:
     """What products with a quantized weight share: the weight as it was stored, and reading its rows."""
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
@@ -37,18 +45,13 @@ class _Integers:
         self._dtype = dtype
 
     def rows(self, ids: Tensor) -> Tensor:
-        return self._part(ids).dequantize().to(self._dtype)
-
-    def _part(self, columns: Tensor | slice) -> QuantizedWeight:
-        stored = self._stored
-        zeros = None if stored.zeros is None else stored.zeros[columns]
-        return QuantizedWeight(stored.format, stored.values[columns], stored.scales[columns], zeros, stored.group)
+        return self._stored.part(ids).dequantize().to(self._dtype)
 
 
-class TorchIntProduct(_Integers):
+class TorchIntProduct(Stored):
     """Plain torch: exact about what is computed, and slow, since the weight is widened at every call.
 
-    On a GPU the activations stay as they are.
+    On a GPU, and by weights in fp8, the activations stay as they are.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -57,11 +60,11 @@ class TorchIntProduct(_Integers):
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = [slice(c, c + _COLUMNS) for c in range(0, self._stored.values.shape[0], _COLUMNS)]
-        if x.device.type != "cpu":
-            y = torch.cat([functional.linear(x, self._part(c).dequantize().to(x.dtype)) for c in parts], 1)
+        if x.device.type != "cpu" or self._stored.format == "fp8":
+            y = torch.cat([functional.linear(x, self._stored.part(c).dequantize().to(x.dtype)) for c in parts], 1)
             return y if self._bias is None else y + self._bias
         values, scales = quantize_rows(x)
-        y = torch.cat([_multiply(values, self._part(c)) for c in parts], 1) * scales
+        y = torch.cat([_multiply(values, self._stored.part(c)) for c in parts], 1) * scales
         return (y if self._bias is None else y + self._bias.float()).to(self._dtype)
 
 
@@ -72,7 +75,7 @@ def _multiply(values: Tensor, weight: QuantizedWeight) -> Tensor:
     return functional.linear(values, weight.dequantize())
 
 
-class OneDnnInt8Product(_Integers):
+class OneDnnInt8Product(Stored):
     """oneDNN's product of bytes, through operations that torch keeps private: hence the probe at start.
 
     It takes unsigned activations, so they are shifted by 128. Without VNNI its sums of two products may saturate.

@@ -16,7 +16,8 @@ from torch.nn import functional
 from ropeway.errors import KernelError
 from ropeway.runtime import cpu_info
 from ropeway.runtime.kernels.library import LinearWeight, NativeLibrary, load
-from ropeway.runtime.layers.integer import OneDnnInt8Product, TorchIntProduct, quantize_rows
+from ropeway.runtime.layers import gpu
+from ropeway.runtime.layers.integer import OneDnnInt8Product, TorchIntProduct, quantize_fp8, quantize_rows
 from ropeway.runtime.layers.quantized import QuantizedWeight, checked
 
 FASTEST = 3
@@ -27,7 +28,7 @@ CLEARLY = 1.25
 decide which of two good ones serves, and with it the last bits of every answer."""
 
 
-Scheme = Literal["plain", "int8", "int4", "other"]
+Scheme = Literal["plain", "int8", "int4", "fp8", "other"]
 """How a weight is stored: in x's type, in one of the quantized forms, or in one for which there is no kernel."""
 
 
@@ -136,6 +137,7 @@ class ReorderedProduct:
 
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_CPU = torch.device("cpu")
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -198,8 +200,8 @@ class PackedLinear:
 
 def _scheme(weight: QuantizedWeight) -> Scheme:
     """int4 in groups that no kernel knows is a scheme of its own, which plain torch computes."""
-    if weight.format == "int8":
-        return "int8" if weight.values.shape[1] <= DEEPEST else "other"
+    if weight.format != "int4":
+        return weight.format if weight.values.shape[1] <= DEEPEST else "other"
     return "int4" if weight.group % 32 == 0 and weight.values.shape[1] <= DEEPEST else "other"
 
 
@@ -234,7 +236,7 @@ def choose(device_type: str, dtype: torch.dtype, scheme: Scheme = "plain", level
     """
     plain: Make = TorchProduct if scheme == "plain" else functools.partial(TorchIntProduct, dtype=dtype)
     if device_type != "cpu":
-        return Choice("torch", plain, plain, ())
+        return _choose_beyond(torch.device(device_type), dtype, scheme, level, plain)
     candidates: dict[str, Make] = {}
     reasons: list[str] = []
     for name, make in {**_preferences(dtype, scheme, level, reasons), "torch": plain}.items():
@@ -251,11 +253,23 @@ def choose(device_type: str, dtype: torch.dtype, scheme: Scheme = "plain", level
     return Choice(name, candidates[name], lookup, tuple(reasons))
 
 
+def _choose_beyond(device: torch.device, dtype: torch.dtype, scheme: Scheme, level: int, plain: Make) -> Choice:
+    """On another device than the CPU: the first of the preferred ways that is right there."""
+    reasons: list[str] = []
+    ways = gpu.preferences(dtype, scheme, reasons) if level >= 1 else {}
+    for name, make in ways.items():
+        fault = _fault(make, dtype, scheme, device)
+        if fault is None:
+            return Choice(name, make, make, tuple(reasons))
+        reasons.append(f"{name}: {fault}")
+    return Choice("torch", plain, plain, tuple(reasons))
+
+
 def _preferences(dtype: torch.dtype, scheme: Scheme, level: int, reasons: list[str]) -> dict[str, Make]:
     """What can be tried beside plain torch, the preferred first. oneDNN leads where it knows instructions that the
     native kernels do not use (AMX)."""
     found: dict[str, Make] = {}
-    if dtype not in _TYPES or scheme == "other":
+    if dtype not in _TYPES or scheme in ("fp8", "other"):
         return found
     cpu = cpu_info.detect()
     if level >= 2:
@@ -274,35 +288,43 @@ def _preferences(dtype: torch.dtype, scheme: Scheme, level: int, reasons: list[s
     return {**onednn, **found} if tiles in cpu.flags and dtype == torch.bfloat16 else {**found, **onednn}
 
 
-def _fault(make: Make, dtype: torch.dtype, scheme: Scheme = "plain") -> str | None:
-    """Compare with float64 on a shape that fills no vector evenly. None, or what is wrong."""
+def _fault(make: Make, dtype: torch.dtype, scheme: Scheme = "plain", device: torch.device = _CPU) -> str | None:
+    """Compare with float64 on shapes that fill no vector evenly. None, or what is wrong."""
     draw = torch.Generator().manual_seed(0)
-    weight = _sample(50, 96, dtype, scheme, draw)
+    weight = _sample(48 if scheme == "fp8" else 50, 96, dtype, scheme, draw)
     exact = weight.dequantize().double() if isinstance(weight, QuantizedWeight) else weight.double()
-    bias = torch.randn(50, generator=draw).to(dtype)
-    allowed = 1e-5 if dtype == torch.float32 else 2e-2
+    bias = torch.randn(len(exact), generator=draw).to(dtype)
+    # Tensor cores add fp8 in fewer bits than a float32 has.
+    allowed = 1e-5 if dtype == torch.float32 and scheme != "fp8" else 2e-2
     try:
-        product = make(weight, bias)
-        for count in (1, 7, 33):
+        product = make(weight.to(device), bias.to(device))
+        for count in (1, 7, 33, 130):
             x = torch.randn(count, 96, generator=draw).to(dtype)
             x[0] = 3.0  # with weights at the end of their range too: bytes must not saturate
-            taken = x.double()
-            if scheme != "plain":
-                values, scales = quantize_rows(x)
-                taken = values.double() * scales.double()
-            expected = taken @ exact.T + bias.double()
-            error = float((product(x).double() - expected).abs().max() / expected.abs().max())
+            expected = _taken(x, scheme, device) @ exact.T + bias.double()
+            error = float((product(x.to(device)).cpu().double() - expected).abs().max() / expected.abs().max())
             if not error <= allowed:
                 return f"its result is wrong by {error:.1e}"
-    except (RuntimeError, AttributeError, NotImplementedError, KernelError) as error:
-        return f"it does not work here ({str(error).splitlines()[0][:80]})"
+    except Exception as error:  # compilers of kernels raise what they like
+        return f"it does not work here ({(str(error) or type(error).__name__).splitlines()[0][:80]})"
     return None
+
+
+def _taken(x: Tensor, scheme: Scheme, device: torch.device) -> Tensor:
+    """`x` as a product with weights of `scheme` takes it, in float64."""
+    if scheme in ({"plain", "fp8"} if device.type == "cpu" else {"plain", "int4"}):
+        return x.double()
+    values, scales = quantize_fp8(x) if scheme == "fp8" else quantize_rows(x)
+    return values.double() * scales.double()
 
 
 def _sample(columns: int, depth: int, dtype: torch.dtype, scheme: Scheme, draw: torch.Generator) -> Weight:
     """A weight of the kind that is chosen for. The first column is at the end of its range."""
     if scheme == "plain":
         return torch.randn(columns, depth, generator=draw).to(dtype)
+    if scheme == "fp8":
+        values, scales = quantize_fp8(torch.randn(columns, depth, generator=draw))
+        return QuantizedWeight("fp8", values, scales[:, 0])
     if scheme == "int8":
         values = torch.randint(-127, 128, (columns, depth), generator=draw, dtype=torch.int8)
         values[0] = 127

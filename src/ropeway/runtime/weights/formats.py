@@ -1,10 +1,11 @@
 """The layouts in which quantized checkpoints store a linear layer, each as one `QuantizedWeight`.
 
 All of them hold (value - zero) * scale. compressed-tensors
-(https://github.com/vllm-project/compressed-tensors) stores int8 plainly, and nibbles and zero points plus 8 in words of
-eight along the input and output features. GPTQ (https://github.com/ModelCloud/GPTQModel) and AWQ
+(https://github.com/vllm-project/compressed-tensors) stores int8 and fp8 plainly, and nibbles and zero points plus 8 in
+words of eight along the input and output features. GPTQ (https://github.com/ModelCloud/GPTQModel) and AWQ
 (https://github.com/casper-hansen/AutoAWQ) store the transposed matrix: GPTQ packs along the input features and its zero
-points along the output features, AWQ both along the output features and in an order of its own.
+points along the output features, AWQ both along the output features and in an order of its own. DeepSeek's fp8 has a
+scale for each block of outputs and inputs, which it calls the inverse of a scale.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch import Tensor
 from ropeway.errors import ModelError
 from ropeway.modelspec import QuantSpec
 from ropeway.modelspec.quantization import kernel_group
-from ropeway.runtime.layers.quantized import QuantizedWeight
+from ropeway.runtime.layers.quantized import QuantizedWeight, as_bytes
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where AWQ keeps the nibble of each of eight neighbouring output features."""
+_MARKS = (".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight")
 
 
 class Stored(Protocol):
@@ -35,13 +37,15 @@ class Stored(Protocol):
 
 def is_quantized(stored: Stored, module: str) -> bool:
     """Whether the checkpoint has `module` in one of the layouts."""
-    return any(stored.has(module + part) for part in (".weight_scale", ".weight_packed", ".qweight"))
+    return any(stored.has(module + part) for part in _MARKS)
 
 
 def read(stored: Stored, spec: QuantSpec, module: str, outs: int, ins: int) -> QuantizedWeight:
     """The weight of the linear layer `module`, (outs, ins). Raises ModelError if it cannot be computed with."""
     if spec.format == "int8":
         return _read_int8(stored, module, outs, ins)
+    if spec.format == "fp8":
+        return _read_fp8(stored, spec, module, outs, ins)
     group = spec.group or ins
     if ins % group or ins % 32:
         raise ModelError(
@@ -72,7 +76,7 @@ def join(parts: Sequence[QuantizedWeight], modules: Sequence[str]) -> QuantizedW
         )
     return QuantizedWeight(
         format=first.format,
-        values=torch.cat([p.values for p in parts]),
+        values=torch.cat([as_bytes(p.values) for p in parts]).view(first.values.dtype),
         scales=torch.cat([p.scales for p in parts]),
         zeros=zeros,
         group=first.group,
@@ -93,13 +97,33 @@ def pack_nibbles(values: Tensor) -> Tensor:
 
 
 def _read_int8(stored: Stored, module: str, outs: int, ins: int) -> QuantizedWeight:
-    values = stored.raw(module + ".weight", [(outs, ins)])
-    scales = stored.raw(module + ".weight_scale", [(outs, 1), (outs,), (1,), (), (1, 1)]).float().reshape(-1)
-    if values.dtype != torch.int8:
-        raise ModelError(f"{module}.weight is {values.dtype} where config.json announces int8.")
     # Scales made for 255 steps put the largest weights at -127.5: -127 is as near as -128.
-    values = values.clamp_(min=-127)
-    return QuantizedWeight(format="int8", values=values, scales=scales.expand(outs).contiguous(), zeros=None, group=0)
+    values = _bytes(stored, module, outs, ins, torch.int8).clamp_(min=-127)
+    return QuantizedWeight(format="int8", values=values, scales=_by_channel(stored, module, outs))
+
+
+def _read_fp8(stored: Stored, spec: QuantSpec, module: str, outs: int, ins: int) -> QuantizedWeight:
+    values = _bytes(stored, module, outs, ins, torch.float8_e4m3fn)
+    if not spec.tall:
+        return QuantizedWeight(format="fp8", values=values, scales=_by_channel(stored, module, outs))
+    name = module + (".weight_scale_inv" if spec.method == "fp8" else ".weight_scale")
+    blocks = stored.raw(name, [(-(-outs // spec.tall), -(-ins // spec.group))]).float()
+    scales = blocks.repeat_interleave(spec.tall, dim=0)[:outs].contiguous()
+    return QuantizedWeight(format="fp8", values=values, scales=scales, group=spec.group)
+
+
+def _bytes(stored: Stored, module: str, outs: int, ins: int, dtype: torch.dtype) -> Tensor:
+    values = stored.raw(module + ".weight", [(outs, ins)])
+    if values.dtype != dtype:
+        announced = str(dtype).removeprefix("torch.")
+        raise ModelError(f"{module}.weight is {values.dtype} where config.json announces {announced}.")
+    return values
+
+
+def _by_channel(stored: Stored, module: str, outs: int) -> Tensor:
+    """A scale for each output, (outs,) float32, whether stored so or as one for all."""
+    scales = stored.raw(module + ".weight_scale", [(outs, 1), (outs,), (1,), (), (1, 1)])
+    return scales.float().reshape(-1).expand(outs).contiguous()
 
 
 def _read_packed(stored: Stored, spec: QuantSpec, module: str, outs: int, ins: int, group: int) -> QuantizedWeight:

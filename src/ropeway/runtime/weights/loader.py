@@ -21,11 +21,11 @@ from ropeway.modelspec.quantization import kernel_group
 from ropeway.runtime.layers.quantized import QuantizedWeight
 from ropeway.runtime.streams import open_streams
 from ropeway.runtime.weights import formats
-from ropeway.runtime.weights.quant import quantize_int4, quantize_int8
+from ropeway.runtime.weights.quant import quantize_fp8, quantize_int4, quantize_int8
 from ropeway.runtime.weights.upload import Uploader
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-_RAW = {**_DTYPES, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+_RAW = {**_DTYPES, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
 _CPU = torch.device("cpu")
 _NAMED = 5
 _UNUSED = (".rotary_emb.inv_freq",)
@@ -39,11 +39,11 @@ class Weights:
     """The tensors of a checkpoint directory, each to be taken once.
 
     `take` and `fuse` return new tensors of `dtype` on `device`, through an `uploader` if one is given or the device is
-    not the CPU; `raw` returns them on the CPU. `linear`, `head` and `quantize` return quantized weights
-    where the checkpoint (`stored`) has them or `quantization` ('auto', 'int8', 'int4') asks for them, int4 with a scale
-    for every `group` input features or fewer. `finish` refuses a checkpoint with tensors that the model has not asked
-    for. Use as a context manager, so that the mappings are closed. Raises ConfigError if the checkpoint is quantized
-    otherwise than `quantization` asks for.
+    not the CPU; `raw` returns them on the CPU. `linear`, `head` and `quantize` return quantized weights where the
+    checkpoint (`stored`) has them or `quantization` ('auto', 'int8', 'int4', 'fp8') asks for them, int4 with a scale
+    for every `group` input features or fewer; what is `widened` in `stored` counts as plain. `finish` refuses a
+    checkpoint with tensors that the model has not asked for. Use as a context manager, so that files are closed. Raises
+    ConfigError if the checkpoint is quantized otherwise than `quantization` asks for.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Weights:
         device: torch.device = _CPU,
         uploader: Uploader | None = None,
     ) -> None:
-        if stored is not None and quantization not in ("auto", stored.format):
+        if stored is not None and not stored.widened and quantization not in ("auto", stored.format):
             raise ConfigError(
                 f"quantization is {quantization}, but the checkpoint in {directory} is stored in {stored.format} "
                 f"({stored.method}). Use --quantization {stored.format} or auto, or take the plain checkpoint.",
@@ -106,31 +106,38 @@ class Weights:
 
     def linear(self, modules: Sequence[str], outs: Sequence[int], ins: int) -> Tensor | QuantizedWeight:
         """The weights of linear layers with the same input, one below the other: (sum of outs, ins)."""
+        found = self._stored_or_plain(modules, outs, ins)
+        return found if isinstance(found, QuantizedWeight) else self.quantize(found)
+
+    def head(self, module: str, vocab: int, ins: int) -> Tensor | QuantizedWeight:
+        """The LM head, (vocab, ins), where it is a layer of its own."""
+        found = self._stored_or_plain([module], [vocab], ins)
+        return found if isinstance(found, QuantizedWeight) else self.quantize(found, head=True)
+
+    def _stored_or_plain(self, modules: Sequence[str], outs: Sequence[int], ins: int) -> Tensor | QuantizedWeight:
+        """Quantized if the checkpoint has it so, and the device computes with that."""
         quantized = [self.stored is not None and formats.is_quantized(self, module) for module in modules]
         if all(quantized) and self.stored is not None:
             self._drop_zero_biases(modules)
             parts = [formats.read(self, self.stored, m, out, ins) for m, out in zip(modules, outs, strict=True)]
-            return formats.join(parts, modules)
+            found = formats.join(parts, modules)
+            return found.widen(self.dtype).to(self.device) if self.stored.widened else found
         if any(quantized):
             plain = ", ".join(m for m, q in zip(modules, quantized, strict=True) if not q)
             raise ModelError(
                 f"The checkpoint in {self.directory} leaves {plain} plain and quantizes the others of "
                 f"{', '.join(modules)}, which are computed as one. Quantize all of them or none."
             )
-        return self.quantize(self.fuse([module + ".weight" for module in modules], [(out, ins) for out in outs]))
-
-    def head(self, module: str, vocab: int, ins: int) -> Tensor | QuantizedWeight:
-        """The LM head, (vocab, ins), where it is a layer of its own."""
-        if self.stored is not None and formats.is_quantized(self, module):
-            return self.linear([module], [vocab], ins)
-        return self.quantize(self.take(module + ".weight", (vocab, ins)), head=True)
+        return self.fuse([module + ".weight" for module in modules], [(out, ins) for out in outs])
 
     def quantize(self, weight: Tensor, *, head: bool = False) -> Tensor | QuantizedWeight:
         """`weight` (N, K) as `quantization` asks for it. An LM head gets int8 at least: it decides between tokens, and
-        int4 would blur that. So does a layer with a number of inputs that int4 cannot group by 32."""
+        int4 or fp8 would blur that. So does a layer with a number of inputs that int4 cannot group by 32."""
         group = 0 if head else kernel_group(weight.shape[1], self._group)
         if self._quantization == "int4" and group:
             return quantize_int4(weight, group)
+        if self._quantization == "fp8" and not head:
+            return quantize_fp8(weight)
         return weight if self._quantization == "auto" else quantize_int8(weight)
 
     def has(self, name: str) -> bool:

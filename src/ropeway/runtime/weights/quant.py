@@ -1,4 +1,5 @@
-"""Quantize weights without data: int8 for each output channel, int4 in groups by a search for the least squared error.
+"""Quantize weights without data: int8 and fp8 for each output channel, int4 in groups by a search for the least squared
+error.
 
 Rows are taken in chunks whose temporaries stay in the cache, so that a weight is never held in float32 as a whole.
 """
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ropeway.runtime.layers.integer import FP8_MOST
 from ropeway.runtime.layers.quantized import QuantizedWeight
 
 _CHUNK = 1 << 18
@@ -21,14 +23,26 @@ _SMALLEST = 1e-10
 
 def quantize_int8(weight: Tensor) -> QuantizedWeight:
     """`weight` (N, K) in int8 within [-127, 127], one scale for each row: its largest magnitude is 127."""
-    values = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0])
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], device=weight.device)
     for rows in _chunks(weight):
         chunk = weight[rows].float()
         scale = storable(chunk.abs().amax(1).clamp_(min=_SMALLEST) / 127)
         scales[rows] = scale
         values[rows] = (chunk / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return QuantizedWeight(format="int8", values=values, scales=scales, zeros=None, group=0)
+
+
+def quantize_fp8(weight: Tensor) -> QuantizedWeight:
+    """`weight` (N, K) in e4m3, one scale for each row: its largest magnitude is 448."""
+    values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scales = torch.empty(weight.shape[0], device=weight.device)
+    for rows in _chunks(weight):
+        chunk = weight[rows].float()
+        scale = storable(chunk.abs().amax(1).clamp_(min=_SMALLEST) / FP8_MOST)
+        scales[rows] = scale
+        values[rows] = (chunk / scale[:, None]).clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
+    return QuantizedWeight(format="fp8", values=values, scales=scales)
 
 
 def quantize_int4(weight: Tensor, group: int) -> QuantizedWeight:
@@ -38,9 +52,9 @@ def quantize_int4(weight: Tensor, group: int) -> QuantizedWeight:
     one for the values found.
     """
     rows, depth = weight.shape
-    values = torch.empty((rows, depth), dtype=torch.uint8)
-    scales = torch.empty((rows, depth // group))
-    zeros = torch.empty((rows, depth // group), dtype=torch.uint8)
+    values = torch.empty((rows, depth), dtype=torch.uint8, device=weight.device)
+    scales = torch.empty((rows, depth // group), device=weight.device)
+    zeros = torch.empty((rows, depth // group), dtype=torch.uint8, device=weight.device)
     for part in _chunks(weight):
         grouped = weight[part].float().view(-1, group)
         scale, zero = search_int4(grouped)
@@ -54,7 +68,8 @@ def quantize_int4(weight: Tensor, group: int) -> QuantizedWeight:
 
 def rounding(format: str, group: int) -> Callable[[str, Tensor], QuantizedWeight]:
     """The functions above as `export.Quantize`."""
-    return lambda _, weight: quantize_int8(weight) if format == "int8" else quantize_int4(weight, group)
+    by_channel = {"int8": quantize_int8, "fp8": quantize_fp8}.get(format)
+    return lambda _, weight: by_channel(weight) if by_channel else quantize_int4(weight, group)
 
 
 def search_int4(grouped: Tensor) -> tuple[Tensor, Tensor]:

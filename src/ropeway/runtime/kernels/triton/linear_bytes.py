@@ -61,7 +61,9 @@ def multiply(
     )  # fmt: skip
     if plan.parts == 1:
         return out
-    return join(into, out, *((None, None) if group else (row_scales, scales)), bias)
+    if group:
+        return join(into, out, None, None, bias)
+    return join(into, out, row_scales, scales, bias)
 
 
 @triton.jit

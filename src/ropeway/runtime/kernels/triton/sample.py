@@ -67,12 +67,11 @@ def sample(
     wishes = temperature, top_k, top_p, min_p
     _scan[(rows, tiles)](*row, temperature, maxima, sums, TILE=sizes.tile, num_warps=8)
     if truncates:
-        integers = {"dtype": torch.int32, "device": logits.device}
-        found = torch.zeros((rows, _BINS.value), **integers)
-        upto = torch.empty((rows, tiles, _BINS.value), **integers)
+        found = torch.zeros((rows, _BINS.value), dtype=torch.int32, device=logits.device)
+        upto = torch.empty((rows, tiles, _BINS.value), dtype=torch.int32, device=logits.device)
         values = torch.empty((rows, sizes.room), dtype=torch.float32, device=logits.device)
-        ids = torch.empty((rows, sizes.room), **integers)
-        number = torch.empty(rows, **integers)
+        ids = torch.empty((rows, sizes.room), dtype=torch.int32, device=logits.device)
+        number = torch.empty(rows, dtype=torch.int32, device=logits.device)
         cut = {"TILE": sizes.tile, "TILES": padded}
         _count[(rows, tiles)](*row, *wishes, maxima, found, upto, **cut, num_warps=8)
         _gather[(rows, tiles)](

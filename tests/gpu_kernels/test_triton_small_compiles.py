@@ -1,0 +1,29 @@
+"""The small operations, the sampler and the quantized products become machine code for GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("arguments", [("small-qwen", "sample-small", "int4", "80"), ("fp8", "90")], ids="-".join)
+def test_kernels_compile(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compile_small.py"), *arguments], capture_output=True, text=True,
+        env=environment, timeout=170, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["case"] for kernel in kernels} == set(arguments[:-1])
+    for kernel in kernels:
+        assert kernel["shared"] <= kernel["limit"], kernel
+        assert kernel["tensor_cores"] == (kernel["kernel"] == "_multiply"), kernel
