@@ -48,7 +48,8 @@ def _fill_kernel(
         weight = tl.load(norm + column, mask=column < RANK, other=0.0)
         wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / RANK + eps)
         # Rounded before the weight and after it, as models do.
-        tl.store(target + column, weight * wide.to(weight.dtype), mask=column < RANK)
+        wide = wide.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+        tl.store(target + column, wide.to(weight.dtype), mask=column < RANK)
     lane = tl.arange(0, BLOCK_HALF)
     there = lane < half
     row = tl.load(positions + token) * half + lane
