@@ -29,6 +29,7 @@ from ropeway.api import (
     deployments,
     docs,
     embeddings,
+    feed,
     files,
     health,
     models,
@@ -59,10 +60,11 @@ from ropeway.api.registry import RequestList, RequestState
 from ropeway.api.response_store import ResponseStore
 from ropeway.api.responses_schema import DeletedResponse, InputItems, ResponseBody, ResponseRequest, TokenCount
 from ropeway.api.state import Api, api_of
+from ropeway.api.tracing import Tracing
 from ropeway.config import ServerConfig
-from ropeway.contract.compare import Comparison, Mix
 from ropeway.jobs.running import Jobs
 from ropeway.observe.metrics import Metrics
+from ropeway.observe.otlp import Collector
 from ropeway.service.request import TextService
 
 _DESCRIPTION = "OpenAI's API and Anthropic's Messages for the model that this server runs, with vLLM's parameters."
@@ -87,6 +89,11 @@ def create_app(
         app.add_middleware(Refusals)
     else:
         app.state.api = Api(service, config, metrics)
+        app.state.hub = feed.Hub(app.state.api)
+        app.state.tracing = None
+        if config.otlp_endpoint is not None:
+            app.state.tracing = Tracing(Collector(config.otlp_endpoint, config.otlp_headers))
+            app.state.api.requests.listeners.append(app.state.tracing.ended)
         app.state.responses = ResponseStore(
             count=config.response_store_count,
             size=int(config.response_store_mib * 1024 * 1024),
@@ -179,9 +186,10 @@ def _add_routes(app: FastAPI) -> None:
     add("PUT", one, canary.start_canary, op(CanaryState, CanaryStart))
     add("PATCH", one, canary.change_canary, op(CanaryState, CanaryChange))
     add("DELETE", one, canary.forget_canary, op(CanaryList))
+    app.add_api_route(feed.PATH, feed.feed, methods=["GET"], include_in_schema=False)
     app.add_api_route("/openapi.json", _openapi, methods=["GET"], include_in_schema=False)
     app.add_api_route("/docs", _docs, methods=["GET"], include_in_schema=False)
-    add("POST", "/ui/compare", compare.compare, op(Comparison, Mix))
+    app.add_api_route("/ui/compare", compare.compare, methods=["POST"], include_in_schema=False)
     app.add_api_route(ui.HOME, ui.home, methods=["GET", "HEAD"], include_in_schema=False)
     for path in ui.ASSETS:
         app.add_api_route(path, ui.asset, methods=["GET", "HEAD"], include_in_schema=False)

@@ -154,6 +154,7 @@ def fan_out(
                 urgency=urgency,
                 tenant=str(request.state.tenant),
                 meter=request.state.meter,
+                trace=str(request.state.trace),
                 salt=body.cache_salt or "",
                 deadline_s=deadline(api, urgency, body.deadline_ms),
                 ttft_deadline_s=ttft_deadline_ms / 1000 if ttft_deadline_ms else None,

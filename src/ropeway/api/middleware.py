@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ropeway.accounts import Accounts, Meter
 from ropeway.api import anthropic_errors, ui
 from ropeway.api.errors import HttpError, error_response
+from ropeway.api.feed import PATH as FEED
 from ropeway.api.files import FORM_BYTES
 from ropeway.api.files import PATH as FILES
 from ropeway.api.files import too_large as file_too_large
@@ -44,7 +45,7 @@ PUBLIC: Final = frozenset({"/livez", "/readyz", "/health", "/ping", "/version"})
 ADMIN: Final = "/admin/"
 """Below this path the operator is at home, who has a key that no client has."""
 
-SHARED: Final = ("/v1/requests", "/v1/usage")
+SHARED: Final = ("/v1/requests", "/v1/usage", FEED)
 """Here and below, clients see what is theirs, and the operator sees all."""
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
@@ -97,6 +98,7 @@ class Gate:
         call = scope.get(CALL)
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, tenant="", operator=False, urgency=None, account=None, meter=None)
+        state["trace"] = headers.one(b"traceparent").decode("latin-1")
         status = 0
 
         async def tell(message: Message) -> None:

@@ -7,18 +7,20 @@ import copy
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, takewhile
 from typing import Final, Literal
 
 from msgspec import Struct
 
 from ropeway.api.errors import ErrorBody, StreamCancelled, classify
 from ropeway.api.schema import PromptTokensDetails, UsageBody
-from ropeway.contract import Why
+from ropeway.contract import SamplingParams, Why
+from ropeway.contract.scene import Life
 from ropeway.errors import EngineError, RopewayError
 from ropeway.service.request import TextRequest, TextService, TextStream
 
-KEEP: Final = 1024
+KEEP: Final = 4096
 KEEP_SECONDS: Final = 600.0
 """So many requests stay known, at most so long, after they have ended."""
 
@@ -31,7 +33,8 @@ class RequestState(Struct, frozen=True, kw_only=True):
     While it is queued, `position` is its place in the line (0 = next), `held_by` the limit or scheduling policy that
     holds it, `reason` what is lacking, and `eta_seconds` when it is expected to board. It is queued as long as all of
     its `sequences` are, the choices of its answer. Times are seconds; what only the engine knows yet is null. `error`
-    is what the client was told in place of an answer.
+    is what the client was told in place of an answer. `timeline` has the lives of its sequences, as far as the engine
+    remembers them; null where it was not asked for.
     """
 
     id: str
@@ -52,6 +55,7 @@ class RequestState(Struct, frozen=True, kw_only=True):
     ttft_seconds: float | None
     seconds: float
     error: ErrorBody | None = None
+    timeline: list[Life] | None = None
 
 
 class RequestList(Struct, frozen=True, kw_only=True):
@@ -62,9 +66,23 @@ class RequestList(Struct, frozen=True, kw_only=True):
     has_more: bool
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What traces tell of a request: the W3C traceparent that it came with, what is to be done, and how."""
+
+    trace: str = ""
+    operation: str = "chat"
+    sampling: SamplingParams | None = None
+
+    @classmethod
+    def of(cls, request: TextRequest) -> Asked:
+        operation = "embeddings" if request.pooling else "text_completion" if request.messages is None else "chat"
+        return cls(request.trace, operation, request.sampling)
+
+
 class Tracked:
     """One HTTP request, which one or more sequences answer. A context, to be entered any number of times, in which an
-    exception ends the request."""
+    exception ends the request. `sequences` are the engine's names of all that it has submitted."""
 
     def __init__(
         self, service: TextService, id: str, answer_id: str | None, tenant: str, forget: Callable[[Tracked], None]
@@ -74,8 +92,10 @@ class Tracked:
         self.tenant = tenant
         self.over = asyncio.Event()
         self.service = service
+        self.asked = Asked()
+        self.sequences: list[int] = []
+        self.begun_at = time.time()
         self._forget = forget
-        self._created = int(time.time())
         self._begun = time.monotonic()
         self._parts: list[tuple[int, TextStream]] = []
         self._cancelled = False
@@ -86,8 +106,10 @@ class Tracked:
     ) -> TextStream:
         """Submit one of its sequences, to the text service or another `door`. Those of the same `prompt` read it once
         in the account."""
+        self.asked = Asked.of(request)
         stream = await (door or self.service.submit)(request)
         self._parts.append((prompt, stream))
+        self.sequences.append(stream.rid)
         if self._cancelled:
             stream.cancel()
         return stream
@@ -150,7 +172,7 @@ class Tracked:
             answer_id=self.answer_id,
             model=self.service.model_name,
             tenant=self.tenant,
-            created=self._created,
+            created=int(self.begun_at),
             state=state,
             position=why.position if why else None,
             held_by=why.holder if why else None,
@@ -167,7 +189,8 @@ class Tracked:
 
 
 class Registry:
-    """All `Tracked` requests of a server. At most `keep` of those that have ended stay, at most for `seconds`."""
+    """All `Tracked` requests of a server. At most `keep` of those that have ended stay, at most for `seconds`.
+    `listeners` are called with each that ends."""
 
     def __init__(
         self,
@@ -182,6 +205,7 @@ class Registry:
         self._ended: deque[tuple[float, Tracked]] = deque(maxlen=keep)
         self._seconds = seconds
         self._clock = clock
+        self.listeners: list[Callable[[Tracked], None]] = []
 
     def beside(self, service: TextService) -> Registry:
         """The same registry, for requests that another service answers."""
@@ -206,6 +230,16 @@ class Registry:
         """The newest request with this id, its own or its answer's."""
         return next((t for t in self.newest(tenant) if name in (t.id, t.answer_id)), None)
 
+    def names(self, service: TextService, seconds: float) -> dict[int, tuple[str, str]]:
+        """The id and tenant of those whose sequences `service` has, of requests under way and of those that have ended
+        within `seconds`."""
+        since = self._clock() - seconds
+        lately = takewhile(lambda ended: ended[0] >= since, reversed(self._ended))
+        found = chain(self._live, (tracked for _, tracked in lately))
+        return {rid: (t.id, t.tenant) for t in found if t.service is service for rid in t.sequences}
+
     def _over(self, tracked: Tracked) -> None:
         self._live.pop(tracked)
         self._ended.append((self._clock(), tracked))
+        for listener in self.listeners:
+            listener(tracked)

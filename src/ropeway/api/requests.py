@@ -7,6 +7,7 @@ import contextlib
 import logging
 from typing import Final, get_args
 
+from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,6 +17,7 @@ from ropeway.api.health import json_response
 from ropeway.api.registry import RequestList, RequestState, State, Tracked
 from ropeway.api.state import api_of
 from ropeway.contract import Why
+from ropeway.contract.scene import Life
 from ropeway.errors import RequestError, RopewayError
 from ropeway.service.request import TextService
 
@@ -27,6 +29,7 @@ _PATIENCE = 2.0
 
 LIST_PARAMETERS: Final = [
     {"name": "state", "in": "query", "schema": {"enum": list(_STATES)}},
+    {"name": "timeline", "in": "query", "schema": {"type": "boolean", "default": False}},
     lists.bound(100, MAX_LISTED),
 ]
 
@@ -36,14 +39,22 @@ async def list_requests(request: Request) -> Response:
     state, limit = request.query_params.get("state"), lists.limit(request, 100, MAX_LISTED)
     if state is not None and state not in _STATES:
         raise RequestError(f"state must be one of {', '.join(_STATES)}.", param="state")
-    found = await _states(api_of(request).requests.newest(_tenant(request)))
-    wanted = [one for one in found if state in (None, one.state)]
-    return json_response(RequestList(data=wanted[:limit], has_more=len(wanted) > limit))
+    timeline = request.query_params.get("timeline", "false")
+    if timeline not in ("true", "false"):
+        raise RequestError("timeline must be true or false.", param="timeline")
+    tracked = api_of(request).requests.newest(_tenant(request))
+    found = zip(tracked, await _states(tracked), strict=True)
+    wanted = [(one, told) for one, told in found if state in (None, told.state)]
+    listed = wanted[:limit]
+    data = await _told(listed) if timeline == "true" else [told for _, told in listed]
+    return json_response(RequestList(data=data, has_more=len(wanted) > limit))
 
 
 async def get_request(request: Request) -> Response:
-    """One request, by the `x-request-id` or the `id` of its answer."""
-    [found] = await _states([_wanted(request)])
+    """One request, by the `x-request-id` or the `id` of its answer, with its timeline."""
+    tracked = _wanted(request)
+    [state] = await _states([tracked])
+    [found] = await _told([(tracked, state)])
     return json_response(found)
 
 
@@ -55,7 +66,8 @@ async def cancel_request(request: Request) -> Response:
     _log.info("%s: request %s is cancelled", request.state.request_id, tracked.id)
     with contextlib.suppress(TimeoutError):  # a client that does not read delays only the last words to it
         await asyncio.wait_for(tracked.over.wait(), _PATIENCE)
-    return json_response(tracked.state([]))
+    [found] = await _told([(tracked, tracked.state([]))])
+    return json_response(found)
 
 
 async def _states(requests: list[Tracked]) -> list[RequestState]:
@@ -67,6 +79,26 @@ async def _states(requests: list[Tracked]) -> list[RequestState]:
     answers = await asyncio.gather(*(_why(service, numbers) for service, numbers in rids.items()))
     reasons = dict(zip(rids, answers, strict=True))
     return [tracked.state(reasons.get(tracked.service, [])) for tracked in requests]
+
+
+async def _told(requests: list[tuple[Tracked, RequestState]]) -> list[RequestState]:
+    """How requests stand, with their timelines. Those that the engine cannot tell are empty."""
+    rids: dict[TextService, list[int]] = {}
+    for tracked, _ in requests:
+        if tracked.sequences:
+            rids.setdefault(tracked.service, []).extend(tracked.sequences)
+    answers = await asyncio.gather(*(_lives(service, numbers) for service, numbers in rids.items()))
+    lives = {(service, life.rid): life for service, found in zip(rids, answers, strict=True) for life in found}
+    return [
+        replace(state, timeline=[lives[of] for rid in tracked.sequences if (of := (tracked.service, rid)) in lives])
+        for tracked, state in requests
+    ]
+
+
+async def _lives(service: TextService, rids: list[int]) -> list[Life]:
+    with contextlib.suppress(RopewayError, TimeoutError):
+        return await asyncio.wait_for(service.recall(*rids), _PATIENCE)
+    return []
 
 
 async def _why(service: TextService, rids: list[int]) -> list[Why]:

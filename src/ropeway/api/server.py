@@ -79,6 +79,8 @@ async def serve(
                     await asyncio.wait_for(api.idle(), _FLUSH_SECONDS)
             finally:
                 await jobs.close()
+                if app.state.tracing is not None:
+                    await app.state.tracing.close()
                 await server.end(0.0 if forced.is_set() else _FLUSH_SECONDS)
                 await accounts.close()
     if error is not None:

@@ -40,7 +40,8 @@ class _Answers:
 class Api:
     """The parts an endpoint works with, and the count of answers in the making.
 
-    `cards` are the models of a server that has several; without it there is the one of `service`.
+    `cards` are the models of a server that has several, and `services` those of them that are in memory; without them
+    there is the one of `service`.
     """
 
     service: TextService
@@ -49,6 +50,7 @@ class Api:
     created: int = field(default_factory=lambda: int(time.time()))
     requests: Registry = field(init=False)
     cards: Callable[[], list[ModelCard]] | None = None
+    services: Callable[[], list[TextService]] | None = None
     _answers: _Answers = field(default_factory=_Answers)
 
     def __post_init__(self) -> None:
@@ -115,10 +117,19 @@ class Api:
         if name is not None and name != self.service.model_name:
             raise unknown_model(name, [self.service.model_name])
 
+    @property
+    def models(self) -> list[str]:
+        """The names of all models of the server."""
+        return [card.id for card in self.cards()] if self.cards is not None else [self.service.model_name]
+
+    @property
+    def engines(self) -> list[TextService]:
+        """The services of all models in memory."""
+        return self.services() if self.services is not None else [self.service]
+
     def serves(self, name: str) -> bool:
         """Whether there is a model of that name."""
-        names = [card.id for card in self.cards()] if self.cards is not None else [self.service.model_name]
-        return name in names
+        return name in self.models
 
     @property
     def fingerprint(self) -> str:

@@ -154,6 +154,7 @@ def common(request: Request, api: Api, body: PooledFields) -> dict[str, Any]:
         "urgency": urgency,
         "tenant": str(request.state.tenant),
         "meter": request.state.meter,
+        "trace": str(request.state.trace),
         "salt": body.cache_salt or "",
         "deadline_s": deadline(api, urgency, body.deadline_ms),
     }

@@ -106,6 +106,19 @@ class Client:
         except httpx2.TransportError as error:
             raise self._unreachable(error) from None
 
+    def follow(self, path: str) -> Generator[Any, None, None]:
+        """The JSON of each event at `path` as it comes. Raises RopewayError."""
+        splitter = EventSplitter()
+        try:
+            with self._http.stream("GET", self.url + path) as response:
+                if response.status_code != 200:
+                    raise _refusal(response.status_code, response.read())
+                for piece in response.iter_bytes():
+                    for data in splitter.push(piece):
+                        yield msgspec.json.decode(data)
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from None
+
     def stream(self, path: str, fields: dict[str, Any], timing: Timing) -> Generator[str, None, None]:
         """The texts of one answer as they arrive; `timing` is filled in on the way. Raises RopewayError."""
         body = {

@@ -61,10 +61,25 @@ def cancel(id: Id, url: Url = URL, api_key: Key = None, as_json: Json = False) -
 def _show(one: dict[str, Any], as_json: bool) -> None:
     if as_json:
         return print_json(one)
-    usage, error = one.pop("usage"), one.pop("error")
+    usage, error, timeline = one.pop("usage"), one.pop("error"), one.pop("timeline", None)
     one |= {"error": error and error["message"], "prompt_tokens": usage["prompt_tokens"]}
     one |= {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"]}
     one |= {"completion_tokens": usage["completion_tokens"]}
     for name, value in one.items():
         if value not in (None, "", "request"):
             typer.echo(f"{name:18} {value:.3f}" if isinstance(value, float) else f"{name:18} {value}")
+    for life in timeline or ():
+        typer.echo(f"sequence {life['rid']}")
+        for span in life["spans"]:
+            typer.echo(_line(span))
+
+
+def _line(span: dict[str, Any]) -> str:
+    """One phase of a sequence's life."""
+    until = "" if span["end"] is None else f"{span['end']:.3f}"
+    facts = [f"{wait['holder'] or 'the step under way'} {wait['seconds']:.3f} s" for wait in span["waits"]]
+    if span["seat"] is not None:
+        facts += [f"seat {span['seat']}", f"steps {span['first_step']} to {span['last_step']}"]
+    if span["chunks"]:
+        facts.append(f"{sum(chunk['count'] for chunk in span['chunks'])} tokens in {len(span['chunks'])} chunks")
+    return f"  {span['phase']:16} {span['begin']:.3f} to {until:9} {', '.join(facts)}".rstrip()

@@ -18,7 +18,7 @@ from ropeway.errors import RopewayError
 from ropeway.observe.logs import configure
 
 _log = logging.getLogger(__name__)
-_SECRET = {"api_key", "admin_key", "redis_url", "webhook_secret"}
+_SECRET = {"api_key", "admin_key", "redis_url", "webhook_secret", "otlp_headers"}
 
 
 def run_server(engine: EngineConfig, server: ServerConfig, origins: Mapping[str, str]) -> None:

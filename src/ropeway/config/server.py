@@ -66,6 +66,14 @@ class ServerConfig(JobsConfig, AccountsConfig, RoutesConfig):
     engine_timeout: float = option(
         300.0, "Server", "Seconds without a step until a busy engine is restarted; 0: never.", low=0
     )
+    otlp_endpoint: str | None = option(
+        None,
+        "Server",
+        "OpenTelemetry collector that is sent the spans of each request, OTLP over HTTP, such as http://127.0.0.1:4318.",
+    )
+    otlp_headers: str | None = option(
+        None, "Server", "Headers that the collector wants, such as a key: NAME=VALUE, several by commas."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "Server", "How much to log.")
     log_format: Literal["text", "json"] = option("text", "Server", "Shape of log lines.")
     show_hidden_metrics: bool = option(

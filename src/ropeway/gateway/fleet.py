@@ -85,6 +85,7 @@ class Fleet:
         what starts with the server."""
         self._front, api = app, app.state.api
         api.cards = self.cards
+        api.services = self.service.services
         for name, spec in self.table.deployments.items():
             backend: Backend
             if isinstance(spec, Remote):

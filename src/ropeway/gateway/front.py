@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from ropeway.contract import EngineStats, ExecutorInfo, Ordered, Pinned, SamplingParams, Why
 from ropeway.contract.channel import LinkState
+from ropeway.contract.scene import Life, Scene
 from ropeway.errors import RequestError
 from ropeway.gateway.deployment import Deployment
 from ropeway.service.request import TextRequest, TextService, TextStream
@@ -45,7 +46,7 @@ class FrontService:
     @property
     def stats(self) -> EngineStats | None:
         """The sums over all local engines."""
-        found = [service.stats for service in self._services() if service.stats is not None]
+        found = [service.stats for service in self.services() if service.stats is not None]
         if not found:
             return None
         names = [name for name in EngineStats.__struct_fields__ if isinstance(getattr(found[0], name), int | float)]
@@ -85,6 +86,12 @@ class FrontService:
     async def why(self, *rids: int) -> list[Why]:
         return []
 
+    async def look(self, since: int = 0) -> Scene | None:
+        return None
+
+    async def recall(self, *rids: int) -> list[Life]:
+        return []
+
     async def reorder(self, policy: str = "") -> Ordered:
         _refuse()
 
@@ -93,13 +100,13 @@ class FrontService:
 
     def drain(self) -> None:
         self._draining = True
-        for service in self._services():
+        for service in self.services():
             service.drain()
 
-    def _services(self) -> Iterator[TextService]:
-        for one in self._deployments.values():
-            if one.backend.service is not None:
-                yield one.backend.service
+    def services(self) -> list[TextService]:
+        """Those of the local models that are in memory."""
+        backends = (one.backend for one in self._deployments.values())
+        return [backend.service for backend in backends if backend.service is not None]
 
 
 def _refuse() -> NoReturn:

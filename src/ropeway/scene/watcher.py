@@ -97,12 +97,12 @@ class Watcher:
                 case Recall(token, rids):
                     now = self._now()
                     answer(Recalled(token, self.lives.recall(rids, self._wall() - now, now)))
-                case Submit(request):
-                    waiting = scheduler.waiting
-                    self.lives.arrived(request, len(waiting), waiting.order.name, self._now())
-                    kept.append(command)
                 case _:
                     kept.append(command)
+        for command in kept:  # after the answers: who comes now has not been told yet that it was let in
+            if isinstance(command, Submit):
+                waiting = scheduler.waiting
+                self.lives.arrived(command.request, len(waiting), waiting.order.name, self._now())
         if scheduler.waiting and self._now() >= self._ask_at:
             self._asked = self._now()
             kept.append(Explain(OURS, most=MOST_WAITING))

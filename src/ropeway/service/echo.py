@@ -22,6 +22,7 @@ from ropeway.contract import (
     Why,
 )
 from ropeway.contract.channel import LinkState
+from ropeway.contract.scene import Life, Scene
 from ropeway.errors import (
     ConfigError,
     DeadlineError,
@@ -236,6 +237,13 @@ class EchoService:
 
     async def why(self, *rids: int) -> list[Why]:
         """Nothing ever waits here."""
+        return []
+
+    async def look(self, since: int = 0) -> Scene | None:
+        """There is no engine to see."""
+        return None
+
+    async def recall(self, *rids: int) -> list[Life]:
         return []
 
     async def reorder(self, policy: str = "") -> Ordered:

@@ -19,6 +19,7 @@ from ropeway.contract import (
     Why,
 )
 from ropeway.contract.channel import LinkState
+from ropeway.contract.scene import Life, Scene
 from ropeway.text.dialect import Dialect
 from ropeway.text.tokenizer import PairLimits
 
@@ -49,7 +50,8 @@ class TextRequest:
     `request_id` is the client's name for it, used in logs only. Template arguments apply to `messages`.
     `add_special_tokens` applies to `text` and, by default off, to rendered messages. `truncate` cuts the prompt to so
     many tokens, at its end or, with `truncate_left`, at its beginning; -1 is as many as the model takes. Special tokens
-    around a text stay. `cache`, `pooling`, `second` and `urgency` as in `GenerateRequest`. `grammar` makes
+    around a text stay. `cache`, `pooling`, `second` and `urgency` as in `GenerateRequest`. `trace` is the W3C
+    traceparent that the request came with. `grammar` makes
     `sampling.grammar` of the prompt's tokens, where it depends on how the prompt ends. `shown` are special tokens that
     the text has although it skips special tokens. `meter`, if there is one, is shared by all sequences of an answer.
     """
@@ -75,6 +77,7 @@ class TextRequest:
     second: int = 0
     urgency: Urgency = Urgency.HIGH
     meter: Meter | None = None
+    trace: str = ""
     grammar: Callable[[Sequence[int]], str] | None = None
     shown: frozenset[int] = frozenset()
 
@@ -178,6 +181,13 @@ class TextService(Protocol):
 
     async def why(self, *rids: int) -> list[Why]:
         """What each of `rids` waits for, or that it runs; without any, all that wait. Unknown ones are left out."""
+
+    async def look(self, since: int = 0) -> Scene | None:
+        """What the engine looks like now, with what has happened after number `since`; None if there is nothing to see.
+        Raises NotReadyError or EngineError if the engine cannot say."""
+
+    async def recall(self, *rids: int) -> list[Life]:
+        """The lives of these requests, those left out that are not remembered. Raises as `look` does."""
 
     async def reorder(self, policy: str = "") -> Ordered:
         """Let requests board by another scheduling policy from now on, or just say which it is. Raises ConfigError if

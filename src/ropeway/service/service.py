@@ -38,6 +38,7 @@ from ropeway.contract import (
     Why,
 )
 from ropeway.contract.channel import EngineLink, LinkState
+from ropeway.contract.scene import Life, Look, Recall, Recalled, Scene
 from ropeway.errors import DrainingError, EngineError, NotReadyError, RopewayError
 from ropeway.service.context import check_context, check_input, check_purpose, reserve
 from ropeway.service.decoding import AnswerDecoder
@@ -227,6 +228,16 @@ class EngineTextService:
         answer: Explained = await self._ask(Explain(next(self._numbers), list(rids)))
         return answer.reasons
 
+    async def look(self, since: int = 0) -> Scene | None:
+        """See `TextService`."""
+        scene: Scene = await self._ask(Look(next(self._numbers), since))
+        return scene
+
+    async def recall(self, *rids: int) -> list[Life]:
+        """See `TextService`."""
+        answer: Recalled = await self._ask(Recall(next(self._numbers), list(rids)))
+        return answer.lives
+
     async def reorder(self, policy: str = "") -> Ordered:
         """See `TextService`. An engine that is started again begins with the configured policy."""
         answer: Ordered = await self._ask(Reorder(next(self._numbers), policy))
@@ -283,7 +294,7 @@ class EngineTextService:
             raise NotReadyError("The engine is starting. Retry shortly.", retry_after=_RETRY_AFTER)
         return info
 
-    async def _ask(self, command: Explain | Reorder | Pin) -> Any:
+    async def _ask(self, command: Explain | Reorder | Pin | Look | Recall) -> Any:
         """Send a question and wait for the report with its token."""
         answer = asyncio.get_running_loop().create_future()
         self._link.send(command)
@@ -304,7 +315,13 @@ class EngineTextService:
                     live = self._live.get(event.rid)
                     if live is not None:  # otherwise it was cancelled or stopped here, and this is late
                         self._on_event(live, event, now)
-            case Explained(token=token) | Ordered(token=token) | Pins(token=token):
+            case (
+                Explained(token=token)
+                | Ordered(token=token)
+                | Pins(token=token)
+                | Scene(token=token)
+                | Recalled(token=token)
+            ):
                 question = self._questions.get(token)
                 if question is not None and not question.done():
                     question.set_result(report)

@@ -1,0 +1,170 @@
+"""What watching costs: microseconds of the engine's own part of a step while a batch decodes, bare, watched with nobody
+looking, and what one look takes on top. With --live, tokens a second of a real server (the bundled model, 64 rows), by
+turns with and without somebody who watches.
+
+python benchmarks/watch.py [--live]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import httpx2
+
+from ropeway.config import EngineConfig
+from ropeway.contract import (
+    Command,
+    ExecutorInfo,
+    GenerateRequest,
+    Report,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    Submit,
+)
+from ropeway.contract.codec import encode
+from ropeway.contract.scene import Look, Scene
+from ropeway.engine.engine import Engine
+from ropeway.scene.watcher import Watcher
+
+STEPS = 400
+EVERY = 0.25
+"""Seconds between two looks of a feed."""
+
+
+class Instant:
+    """An executor that takes no time."""
+
+    def __init__(self, rows: int) -> None:
+        self.info = ExecutorInfo(
+            model="instant", device="none", dtype="none", num_blocks=rows * 64, block_size=16, max_slots=rows,
+            max_model_len=1024, vocab_size=50_000,
+        )  # fmt: skip
+
+    def submit(self, plan: StepPlan) -> StepResult:
+        return StepResult(plan.step, [[row.start * 31 % 50_000] if row.emit else [] for row in plan.rows], [], 0.01)
+
+    def collect(self, ticket: StepResult) -> StepResult:
+        return ticket
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+class Service:
+    """A channel that has everybody decode while time is taken: `times` are those of steps, `look` that of one scene."""
+
+    def __init__(self, commands: list[Command], look_at: int) -> None:
+        self._commands = commands
+        self._look_at = look_at
+        self._steps = 0
+        self._since = 0.0
+        self.times: list[float] = []
+        self.look = 0.0
+        self.bytes = 0
+
+    def recv(self, *, wait: bool) -> list[Command] | None:
+        now = time.perf_counter()
+        if self._since:
+            self.times.append(now - self._since)
+        self._steps += 1
+        if self._steps > STEPS:
+            return None
+        found, self._commands = self._commands, []
+        if self._steps == self._look_at:
+            found = [*found, Look(1)]
+        self._since = time.perf_counter()
+        return found
+
+    def send(self, report: Report) -> None:
+        if isinstance(report, Scene):
+            begun = time.perf_counter()
+            self.bytes = len(encode(report))
+            self.look = report.took + time.perf_counter() - begun
+
+
+def measure(rows: int, watch: bool) -> tuple[float, float, int]:
+    """Seconds of a step (the first decile, which other programs disturb least) and of a look, and a scene's bytes."""
+    config = EngineConfig(max_num_seqs=rows, max_num_batched_tokens=1 << 20, step_budget_ms=0.0)
+    executor = Instant(rows)
+    watcher = Watcher(executor)
+    engine = Engine(watcher if watch else executor, config)
+    sampling = SamplingParams(max_tokens=512, temperature=0.0)
+    asked: list[Command] = [
+        Submit(GenerateRequest(rid=1000 + rid, tokens=[rid] * 200, sampling=sampling)) for rid in range(rows)
+    ]
+    service = Service(asked, STEPS // 2 if watch else -1)
+    if watch:
+        watcher.run(engine, service)
+    else:
+        engine.run(service)
+    return statistics.quantiles(service.times[20:], n=10)[0], service.look, service.bytes
+
+
+async def live(rounds: int = 8, rows: int = 64, tokens: int = 250) -> None:
+    command = [sys.executable, "-m", "ropeway.cli.main", "serve", "--port", "0", "--max-num-seqs", str(rows)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    try:
+        url = ""
+        while not url:
+            line = (await process.stdout.readline()).decode()
+            assert line, "the server has ended"
+            url = next(iter(re.findall(r"serves .* at (http://\S+)", line)), "")
+        draining = asyncio.create_task(process.stdout.read())
+        speeds: dict[bool, list[float]] = {False: [], True: []}
+        async with httpx2.AsyncClient(base_url=url, timeout=120, limits=httpx2.Limits(max_connections=None)) as http:
+            for number in range(rounds + 1):
+                for watched in (False, True):
+                    watching = asyncio.create_task(_watch(http)) if watched else None
+                    begun = time.perf_counter()
+                    await asyncio.gather(*(_ask(http, f"{number} {row}", tokens) for row in range(rows)))
+                    if number:  # the first is to warm up
+                        speeds[watched].append(rows * tokens / (time.perf_counter() - begun))
+                    if watching is not None:
+                        watching.cancel()
+                        await asyncio.gather(watching, return_exceptions=True)
+        shares = [with_ / without for without, with_ in zip(speeds[False], speeds[True], strict=True)]
+        bare, seen = (statistics.median(speeds[watched]) for watched in (False, True))
+        print(f"unwatched {bare:,.0f} tokens/s, watched {seen:,.0f}")
+        print(f"ratio {statistics.median(shares):.4f}, of {rounds} pairs from {min(shares):.4f} to {max(shares):.4f}")
+        draining.cancel()
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def _ask(http: httpx2.AsyncClient, prompt: str, tokens: int) -> None:
+    body = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+    answer = await http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+
+
+async def _watch(http: httpx2.AsyncClient) -> None:
+    async with http.stream("GET", f"/ui/feed?every={EVERY}") as response:
+        async for _ in response.aiter_bytes():
+            pass
+
+
+def table() -> None:
+    print(
+        f"{'rows':>6} {'bare':>9} {'watched':>9} {'cost':>9} {'a look':>9} {'bytes':>7}   share of time with 4 a second"
+    )
+    for rows in (1, 16, 64, 256):
+        bare = min(measure(rows, False)[0] for _ in range(3))
+        found = [measure(rows, True) for _ in range(3)]
+        seen, look, size = min(one[0] for one in found), min(one[1] for one in found), found[0][2]
+        cost = f"{bare * 1e6:>6.0f} µs {seen * 1e6:>6.0f} µs {(seen - bare) * 1e6:>6.1f} µs {look * 1e6:>6.0f} µs"
+        print(f"{rows:>6} {cost} {size:>7,}   {look / EVERY:.2%}")
+
+
+if __name__ == "__main__":
+    if "--live" in sys.argv[1:]:
+        asyncio.run(live())
+    else:
+        table()
