@@ -188,10 +188,10 @@ def test_in_a_whole_model(experts: Make, monkeypatch: pytest.MonkeyPatch, device
 
     monkeypatch.setattr(mixture, "grouped_reason", lambda device, weights=(): None)
     with torch.device("cpu"):
-        asked = prompt(9, 6)
-        expected = greedy(experts("deepseek-v3"), asked, 2)
+        directory, asked = experts("deepseek-v3"), prompt(9, 6)
+        expected = greedy(directory, asked, 2)
         config = EngineConfig(
-            model=str(experts("deepseek-v3")), dtype="float32", device=device.type, threads=1, num_kv_blocks=8, block_size=8,
+            model=str(directory), dtype="float32", device=device.type, threads=1, num_kv_blocks=8, block_size=8,
             max_num_seqs=2, max_model_len=32,
         )  # fmt: skip
         d = Driver(LocalExecutor(config))
