@@ -37,7 +37,7 @@ def inputs_of(executor: LocalExecutor, rows: int, start: int, count: int) -> Bat
         slots.admit(Admit(slot, 0, slot, tokens, len(tokens), start, own, SamplingParams(), ()), 0)
         planned.append(Row(slot, 0, slot, start, count, True, []))
         slots.extend(planned[-1])
-    found = gather(planned, slots, executor.runner.device)
+    found = gather(planned, slots, executor.runner.lane)
     for slot in range(rows):
         slots.release(slot)
     return found

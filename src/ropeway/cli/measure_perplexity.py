@@ -61,7 +61,11 @@ def measure(config: EngineConfig, start: list[int], tokens: list[int], context: 
     """Load the model, score the text and print the result."""
     config = check(
         dataclasses.replace(
-            config, max_num_seqs=1, max_model_len=context, num_kv_blocks=-(-context // config.block_size)
+            config,
+            max_num_seqs=1,
+            max_model_len=context,
+            num_kv_blocks=-(-context // config.block_size),
+            enforce_eager=True,
         )
     )
     executor = LocalExecutor(config)

@@ -54,6 +54,14 @@ class EngineConfig:
         "Device",
         "CPU code to use: 0 plain torch, 1 packed linear layers, 2 C++ kernels, 3 also one C++ call for a whole step.",
     )
+    pipeline_depth: Literal["auto", "1", "2"] = option(
+        "auto",
+        "Device",
+        "Steps under way at a time; 'auto': 2 on a GPU, where the next step is planned while one is computed, else 1.",
+    )
+    enforce_eager: bool = option(
+        False, "Device", "Launch every step kernel by kernel, without CUDA graphs of decoding steps (GPU only)."
+    )
     tensor_parallel_size: int = option(1, "Device", "Number of devices to split the model over (1 for now).", low=1)
 
     block_size: int = option(16, "Memory", "Tokens in one KV block: 8, 16, 32 or 64.", low=8, high=64)

@@ -9,15 +9,16 @@ import torch
 from ropeway.config import EngineConfig
 from ropeway.contract import ExecutorInfo, Pooling
 from ropeway.modelspec import EncoderSpec
+from ropeway.runtime.device_memory import open_memory
 from ropeway.runtime.kernels.ops import select_ops
 from ropeway.runtime.kvstore import KVStore
+from ropeway.runtime.lane import lane_for
 from ropeway.runtime.layers.linear import describe_linear
 from ropeway.runtime.local import (
     LocalExecutor,
     choose_device,
     choose_dtype,
     device_memory,
-    linear_scheme,
     sentence,
     set_threads,
     wanted_level,
@@ -25,6 +26,7 @@ from ropeway.runtime.local import (
 )
 from ropeway.runtime.memory import gib, plan_budget
 from ropeway.runtime.models.bert import Bert
+from ropeway.runtime.quantization import fit, linear_scheme
 from ropeway.runtime.runner import Runner
 from ropeway.runtime.sampler import Sampler
 from ropeway.runtime.slots import Slots
@@ -37,6 +39,7 @@ class EncoderExecutor(LocalExecutor):
 
     def __init__(self, config: EngineConfig, spec: EncoderSpec) -> None:
         device, device_note = choose_device(config)
+        spec = fit(spec, config, device)
         level = wanted_level(config, device)
         dtype, dtype_note = choose_dtype(config, spec, device)
         name = str(dtype).removeprefix("torch.")
@@ -49,7 +52,7 @@ class EncoderExecutor(LocalExecutor):
         kv = KVStore(budget.num_blocks, 0, (1,), dtype, device)
         slots = Slots(config.max_num_seqs, budget.max_model_len, config.block_size, budget.num_blocks, spec.vocab)
         ops, _ = select_ops(device, dtype, level)
-        self.runner = Runner(model, kv, slots, Sampler(ops), device, config.seed)
+        self.runner = Runner(model, kv, slots, Sampler(ops), lane_for(device), config.seed, memory=open_memory(device))
         warm_up(self.runner, "cls", "Try --kernel-level 0.")
         pooling = spec.pooling
         self._info = ExecutorInfo(

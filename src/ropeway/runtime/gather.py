@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ropeway.contract import Row
 from ropeway.runtime.batch import BatchInputs
+from ropeway.runtime.lane import Lane
 from ropeway.runtime.slots import Slots
 
 
-def gather(rows: Sequence[Row], slots: Slots, device: torch.device) -> BatchInputs:
-    """The inputs of a step that computes `rows`, whose slots already have their new blocks."""
+def gather(rows: Sequence[Row], slots: Slots, lane: Lane) -> BatchInputs:
+    """The inputs of a step that computes `rows`, whose slots already have their new blocks. Tokens that are still being
+    chosen (see `Slots.expect`) are in `token_ids` as the slots have them.
+
+    Every array is made anew: slots and tables may change while the step is under way."""
     size = slots.block_size
     number = len(rows)
     seats = np.fromiter((row.slot for row in rows), np.int64, number)
@@ -31,26 +33,39 @@ def gather(rows: Sequence[Row], slots: Slots, device: torch.device) -> BatchInpu
     seat_of = seats[owner]
     block = slots.tables[seat_of, positions // size].astype(np.int64)
     longest = int(lengths.max())
-    needed = -(-lengths // size)
-    width = -(-longest // size)
-    tables = np.where(np.arange(width) < needed[:, None], slots.tables[seats, :width], -1)
-
-    def to(array: NDArray[np.generic], dtype: type[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)).to(device, non_blocking=True)
-
+    pairs = [seconds.astype(np.int32)] if seconds.any() else []
+    staged = lane.stage(
+        slots.tokens[seat_of, positions].astype(np.int64),
+        positions,
+        cu_q.astype(np.int32),
+        starts.astype(np.int32),
+        lengths.astype(np.int32),
+        tables_of(slots, seats, -(-lengths // size)),
+        (block * size + positions % size).astype(np.int32),
+        last_of_each(cu_q[1:], tails),
+        *pairs,
+    )
+    token_ids, places, first, begun, ends, tables, write_slots, logits_rows, *rest = staged
     return BatchInputs(
-        token_ids=to(slots.tokens[seat_of, positions], np.int64),
-        positions=to(positions, np.int64),
-        cu_q=to(cu_q, np.int32),
-        starts=to(starts, np.int32),
-        lengths=to(lengths, np.int32),
-        block_tables=to(tables, np.int32),
-        write_slots=to(block * size + positions % size, np.int32),
-        logits_rows=to(last_of_each(cu_q[1:], tails), np.int64),
+        token_ids=token_ids,
+        positions=places,
+        cu_q=first,
+        starts=begun,
+        lengths=ends,
+        block_tables=tables,
+        write_slots=write_slots,
+        logits_rows=logits_rows,
         max_count=int(counts.max()),
         max_length=longest,
-        second=to(seconds, np.int32) if seconds.any() else None,
+        second=rest[0] if rest else None,
     )
+
+
+def tables_of(slots: Slots, seats: NDArray[np.int64], needed: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The first `needed` blocks of each of `seats`, as wide as the longest, -1 behind."""
+    width = int(needed.max())
+    tables = np.where(np.arange(width) < needed[:, None], slots.tables[seats, :width], np.int32(-1))
+    return tables.astype(np.int32, copy=False)
 
 
 def last_of_each(ends: NDArray[np.int64], tails: NDArray[np.int64]) -> NDArray[np.int64]:

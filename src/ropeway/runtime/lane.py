@@ -111,7 +111,7 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._side = torch.cuda.Stream(device)
+        self._side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def stage(self, *arrays: Array) -> list[Tensor]:
@@ -131,7 +131,7 @@ class CudaLane:
 
     def seconds(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
         last.synchronize()
-        return first.elapsed_time(last) / 1000
+        return float(first.elapsed_time(last)) / 1000
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -158,7 +158,7 @@ class CudaLane:
         torch.cuda.synchronize(self.device)
 
     def _record(self, *, timing: bool = False) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=timing, blocking=True)
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=timing, blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
 

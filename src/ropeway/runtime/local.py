@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from math import prod
 from typing import cast
@@ -13,21 +14,26 @@ from ropeway.contract import Admit, ExecutorInfo, Pooling, Row, SamplingParams, 
 from ropeway.errors import ConfigError, KernelError, MemoryBudgetError, ModelError, NumericalError
 from ropeway.hub import locate
 from ropeway.modelspec import EncoderSpec, ModelSpec, load_spec, read_pooling
-from ropeway.modelspec.quantization import kernel_group
+from ropeway.runtime import quantization
 from ropeway.runtime.cpu_info import detect
+from ropeway.runtime.device_memory import open_memory
 from ropeway.runtime.fused import fuse
 from ropeway.runtime.grammar import open_grammars
+from ropeway.runtime.graphs import Background
 from ropeway.runtime.kernels.library import load
 from ropeway.runtime.kernels.ops import select_ops
 from ropeway.runtime.kvstore import KVStore
-from ropeway.runtime.layers.linear import FASTEST, Scheme, describe_linear
+from ropeway.runtime.layers.linear import FASTEST, describe_linear
 from ropeway.runtime.memory import Budget, MemoryState, cpu_memory, gib, plan_budget
 from ropeway.runtime.models.build import Built, build
+from ropeway.runtime.pipeline import open_runner, record_steps
 from ropeway.runtime.runner import Model, Runner
 from ropeway.runtime.sampler import Sampler
 from ropeway.runtime.slots import Slots
+from ropeway.runtime.ticket import Ticket
 from ropeway.runtime.tiers import open_disk, tier_notes, tiers
 
+_log = logging.getLogger(__name__)
 _SMALL = 64 * 2**20
 """Bytes of weights below which one thread serves. Each of a step's hundred or so parallel stretches then lasts only
 microseconds: a second core made the bundled model 1.2 to 1.3 times as fast where both were idle, and many times slower
@@ -35,11 +41,13 @@ where one was busy."""
 
 
 class LocalExecutor:
-    """Loads the model of `config` and carries out plans one at a time.
+    """Loads the model of `config` and carries out plans, as many at a time as its device can overlap.
 
     Raises ModelError, MemoryBudgetError, ConfigError or KernelError if it cannot be built. Implements
     `ropeway.contract.executor.Executor`.
     """
+
+    _background: Background | None = None
 
     def __init__(self, config: EngineConfig) -> None:
         directory = locate(config.model, revision=config.revision, download_dir=config.download_dir)
@@ -50,6 +58,7 @@ class LocalExecutor:
             )
         pooling = read_pooling(directory, "last")
         device, device_note = choose_device(config)
+        spec = quantization.fit(spec, config, device)
         level = wanted_level(config, device)
         dtype, dtype_note = choose_dtype(config, spec, device)
         name = str(dtype).removeprefix("torch.")
@@ -79,8 +88,10 @@ class LocalExecutor:
                 f"weights, {gib(budget.kv_bytes)} for the KV cache. Lower --kv-cache-gib or free memory."
             ) from error
         sampler = Sampler(ops, guide=open_grammars(config, spec, directory))
-        self.runner = Runner(model, kv, slots, sampler, device, config.seed)
+        memory = open_memory(device)
+        self.runner, depth, notes = open_runner(model, kv, slots, sampler, config, device, memory)
         warm_up(self.runner, "", "Try --attention-backend reference.")
+        self._background, recorded = record_steps(self.runner, built, config, spec.hidden, dtype)
         self._info = ExecutorInfo(
             model=spec.name,
             device=device.type,
@@ -90,6 +101,7 @@ class LocalExecutor:
             max_slots=config.max_num_seqs,
             max_model_len=budget.max_model_len,
             vocab_size=spec.vocab,
+            depth=depth,
             attention=built.backend.name,
             threads=threads,
             weight_bytes=weight_bytes,
@@ -101,10 +113,12 @@ class LocalExecutor:
                 *([level_note] if level_note else []),
                 *([built.note] if built.note else []),
                 _attention_note(built.backend.name, built.passed),
+                *notes,
+                *recorded,
                 f"Small operations: {ops.name}{_passed(ops_passed)}.",
-                sentence(describe_linear(device, dtype, linear_scheme(config, spec), level)),
+                sentence(describe_linear(device, dtype, quantization.linear_scheme(config, spec), level)),
                 f"Weights: {spec.parameters:,} parameters, {gib(weight_bytes)}, loaded in {loaded:.1f} s.",
-                *_quantization_notes(config, spec),
+                *quantization.notes(config, spec, device, name),
                 _kv_note(budget, config.block_size),
                 *tier_notes(config, budget, disk),
                 *budget.notes,
@@ -118,16 +132,29 @@ class LocalExecutor:
     def info(self) -> ExecutorInfo:
         return self._info
 
-    def submit(self, plan: StepPlan) -> StepResult:
-        """The ticket is the result: on one device nothing is gained by returning before the step is done."""
-        return self.runner.step(plan)
+    def submit(self, plan: StepPlan) -> Ticket:
+        return self.runner.begin(plan)
 
-    def collect(self, ticket: StepResult) -> StepResult:
-        return ticket
+    def collect(self, ticket: Ticket) -> StepResult:
+        return self.runner.finish(ticket)
+
+    def capture(self) -> int:
+        """Record now what would be recorded when idle (see `ropeway.runtime.graphs`); no step may be open. Returns how
+        many sizes that were."""
+        missing = list(self.runner.graphs.missing) if self.runner.graphs is not None else []
+        for _ in missing:
+            self.runner.capture()
+        return len(missing)
 
     def close(self) -> None:
         """Free model and cache; what is to outlive the process is on disk then."""
         if hasattr(self, "runner"):
+            if self._background is not None:
+                self._background.close()
+            if self.runner.lane.overlaps:
+                pace = self.runner.pace
+                share = 100 * pace.idle_share
+                _log.info("The device computed steps for %.1f s and waited %.1f %% of that time.", pace.busy, share)
             self.runner.kv.close()
             del self.runner
 
@@ -202,12 +229,6 @@ def whole_steps(built: Built, level: int, config: EngineConfig) -> tuple[Model, 
     return model, f"Kernel level: 2, native kernels called one by one ({asked if level == 2 else 'not 3: ' + fused})."
 
 
-def linear_scheme(config: EngineConfig, spec: ModelSpec) -> Scheme:
-    """How the weights of most linear layers are held."""
-    stored = spec.quantization.format if spec.quantization is not None else "plain"
-    return cast(Scheme, stored) if config.quantization == "auto" else config.quantization
-
-
 def device_memory(device: torch.device) -> MemoryState:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -228,45 +249,22 @@ def set_threads(config: EngineConfig, weight_bytes: int) -> tuple[int, str]:
 
 
 def warm_up(runner: Runner, pooling: str, advice: str) -> None:
-    """One small step, so that the first request does not pay for what libraries prepare on first use, and a kernel
-    that cannot run is found now, with `advice`. `pooling` is what an encoder does. It leaves K and V in block 0, which
-    no sequence reads before writing them. Raises ModelError or KernelError."""
-    count = min(8, runner.slots.max_model_len, runner.slots.block_size)
+    """A small prompt and a token after it, so that the first request does not pay for what libraries prepare on first
+    use, and a kernel that cannot run is found now, with `advice`. `pooling` is what an encoder does, which makes no
+    tokens. It leaves K and V in block 0, which no sequence reads before writing them. Raises ModelError or KernelError.
+    """
+    room = min(8, runner.slots.max_model_len, runner.slots.block_size)
+    count = room if pooling else max(1, room - 1)
     admit = Admit(0, 0, 0, [0] * count, count, 0, [0], SamplingParams(temperature=0.0), (), pooling)
-    result = runner.step(StepPlan(0, [], [admit], [Row(0, 0, 0, 0, count, True, [])], []))
+    steps = [StepPlan(0, [], [admit], [Row(0, 0, 0, 0, count, True, [])], [])]
+    if count < room:
+        steps.append(StepPlan(1, [], [], [Row(0, 0, 0, count, 1, True, [])], []))
+    for plan in steps:
+        for fault in runner.step(plan).faults:
+            if fault.code == NumericalError.code:
+                raise ModelError("The model computes NaN or infinity for a first text: its weights are damaged.")
+            raise KernelError(f"A first step of the model failed: {fault.message} {advice}")
     runner.slots.release(0)
-    for fault in result.faults:
-        if fault.code == NumericalError.code:
-            raise ModelError("The model computes NaN or infinity for a first text: its weights are damaged.")
-        raise KernelError(f"A first step of the model failed: {fault.message} {advice}")
-
-
-def _quantization_notes(config: EngineConfig, spec: ModelSpec) -> list[str]:
-    stored = spec.quantization
-    if stored is None:
-        if config.quantization == "auto":
-            return []
-        wanted = _wanted_format(config, spec)
-        return [f"Quantization: {wanted}, while loading; the LM head int8. Activations int8 per token."]
-    group = f" in groups of {stored.group}" if stored.group else " per channel"
-    head = "" if config.quantization == "auto" else "; the LM head int8, while loading"
-    how = f"Quantization: {stored.format}{group}, the checkpoint's ({stored.method}){head}. Activations int8 per token."
-    return [how, *stored.notes]
-
-
-def _wanted_format(config: EngineConfig, spec: ModelSpec) -> str:
-    """int8, or int4 with what it could not be used for."""
-    if config.quantization != "int4":
-        return config.quantization
-    inputs = [ins for _, ins in spec.linears]
-    odd = [ins for ins in inputs if not kernel_group(ins, config.quantization_group)]
-    groups = sorted({kernel_group(ins, config.quantization_group) for ins in inputs} - {0})
-    found = f"int4 in groups of {' and '.join(map(str, groups))}" if groups else ""
-    if not odd:
-        return found
-    which = "all linear layers" if len(odd) == len(inputs) else f"{len(odd)} of {len(inputs)} linear layers"
-    why = f"{which} int8, since groups of 32 do not divide their {' or '.join(map(str, sorted(set(odd))))} inputs"
-    return f"{found}; {why}" if found else why
 
 
 def _passed(reasons: list[str]) -> str:

@@ -90,10 +90,12 @@ def _window(runner: Runner, window: list[int], first: int, chunk: int) -> float:
             slots.extend(row)
             # The logits at position p are about token p + 1.
             wanted = range(max(first - 1, start), min(start + count, size - 1))
-            inputs = gather([row], slots, runner.device)
-            rows = torch.arange(wanted.start - start, max(wanted.stop, wanted.start) - start, device=runner.device)
+            inputs = gather([row], slots, runner.lane)
+            rows = torch.arange(wanted.start - start, max(wanted.stop, wanted.start) - start, device=runner.lane.device)
             logits = runner.model.forward(dataclasses.replace(inputs, logits_rows=rows), runner.kv.data)
-            targets = torch.tensor(window[wanted.start + 1 : wanted.stop + 1], dtype=torch.int64, device=runner.device)
+            targets = torch.tensor(
+                window[wanted.start + 1 : wanted.stop + 1], dtype=torch.int64, device=runner.lane.device
+            )
             nats += float(functional.cross_entropy(logits, targets, reduction="sum")) if len(targets) else 0.0
     finally:
         slots.release(0)

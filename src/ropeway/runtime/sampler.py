@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ropeway.contract import SamplingParams, TokenLogprob
 from ropeway.errors import EngineError, NumericalError, RequestError, RopewayError
-from ropeway.runtime.draw import GREEDY_BELOW, NOT_FINITE, NOTHING_LEFT, draw
+from ropeway.runtime.draw import GREEDY_BELOW, NOT_FINITE, draw
 from ropeway.runtime.kernels.library import NativeLibrary, load
 from ropeway.runtime.kernels.ops import Ops
 from ropeway.runtime.logits import History, wants_adjusting
@@ -35,10 +35,6 @@ _NOTHING_LEFT = (
     "No token may come next: grammar, allowed_token_ids, bad_words, min_tokens and logit_bias together ban all of "
     "them. Ask for less."
 )
-_ERRORS: dict[int, Callable[[], RopewayError]] = {
-    NOT_FINITE: lambda: NumericalError(_NOT_FINITE),
-    NOTHING_LEFT: lambda: RequestError(_NOTHING_LEFT),
-}
 _RECORD = struct.Struct("=6d q 3q 2q 2q 3q q")
 """One `SampleRow` of cpu/sample.cpp."""
 _NO_LISTS = (0,) * 10
@@ -119,7 +115,7 @@ class Sampler:
                 seats.append(None)
         tokens: list[int | RopewayError] = []
         for row, token in enumerate(self._choose(logits, seats, _noise(seats))):
-            tokens.append(faults.get(row) or (token if token >= 0 else _ERRORS[token]()))
+            tokens.append(faults.get(row) or (token if token >= 0 else no_token(token)))
         return tokens
 
     def logprobs(
@@ -183,6 +179,11 @@ class NativeChoice:
 
 def _guided(wants: Sequence[Want]) -> list[int]:
     return [row for row, want in enumerate(wants) if want.seat.sampling.grammar]
+
+
+def no_token(code: int) -> RopewayError:
+    """What NOT_FINITE and NOTHING_LEFT mean."""
+    return NumericalError(_NOT_FINITE) if code == NOT_FINITE else RequestError(_NOTHING_LEFT)
 
 
 def is_greedy(sampling: SamplingParams) -> bool:

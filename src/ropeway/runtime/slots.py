@@ -28,7 +28,8 @@ class Slot:
     `mask` says which tokens may come next, None for all: token i may if bit i % 32 of word i // 32 is set. The sampler
     reads it when it chooses. It is `allowed`, the request's `allowed_token_ids`, from the start, and under a grammar
     what the `Guide` (see `ropeway.runtime.sampler`) answers for each token, cut to `allowed`. `matcher` is the guide's
-    own memory of the sequence, which goes with the seat.
+    own memory of the sequence, which goes with the seat. `wish` is there if the device can choose its tokens by itself
+    (see `ropeway.runtime.ondevice`).
     """
 
     rid: int
@@ -46,6 +47,7 @@ class Slot:
     matcher: object | None = None
     pool: Pool | None = None
     second: int = 0
+    wish: tuple[float, float, float, float] | None = None
 
     def tail(self, row: Row) -> int:
         """Of how many positions at the end of `row`, which is this sequence's, the final states are wanted."""
@@ -140,6 +142,26 @@ class Slots:
             seat.known += 1
         if seat.history is not None:
             seat.history.append(token)
+
+    def expect(self, slot: int) -> int:
+        """The device is choosing the next token of a slot, which counts as known from now on. -1 - slot stands in its
+        place until `put` brings it. Returns its index in the sequence; at the length limit there is no place for it."""
+        seat = self.taken[slot]
+        index = seat.known
+        if index < self.tokens.shape[1]:
+            self.tokens[slot, index] = -1 - slot
+            seat.known += 1
+        return index
+
+    def put(self, slot: int, seat: Slot, index: int, token: int) -> None:
+        """A token that was expected has come, or a negative number in its place: then nothing more of the sequence can
+        be computed. Nobody's if the `seat` for which it was chosen has been left."""
+        if self.taken.get(slot) is not seat:
+            return
+        if token < 0:
+            seat.fault = "no token could be chosen for it before"
+        elif index < self.tokens.shape[1]:
+            self.tokens[slot, index] = token
 
     def sequence(self, slot: int) -> NDArray[np.int32]:
         """The known tokens of a slot (a view)."""

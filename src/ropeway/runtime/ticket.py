@@ -17,12 +17,12 @@ from ropeway.runtime.transfer import Moving
 
 
 class Coming(NamedTuple):
-    """A token that the device has chosen: row `number` of the plan, the sequence's `seat`, the token's index in the
-    sequence, and its place in what is fetched."""
+    """A token that the device has chosen: row `number` of the plan, the `seat` of its sequence, `at` which index it
+    comes there, and its place in what is fetched."""
 
     number: int
     seat: Slot
-    index: int
+    at: int
     place: int
 
 

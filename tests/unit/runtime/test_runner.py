@@ -16,6 +16,7 @@ from ropeway.config import EngineConfig
 from ropeway.contract import Admit, BlockCopy, Row, SamplingParams, StepPlan
 from ropeway.errors import EngineError
 from ropeway.runtime.gather import gather
+from ropeway.runtime.lane import CpuLane
 from ropeway.runtime.local import LocalExecutor
 from ropeway.runtime.slots import Slots
 
@@ -170,7 +171,7 @@ def test_a_sequence_that_cannot_be_seated_fails_alone(checkpoint: Make, tokens: 
         [Row(77, 0, 7, 0, max(len(tokens), 1), True, [50]), Row(good.rid, 0, good.slot, 0, 5, True, [0])],
         [],
     )
-    result = d.executor.submit(plan)
+    result = d.executor.collect(d.executor.submit(plan))
     assert [f.row for f in result.faults] == [0]
     assert result.tokens[0] == []
     assert len(result.tokens[1]) == 1
@@ -190,7 +191,7 @@ def test_rows_that_contradict_their_slot_are_faults(checkpoint: Make) -> None:
         Row(line.rid, 0, slot, 5, 1, True, [60]),
     ]
     for row in wrong:
-        result = d.executor.submit(StepPlan(1, [], [], [row], []))
+        result = d.executor.runner.step(StepPlan(1, [], [], [row], []))
         assert [(f.row, f.code) for f in result.faults] == [(0, "RW-ENGINE")]
 
 
@@ -203,7 +204,7 @@ def test_blocks_are_copied_before_the_rows(checkpoint: Make) -> None:
     fork = Admit(50, 0, 6, line.tokens[:-1], 20, line.computed - 1, [55, 56, 57], GREEDY, ())
     copies = [BlockCopy(source, target) for source, target in zip(line.blocks, (55, 56, 57), strict=True)]
     start = line.computed - 1
-    result = d.executor.submit(StepPlan(9, [], [fork], [Row(50, 0, 6, start, 1, True, [])], copies))
+    result = d.executor.runner.step(StepPlan(9, [], [fork], [Row(50, 0, 6, start, 1, True, [])], copies))
     assert result.tokens == [[line.tokens[-1]]]
     with pytest.raises(EngineError, match="'host'"):
         d.executor.submit(StepPlan(10, [], [], [], [BlockCopy(0, 1, "host", "device")]))
@@ -267,7 +268,7 @@ def test_gathering() -> None:
     rows = [Row(1, 0, 3, 3, 6, False, []), Row(2, 0, 0, 0, 2, True, [])]
     for row in rows:
         slots.extend(row)
-    found = gather(rows, slots, torch.device("cpu"))
+    found = gather(rows, slots, CpuLane())
     assert found.token_ids.tolist() == [13, 14, 15, 16, 17, 18, 50, 51]
     assert found.positions.tolist() == [3, 4, 5, 6, 7, 8, 0, 1]
     assert found.cu_q.tolist() == [0, 6, 8]
