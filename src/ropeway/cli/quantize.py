@@ -16,8 +16,8 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Plain checkpoint: a directory, a hub name, or 'bundled'.")],
     out: Annotated[Path, typer.Argument(help="New directory for the quantized checkpoint.")],
     quantization: Annotated[
-        Literal["int8", "int4"],
-        typer.Option(help="int8 (W8A8, a scale per output channel) or int4 (W4A16, a scale and zero point per group)."),
+        Literal["int8", "int4", "fp8"],
+        typer.Option(help="int8 or fp8 (W8A8, a scale per output) or int4 (W4A16, a scale and zero point per group)."),
     ] = "int8",
     group: Annotated[int, typer.Option(help="Inputs that share a scale in int4: 32, 64 or 128.")] = 64,
     revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,

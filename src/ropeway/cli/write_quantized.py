@@ -20,7 +20,7 @@ def run(model: str, out: Path, format: str, group: int, *, revision: str | None,
     begun = time.perf_counter()
     spec = load_spec(locate(model, revision=revision, download_dir=download_dir), model, "native")
 
-    with counting("layers", len(export.linears(spec))) as done:
+    with counting("layers", len(spec.modules)) as done:
         files = export.write_quantized(spec, out, format, group, rounding(format, group), done)
     size = sum(file.stat().st_size for file in files)
     before = sum(file.stat().st_size for file in spec.directory.glob("*.safetensors"))

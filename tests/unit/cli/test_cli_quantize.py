@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from ropeway.cli.main import main
 from ropeway.config import EngineConfig
 from ropeway.hub import BUNDLED
 from ropeway.modelspec import load_spec
-from ropeway.runtime.layers.quantized import QuantizedWeight
+from ropeway.runtime.layers.quantized import QuantizedWeight, as_bytes
 from ropeway.runtime.local import LocalExecutor
 from ropeway.runtime.perplexity import score, windows
 from ropeway.runtime.weights import export
@@ -33,7 +34,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return int(caught.value.code or 0), out, err
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
 def test_the_copy_is_what_loading_would_make(tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str) -> None:
     out = tmp_path / "copy"
     code, text, _ = run(capsys, "quantize", "bundled", str(out), "--quantization", format)
@@ -45,7 +46,7 @@ def test_the_copy_is_what_loading_would_make(tmp_path: Path, capsys: pytest.Capt
     assert spec.parameters == spec.stored_parameters
     assert {p.name for p in out.iterdir()} >= {"tokenizer.json", "generation_config.json", "chat_template.jinja"}
     with (
-        Weights(out, torch.bfloat16, spec.quantization, format) as copied,
+        Weights(out, torch.bfloat16, replace(spec.quantization, widened=False), format) as copied,
         Weights(BUNDLED, torch.bfloat16, None, format) as loaded,
     ):
         for modules, outs, ins in (
@@ -55,7 +56,7 @@ def test_the_copy_is_what_loading_would_make(tmp_path: Path, capsys: pytest.Capt
             ours, theirs = copied.linear(modules, outs, ins), loaded.linear(modules, outs, ins)
             assert isinstance(ours, QuantizedWeight)
             assert isinstance(theirs, QuantizedWeight)
-            assert torch.equal(ours.values, theirs.values)
+            assert torch.equal(as_bytes(ours.values), as_bytes(theirs.values))
             assert torch.equal(ours.scales, theirs.scales)
             assert torch.equal(ours.dequantize(), theirs.dequantize())
         name, shape = "model.embed_tokens.weight", (4096, 256)

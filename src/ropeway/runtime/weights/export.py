@@ -1,14 +1,15 @@
 """Write a quantized checkpoint, one tensor at a time, as compressed-tensors lays it out, so that others can read it.
 
-int8 becomes `int-quantized` (W8A8: activations are quantized for each token as it comes), int4 `pack-quantized`
-(W4A16, with zero points). The LM head, the embeddings and the norms stay as they are.
+int8 becomes `int-quantized` (W8A8: activations are quantized for each token as it comes), fp8 `float-quantized` (the
+same in e4m3), int4 `pack-quantized` (W4A16, with zero points). The LM head, the embeddings, the norms and the routers
+of experts stay as they are.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ from ropeway.runtime.weights.loader import Weights
 
 SHARD_BYTES = 4 << 30
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.int32: "I32",
-          torch.int64: "I64"}  # fmt: skip
+          torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3"}  # fmt: skip
+_LAYOUTS = {"int8": "int-quantized", "int4": "pack-quantized", "fp8": "float-quantized"}
+_PLAIN = (r"re:.*\.gate$", r"re:.*\.kv_b_proj$")
+"""Linear layers beside experts that are not quantized, as compressed-tensors names them: routers, and the expansion of
+latents."""
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
 
 Quantize = Callable[[str, Tensor], QuantizedWeight]
@@ -42,7 +47,7 @@ def write_quantized(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
-    """Write the plain checkpoint of `spec` to the new directory `out` in `format` ('int8' or 'int4').
+    """Write the plain checkpoint of `spec` to the new directory `out` in `format` ('int8', 'int4' or 'fp8').
 
     `out` appears when it is complete. `done` is called after each layer that was quantized. Returns the weight files.
     Raises ConfigError if there is something at `out`, the checkpoint is quantized already, or int4 does not fit it.
@@ -52,13 +57,14 @@ def write_quantized(
     part.mkdir(parents=True)
     try:
         with Weights(spec.directory, torch.float32) as weights:
-            names = linears(spec)
+            names = spec.modules
+            _check_names(weights, names)
             # Four tensors stand for a layer at most; an entry has its name and less than 160 characters more.
             room = 256 + sum(len(name) + 160 for name in weights.shapes()) + sum(4 * (len(n) + 180) for n in names)
             files = _write_shards(part, _tensors(weights, names, quantize, done), room, shard_bytes)
         _copy_others(spec.directory, part)
         config = json.loads((spec.directory / "config.json").read_text(encoding="utf-8"))
-        config["quantization_config"] = scheme(format, group)
+        config["quantization_config"] = scheme(format, group, ["lm_head", *_PLAIN] if spec.experts else ["lm_head"])
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         part.rename(out)
     except BaseException:
@@ -81,39 +87,44 @@ def check(spec: ModelSpec, out: Path, format: str, group: int) -> None:
         raise ConfigError(f"Layers with {sorted(depths)} inputs cannot be split in groups of {group}. {use}")
 
 
-def linears(spec: ModelSpec) -> list[str]:
-    """Names of the linear layers that are quantized, in the order in which a token meets them."""
-    parts = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
-    return [f"model.layers.{layer}.{part}" for layer in range(spec.layers) for part in parts]
+def _check_names(weights: Weights, names: list[str]) -> None:
+    """Raises ConfigError if a layer is not stored by itself, as it is where experts are stacked."""
+    stored = weights.shapes()
+    missing = [name for name in names if f"{name}.weight" not in stored]
+    if missing:
+        raise ConfigError(
+            f"The checkpoint in {weights.directory} does not store {missing[0]} as a matrix of its own (one of "
+            f"{len(missing)}), so it cannot be quantized on disk. Serve it with --quantization int8 or int4 instead."
+        )
 
 
-def scheme(format: str, group: int) -> dict[str, Any]:
-    """`quantization_config` in the words of compressed-tensors."""
-    eight = format == "int8"
+def scheme(format: str, group: int, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
+    """`quantization_config` in the words of compressed-tensors; `ignore` are the linear layers that stay plain."""
+    eight, kind = format != "int4", "float" if format == "fp8" else "int"
     weights = {
         "num_bits": 8 if eight else 4,
-        "type": "int",
+        "type": kind,
         "symmetric": eight,
         "strategy": "channel" if eight else "group",
         "group_size": None if eight else group,
         "dynamic": False,
     }
-    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    layout = "int-quantized" if eight else "pack-quantized"
+    inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+    layout = _LAYOUTS[format]
     layers = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if eight else None}
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": layout,
         "config_groups": {"group_0": {**layers, "output_activations": None, "format": layout}},
-        "ignore": ["lm_head"],
+        "ignore": list(ignore),
         "kv_cache_scheme": None,
     }
 
 
 def stored(weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors that stand for `weight`, by the end of their names; scales in `dtype`."""
-    if weight.format == "int8":
+    if weight.format != "int4":
         return {"weight": weight.values, "weight_scale": weight.scales[:, None].to(dtype)}
     zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
     return {
