@@ -17,7 +17,6 @@ from ropeway.api.errors import ErrorEnvelope
 from ropeway.api.registry import RequestList, RequestState
 from ropeway.api.translate import EXTRAS
 from ropeway.api.usage import UsageList
-from ropeway.contract.compare import Comparison, Mix
 
 _COMPONENTS = (
     schema.ChatCompletionRequest, replies.ChatCompletion, schema.CompletionRequest, replies.Completion,
@@ -32,7 +31,6 @@ _COMPONENTS = (
     files.FileBody, files.FileList, files.DeletedFile, batches.BatchRequest, batches.BatchBody, batches.BatchList,
     deferred.Job, deferred.JobList, deferred.DeletedJob,
     schema.WaitState, RequestList, RequestState, UsageList, DeploymentList, DeploymentState, ErrorEnvelope,
-    Mix, Comparison,
     canary_schema.CanaryStart, canary_schema.CanaryChange, canary_schema.CanaryState, canary_schema.CanaryList,
 )  # fmt: skip
 _REF = "#/components/schemas/"
