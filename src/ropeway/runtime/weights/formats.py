@@ -93,7 +93,8 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 def pack_nibbles(values: Tensor) -> Tensor:
     """The inverse of `unpack_nibbles`; columns are filled up with 0 to a multiple of 8."""
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % 8))
-    return (padded[:, 0::2] | (padded[:, 1::2] << 4)).contiguous().view(torch.int32)
+    pairs = padded[:, 0::2] | (padded[:, 1::2] << 4)
+    return pairs.flatten().view(torch.int32).view(pairs.shape[0], -1)  # a single row need not have a stride of words
 
 
 def _read_int8(stored: Stored, module: str, outs: int, ins: int) -> QuantizedWeight:
