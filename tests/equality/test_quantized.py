@@ -52,7 +52,7 @@ def logits(directory: Path, tokens: list[int], **changes: object) -> torch.Tenso
     for start in range(size):
         row = Row(0, 0, 0, start, 1, True, [])
         runner.slots.extend(row)
-        found.append(runner.model.forward(gather([row], runner.slots, runner.device), runner.kv.data))
+        found.append(runner.model.forward(gather([row], runner.slots, runner.lane), runner.kv.data))
     return torch.cat(found)
 
 

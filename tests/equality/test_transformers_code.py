@@ -49,7 +49,7 @@ def test_quantized_while_loading(tmp_path: Path, name: str, quantization: str) -
     assert 0 < spread(found, directory, tokens) < 2 * WEIGHTS[quantization]
 
 
-@pytest.mark.parametrize("changes", [{"kv_cache_dtype": "int8"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("changes", [{"kv_cache_dtype": "int8"}, {"kv_cache_dtype": "fp8"}, {"dtype": "bfloat16"}])
 @pytest.mark.parametrize("name", ["gemma3", "gpt-neox"])
 def test_shorter_types(tmp_path: Path, name: str, changes: dict[str, str]) -> None:
     directory = save(name, tmp_path)
@@ -66,7 +66,7 @@ def test_final_states(tmp_path: Path) -> None:
     row = Row(0, 0, 0, 0, 20, True, [])
     runner.slots.extend(row)
     with torch.inference_mode():
-        found = runner.model.hidden(gather([row], runner.slots, runner.device), runner.kv.data)
+        found = runner.model.hidden(gather([row], runner.slots, runner.lane), runner.kv.data)
         expected = reference(directory).model(torch.tensor([tokens])).last_hidden_state[0, -1:]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
