@@ -18,7 +18,6 @@ from ropeway.runtime.local import (
     LocalExecutor,
     choose_device,
     choose_dtype,
-    device_memory,
     sentence,
     set_threads,
     wanted_level,
@@ -43,7 +42,8 @@ class EncoderExecutor(LocalExecutor):
         level = wanted_level(config, device)
         dtype, dtype_note = choose_dtype(config, spec, device)
         name = str(dtype).removeprefix("torch.")
-        budget = plan_budget(config, spec, name, device.type, device_memory(device))
+        memory = open_memory(device)
+        budget = plan_budget(config, spec, name, device.type, memory.state())
         threads, threads_note = set_threads(config, budget.weight_bytes)
         begun = time.perf_counter()
         with open_weights(spec, config, dtype, device) as weights, torch.inference_mode():
@@ -52,7 +52,7 @@ class EncoderExecutor(LocalExecutor):
         kv = KVStore(budget.num_blocks, 0, (1,), dtype, device)
         slots = Slots(config.max_num_seqs, budget.max_model_len, config.block_size, budget.num_blocks, spec.vocab)
         ops, _ = select_ops(device, dtype, level)
-        self.runner = Runner(model, kv, slots, Sampler(ops), lane_for(device), config.seed, memory=open_memory(device))
+        self.runner = Runner(model, kv, slots, Sampler(ops), lane_for(device), config.seed, memory=memory)
         warm_up(self.runner, "cls", "Try --kernel-level 0.")
         pooling = spec.pooling
         self._info = ExecutorInfo(

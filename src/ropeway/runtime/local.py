@@ -24,9 +24,10 @@ from ropeway.runtime.kernels.library import load
 from ropeway.runtime.kernels.ops import select_ops
 from ropeway.runtime.kvstore import KVStore
 from ropeway.runtime.layers.linear import FASTEST, describe_linear
-from ropeway.runtime.memory import Budget, MemoryState, cpu_memory, gib, plan_budget
+from ropeway.runtime.memory import Budget, gib, plan_budget
 from ropeway.runtime.models.build import Built, build
 from ropeway.runtime.pipeline import open_runner, record_steps
+from ropeway.runtime.profile import measured
 from ropeway.runtime.runner import Model, Runner
 from ropeway.runtime.sampler import Sampler
 from ropeway.runtime.slots import Slots
@@ -64,12 +65,15 @@ class LocalExecutor:
         name = str(dtype).removeprefix("torch.")
         weight_bytes = spec.weight_bytes(name, config.quantization, config.quantization_group)
         threads, threads_note = set_threads(config, weight_bytes)
-        budget = plan_budget(config, spec, name, device.type, device_memory(device))
+        memory = open_memory(device)
+        before = memory.state()
+        budget = plan_budget(config, spec, name, device.type, before)
         ops, ops_passed = select_ops(device, dtype, level)
         begun = time.perf_counter()
         try:
             built = build(spec, config, dtype, device, ops, level, budget.max_model_len)
             loaded = time.perf_counter() - begun
+            budget = measured(memory, before, budget, config, spec, name, built)
             model, level_note = whole_steps(built, level, config)
             attention, shape = built.attention, built.backend.block_shape()
             made = (spec.implementation, name, built.backend.name, config.kv_cache_dtype, config.quantization)
@@ -88,7 +92,6 @@ class LocalExecutor:
                 f"weights, {gib(budget.kv_bytes)} for the KV cache. Lower --kv-cache-gib or free memory."
             ) from error
         sampler = Sampler(ops, guide=open_grammars(config, spec, directory))
-        memory = open_memory(device)
         self.runner, depth, notes = open_runner(model, kv, slots, sampler, config, device, memory)
         warm_up(self.runner, "", "Try --attention-backend reference.")
         self._background, recorded = record_steps(self.runner, built, config, spec.hidden, dtype)
@@ -227,13 +230,6 @@ def whole_steps(built: Built, level: int, config: EngineConfig) -> tuple[Model, 
     if isinstance(load(), str):
         return model, "Kernel level: 1, packed linear layers where torch has them (there are no native kernels)."
     return model, f"Kernel level: 2, native kernels called one by one ({asked if level == 2 else 'not 3: ' + fused})."
-
-
-def device_memory(device: torch.device) -> MemoryState:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return MemoryState(total, free, "of the GPU's memory")
-    return cpu_memory()
 
 
 def set_threads(config: EngineConfig, weight_bytes: int) -> tuple[int, str]:

@@ -22,7 +22,11 @@ from ropeway.errors import MemoryBudgetError
 from ropeway.modelspec import ModelSpec
 from ropeway.runtime.batch import BatchInputs
 from ropeway.runtime.device_memory import DeviceMemory, asked_for, ran_out
-from ropeway.runtime.memory import GIB, Budget, MemoryState, Needs, gib, plan_budget
+from ropeway.runtime.device_sampler import sample
+from ropeway.runtime.graphs import sizes
+from ropeway.runtime.memory import GIB, Budget, MemoryState, Needs, cpu_memory, gib, plan_budget
+from ropeway.runtime.models.build import Built
+from ropeway.runtime.pipeline import obstacle
 
 GRAPH_BYTES = 8 << 20
 """What the driver keeps for each recorded step, beside the memory that all of them share."""
@@ -191,6 +195,39 @@ def _used(before: MemoryState) -> str:
         f"GPU memory: {gib(before.total)}, of which {gib(before.total - before.free)} were in use before anything was "
         "loaded, by other processes and the driver."
     )
+
+
+def measured(
+    memory: DeviceMemory,
+    before: MemoryState,
+    estimated: Budget,
+    config: EngineConfig,
+    spec: ModelSpec,
+    dtype: str,
+    built: Built,
+) -> Budget:
+    """The budget for `built`, a model that was loaded where `before` is how it was (see `settle`)."""
+    if memory.measures:
+        check_host(config, cpu_memory())
+    profile = Profile(
+        model=built.model,
+        layers=spec.layers,
+        block_shape=built.backend.block_shape(),
+        kv_dtype=built.attention.kv_dtype,
+        device=built.model.device,
+        sample=choose_tokens,
+        graphs=0 if obstacle(built, config) else len(sizes(config.max_num_seqs)),
+    )
+    return settle(memory, before, estimated, config, spec, dtype, built.model.device.type, profile)
+
+
+def choose_tokens(logits: Tensor) -> Tensor:
+    """A token for each row of `logits` (R, vocab), chosen in the way that takes the most memory."""
+
+    def each(value: float, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.full((logits.shape[0],), value, dtype=dtype, device=logits.device)
+
+    return sample(logits, each(1.0), each(40, torch.int64), each(0.9), each(0.0), each(0.5))
 
 
 def check_host(config: EngineConfig, memory: MemoryState) -> None:

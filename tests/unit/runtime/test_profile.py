@@ -15,6 +15,7 @@ from torch import Tensor
 from ropeway.config import EngineConfig
 from ropeway.errors import MemoryBudgetError
 from ropeway.modelspec import ModelSpec, RopeSpec
+from ropeway.runtime import local
 from ropeway.runtime.batch import BatchInputs
 from ropeway.runtime.device_memory import CpuMemory, asked_for, ran_out
 from ropeway.runtime.memory import GIB, Budget, MemoryState, estimate, gib, plan_budget
@@ -204,6 +205,39 @@ def test_what_is_promised_fits_and_what_is_advised_works(
             )
         return
     pytest.fail("six pieces of advice were not enough")
+
+
+class Counted(CpuMemory):
+    """This machine's memory as if its pages were counted like a GPU's."""
+
+    measures = True
+
+    def __init__(self) -> None:
+        self.peaks = iter([30 << 20, 50 << 20, 40 << 20])
+
+    def state(self) -> MemoryState:
+        return MemoryState(256 << 20, 200 << 20, "of memory")
+
+    def held(self) -> int:
+        return 0
+
+    def peak(self) -> int:
+        return next(self.peaks)
+
+
+def test_a_real_model_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights 30 MiB and a step 20 MiB, says the memory; half of 256 MiB is the engine's."""
+    memory = Counted()
+    monkeypatch.setattr(local, "open_memory", lambda _: memory)
+    executor = local.LocalExecutor(
+        EngineConfig(gpu_memory_utilization=0.5, max_num_seqs=3, max_num_batched_tokens=100, threads=1, device="cpu")
+    )
+    info = executor.info
+    each = info.kv_bytes // info.num_blocks
+    assert info.num_blocks == (128 - 50 << 20) // each
+    assert not list(memory.peaks), "both shapes were computed"
+    assert any("30.0 MiB for weights, 20.0 MiB that a step was measured to take" in note for note in info.notes)
+    executor.close()
 
 
 def test_a_cpu_keeps_the_estimate() -> None:
