@@ -45,7 +45,11 @@ class Processor:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and keys of a program's tile, its warps, and how many tiles of keys are on their way at once."""
+    """Rows and keys of a program's tile, its warps, and the stages of its loop over keys.
+
+    The compiler spreads them over two loads, that of keys after that of the block table: with 2 b + 1 stages it keeps b
+    tiles of keys in shared memory, and one more where it multiplies them as they lie there (Hopper's wgmma).
+    """
 
     m: int
     n: int
@@ -56,23 +60,28 @@ class Tile:
 def tile(spec: AttentionSpec, heads: int, shared: int, *, single: bool) -> Tile:
     """The tile for rows of one token (`single`) or of more, when a program computes `heads` query heads of a KV head.
 
-    Single tokens wait for memory: the fewest rows that a matrix unit takes, and three tiles of keys on their way.
-    Longer rows compute: as many rows as registers hold an accumulator for, 128 x 128 in 16 bits, and float32 a quarter
-    of it, as it goes through no matrix unit. Keys come 64 at a time, fewer if K and V do not fit shared memory else.
+    Single tokens wait for memory: the fewest rows that a matrix unit takes. Longer rows compute: as many rows as
+    registers hold an accumulator for, 128 x 128 in 16 bits, and float32 a quarter of it, as it goes through no matrix
+    unit. Keys come 64 at a time, and two tiles of them at once, less where they do not fit shared memory.
     """
     width, narrow = max(16, _power(spec.value_dim)), spec.dtype != torch.float32
     least = max(16, _power(heads))
-    m, n, stages = least, 64 if narrow else 32, 3
+    m, n, stages = least, 64 if narrow else 32, 5
     if not single:
-        m, stages = max(least, 128 if narrow and width <= 128 else 64 if narrow else 32), 2
+        m = max(least, 128 if narrow and width <= 128 else 64 if narrow else 32)
     query = spec.head_dim * spec.dtype.itemsize
     key = spec.vectors * spec.head_dim * spec.kv_dtype.itemsize
-    # A quarter is left for what the compiler keeps there itself.
-    while m * query + stages * n * key > shared * 3 // 4:
-        if n > 16:
+    read = spec.vectors * query if spec.quantized else 0  # codes become operands of products, which lie there too
+    # An eighth is left for what the compiler keeps there itself.
+    while m * query + n * ((stages + 1) // 2 * key + read) > shared * 7 // 8:
+        if n > 32:
+            n //= 2
+        elif stages > 3:
+            stages = 3
+        elif n > 16:
             n //= 2
         elif stages > 1:
-            stages -= 1
+            stages = 1
         elif m > least:
             m //= 2
         else:
