@@ -80,7 +80,7 @@ def test_the_batch_is_seen(page: Page) -> None:
     page.until(r"/^\d+ \/ 12$/.test(document.querySelectorAll('.tiles b')[4].innerText)")
     page.run("document.querySelector('#track').focus()")
     page.press("ArrowDown")
-    page.until("document.querySelector('.unseen').textContent.startsWith('Seat 1 ')")
+    page.until("document.querySelector('.unseen').textContent.startsWith('Seat 0 ')")
 
 
 def test_pages_turn_by_key_and_only_one_of_them_is_told_of_the_batch(page: Page, feed: StubFeed) -> None:

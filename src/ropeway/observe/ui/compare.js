@@ -3,7 +3,7 @@
 
 import { send } from "./api.js";
 import { choice, colours, field, h, note, percent, seconds, still, whole } from "./dom.js";
-import { Track } from "./track.js";
+import { reaching, Track } from "./track.js";
 
 const FIELDS = [
   ["requests", "Requests", { min: 2, max: 256, value: 64 }], ["seats", "Seats", { min: 1, max: 64, value: 8 }],
@@ -162,7 +162,7 @@ class SideView {
     this.track.clear();
     this.track.configure(seats);
     this.track.fit();
-    this.track.least = Math.log2(1 + Math.max(...side.rides.map((ride) => ride.answer))) + 0.2;
+    this.track.least = reaching(Math.max(...side.rides.map((ride) => ride.answer)));
     this.track.scale = { from: this.track.least, to: this.track.least, at: 0 };
     this.taken = Array.from({ length: POINTS }, (_, i) => this.rides.filter((ride) => aboard(ride, ((i + 0.5) / POINTS) * length)).length / seats);
   }

@@ -210,7 +210,7 @@ export class Ropeway {
       h("span", { class: "who" }, name(one.id) || "somebody"),
       h("span", { class: "right" }, one.eta_s === null || one.eta_s === undefined ? "" : `≈ ${seconds(one.eta_s)}`),
       mine(one.id) && h("button", { type: "button", class: "plain", title: "Cancel", "aria-label": `Cancel ${one.id}`, on: { click: () => cancel(one.id) } }, "✕"),
-      h("span", { class: "why dim" }, one.reason || (one.holder ? `held by ${one.holder}` : "boards with the next step"))));
+      h("span", { class: "why dim", title: one.reason ?? "" }, one.reason || (one.holder ? `held by ${one.holder}` : "boards with the next step"))));
     if (!shown.length) shown.push(h("li", { class: "empty" }, "Nobody waits."));
     if (frame.waiting_total > frame.waiting.length) shown.push(h("li", { class: "empty" }, `and ${whole(frame.waiting_total - frame.waiting.length)} more`));
     this.line.replaceChildren(...shown);
@@ -260,10 +260,12 @@ export class Ropeway {
       const next = selected === null ? 0 : Math.max(0, Math.min(lanes - 1, selected + step));
       this.select(next);
       const seat = this.track.lanes[next]?.seat;
-      this.spoken.textContent = seat ? `Seat ${next + 1} ${sentence(seat)}` : `Seat ${next + 1} is free.`;
+      this.spoken.textContent = seat ? `Seat ${next} ${sentence(seat)}` : `Seat ${next} is free.`;
       event.preventDefault();
-    } else if (event.key === "Enter" && selected !== null) this.details(selected);
-    else if (event.key === "Delete" && selected !== null) {
+    } else if (event.key === "Enter" && selected !== null) {
+      event.preventDefault(); // else the same key presses the first button of the box
+      this.details(selected);
+    } else if (event.key === "Delete" && selected !== null) {
       const id = this.track.lanes[selected]?.seat.id;
       if (mine(id)) cancel(id);
     }
@@ -273,7 +275,7 @@ export class Ropeway {
     const seat = this.track.lanes[slot]?.seat;
     if (!seat) return;
     const body = h("div", {}, h("p", {}, mark(seat.urgency), " ", sentence(seat)));
-    const dialog = show(`Seat ${slot + 1}`, body);
+    const dialog = show(`Seat ${slot}`, body);
     if (!mine(seat.id)) return void body.append(h("p", { class: "dim" }, "It is somebody else's request."));
     body.append(h("p", { class: "dim" }, seat.id), button("Cancel it", async () => { await cancel(seat.id); dialog.close(); }, "danger"));
     try {

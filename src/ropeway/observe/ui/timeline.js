@@ -4,6 +4,7 @@ import { h, seconds, whole } from "./dom.js";
 
 const NAMES = { queue: "waited", prefill: "read its prompt", decode: "wrote" };
 const MOST_CHUNKS = 200;
+const WORTH_TELLING = 0.005;
 
 /** What `/v1/requests/{id}` says, as a picture with the same in words beneath. */
 export function life(state) {
@@ -19,7 +20,8 @@ export function life(state) {
 
 function bar(sequence, number) {
   const spans = sequence.spans;
-  const end = Math.max(...spans.map((span) => span.end ?? span.begin), 1e-6);
+  const lived = Object.values(sequence.seconds ?? {}).reduce((sum, one) => sum + one, 0);
+  const end = Math.max(...spans.map((span) => span.end ?? span.begin), lived, 1e-6);
   const wide = (from, to) => `${Math.max(0, (100 * (to - from)) / end)}%`;
   const picture = h("div", { class: "bar", role: "img", "aria-label": words(sequence) });
   for (const span of spans) {
@@ -35,7 +37,7 @@ function bar(sequence, number) {
       picture.append(tick);
     }
   }
-  const waits = spans.flatMap((span) => span.waits ?? []).filter((one) => one.seconds > 0);
+  const waits = spans.flatMap((span) => span.waits ?? []).filter((one) => one.seconds > WORTH_TELLING);
   return h("div", { class: "sequence" }, number ? h("span", { class: "dim" }, `sequence ${number}`) : null, picture,
     h("p", { class: "legend" },
       Object.entries(NAMES).map(([phase, name]) => h("span", { class: "swatch" }, h("i", { class: phase }), `${name} ${seconds(sequence.seconds?.[phase])}`))),
@@ -48,7 +50,7 @@ function words(sequence) {
 
 function sentence(span, end) {
   const took = end === null || end === undefined ? "still" : `for ${seconds(end - span.begin)}`;
-  const seat = span.seat === null || span.seat === undefined ? "" : ` in seat ${span.seat + 1}`;
+  const seat = span.seat === null || span.seat === undefined ? "" : ` in seat ${span.seat}`;
   const steps = span.first_step === null || span.first_step === undefined ? "" : `, steps ${span.first_step} to ${span.last_step ?? "now"}`;
   const cached = span.cached ? `, ${whole(span.cached)} tokens cached` : "";
   return `${NAMES[span.phase] ?? span.phase} ${took}${seat}${steps}${cached}`;

@@ -83,7 +83,7 @@ export class Track {
   /** Let the scale reach to `longest` tokens and at least to `least`. It grows at once and shrinks only when it is far
       too wide. */
   rescale(longest, now = performance.now()) {
-    const wanted = Math.max(this.least, Math.ceil(Math.log2(1 + longest) + 0.3));
+    const wanted = Math.max(this.least, reaching(longest));
     if (wanted > this.scale.to || wanted < this.scale.to - 1) this.scale = { from: this.reach(now), to: wanted, at: now };
   }
 
@@ -186,7 +186,7 @@ export class Track {
       ctx.fillStyle = this.colours.dim;
       ctx.font = "11px system-ui, sans-serif";
       ctx.textAlign = "right";
-      ctx.fillText(slot + 1, x0 - 10, y + 1);
+      ctx.fillText(slot, x0 - 10, y + 1);
     }
     if (!lane) {
       if (this.empty && tall >= 21) {
@@ -264,6 +264,9 @@ export class Track {
     this.ctx.globalAlpha = 1;
   }
 }
+
+/** A scale on which so many tokens have room. */
+export const reaching = (tokens) => Math.ceil(Math.log2(1 + tokens) + 0.3);
 
 const out = (seat) => Math.max(0, seat.known - seat.prompt);
 
