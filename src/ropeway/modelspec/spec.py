@@ -94,8 +94,8 @@ class ModelSpec:
     def scale(self) -> float:
         """What attention scores are multiplied by."""
         if self.latent is None:
-            return self.head_dim**-0.5
-        return (self.latent.nope + self.latent.rope) ** -0.5 * self.rope.sharpness**2
+            return float(self.head_dim**-0.5)
+        return float((self.latent.nope + self.latent.rope) ** -0.5) * self.rope.sharpness**2
 
     @property
     def parameters(self) -> int:

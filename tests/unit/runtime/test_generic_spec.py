@@ -91,7 +91,7 @@ def test_context_ends_where_neighbours_would_matter(tmp_path: Path, changes: dic
         ({"kv_lora_rank": 512}, "latent attention"),
         ({"architectures": ["SomethingNewForSequenceClassification"]}, "generates no text"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}, "for the native families"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quant_method 'fp8', which cannot be loaded"),
+        ({"quantization_config": {"quant_method": "fp6"}}, "quant_method 'fp6', which cannot be loaded"),
     ],
 )
 def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -59,7 +59,7 @@ class LatentAttention:
         """As `layers.attention.Attention`: `x` (T, hidden) to (T, hidden)."""
         shape, count = self.latent, x.shape[0]
         down = self.down(x)
-        queries, tokens = down.split([down.shape[1] - shape.width, shape.width], dim=1)
+        queries, tokens = down[:, : -shape.width], down[:, -shape.width :]
         if self.up is not None and self.q_norm is not None:
             queries = self.up(self.q_norm(queries))
         queries = queries.reshape(count, self.heads, shape.nope + shape.rope)
@@ -101,4 +101,4 @@ def fill(
 def _halves(x: Tensor) -> Tensor:
     """`x` (T, heads, rope) as the rotation wants it, in new memory: first halves of all pairs, then second ones.
     Queries and keys are reordered alike, so that their products stay the same."""
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return x.reshape(*x.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)

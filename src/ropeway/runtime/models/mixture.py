@@ -75,12 +75,12 @@ class Mixture(Llama):
         reason = grouped_reason(self.device)
         reason = reason or grouped_reason(self.device, [stored.gate_up(first), stored.down(first)])
         if reason is None:
-            whole = [part.to(self.device) for part in (stored.gate_up(everyone), stored.down(everyone))]
-            experts = GroupedExperts(*whole, spec.count)
+            gate_up, down = (part.to(self.device) for part in (stored.gate_up(everyone), stored.down(everyone)))
+            experts = GroupedExperts(gate_up, down, spec.count)
         else:
             each = [range(e, e + 1) for e in everyone]
-            gate_up = [self.pack(stored.gate_up(one), None) for one in each]
-            experts = LoopedExperts(gate_up, [self.pack(stored.down(one), None) for one in each], self.ops)
+            first_half = [self.pack(stored.gate_up(one), None) for one in each]
+            experts = LoopedExperts(first_half, [self.pack(stored.down(one), None) for one in each], self.ops)
         passed = f" (passed over: {reason})" if reason and self.device.type != "cpu" else ""
         self.note = (
             f"Experts: {spec.chosen} of {spec.count} for each token, which so meets {self.spec.active_parameters:,} "
