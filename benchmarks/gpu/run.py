@@ -82,6 +82,8 @@ def work(options: argparse.Namespace) -> int:
     from measure import Deadline, OutOfTime, slug, surroundings
     from parts import PARTS, Bench, affordable
 
+    from ropeway.errors import ConfigError
+
     if options.device == "cuda" and not torch.cuda.is_available():
         print("torch finds no CUDA device. Use --device cpu --tiny to try this program out.", file=sys.stderr)
         return 2
@@ -112,6 +114,8 @@ def work(options: argparse.Namespace) -> int:
                     journal.write(kind="row", part=part.name, row=row)
             except OutOfTime:
                 status = "cut off"
+            except ConfigError as error:  # a GPU may lack what a part needs
+                status = f"not here: {error}"
             except Exception as error:
                 traceback.print_exc()
                 status = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

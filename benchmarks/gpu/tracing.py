@@ -46,11 +46,15 @@ def trace(served: Served, rows: int, context: int, steps: int, deadline: Deadlin
 
 
 def _traced(served: Served, steps: int) -> list[Span]:
+    """What ran on the device during `steps` steps, in order; nothing on a CPU, which has no tracer of its own."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    on_gpu = served.executor.info.device == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+    if served.executor.info.device == "cpu":
+        for _ in range(steps):
+            served.step()
+        return []
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(steps):
             served.step()
     spans = [
