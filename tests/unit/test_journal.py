@@ -24,7 +24,7 @@ from ropeway.recorder.journal import MAGIC, WORLD, Planned, files, read
 from ropeway.recorder.recorder import RecordedEngine
 from ropeway.recorder.snapshot import freeze, thaw
 from ropeway.scheduler import Scheduler, TargetLatency
-from ropeway.sim import FakeExecutor, VirtualClock, expected_tokens
+from ropeway.sim import CostModel, FakeExecutor, VirtualClock, expected_tokens
 from ropeway.sim.replay import replay
 from ropeway.sim.tape import requests
 
@@ -62,6 +62,17 @@ def test_ten_thousand_requests_and_a_killed_engine_are_decided_again_identically
     assert summary.finishes["cancelled"] > 100
     assert summary.finishes["length"] > 9000
     assert sum(summary.finishes.values()) < 10000  # some were killed with their engine
+
+
+def test_two_steps_under_way_are_decided_again(tmp_path: Path) -> None:
+    """Also where a new file, with a snapshot of the engine, begins while one of them is computed."""
+    clock = VirtualClock()
+    executor = FakeExecutor(msgspec.structs.replace(journalkit.info(), depth=2), clock=clock, cost=CostModel())
+    engine = RecordedEngine(executor, config(tmp_path, journal_mb=1), clock=clock, secret=b"s")
+    drive(engine, clock, 1, 1500)
+    engine.close()
+    assert len(files(tmp_path)) > 1
+    assert replay(tmp_path).difference is None
 
 
 @pytest.mark.parametrize("mode", ["auto", "swap", "recompute"])

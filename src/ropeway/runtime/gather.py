@@ -18,22 +18,19 @@ def gather(rows: Sequence[Row], slots: Slots, lane: Lane) -> BatchInputs:
     chosen (see `Slots.expect`) are in `token_ids` as the slots have them.
 
     Every array is made anew: slots and tables may change while the step is under way."""
-    size = slots.block_size
-    number = len(rows)
+    size, number = slots.block_size, len(rows)
+    taken = [slots.taken[row.slot] for row in rows]
     seats = np.fromiter((row.slot for row in rows), np.int64, number)
     starts = np.fromiter((row.start for row in rows), np.int64, number)
     counts = np.fromiter((row.count for row in rows), np.int64, number)
-    tails = np.fromiter((slots.taken[row.slot].tail(row) for row in rows), np.int64, number)
-    seconds = np.fromiter((slots.taken[row.slot].second for row in rows), np.int64, number)
+    tails = np.fromiter((seat.tail(row) for seat, row in zip(taken, rows, strict=True)), np.int64, number)
+    seconds = [seat.second for seat in taken]
     lengths = starts + counts
     cu_q = np.zeros(number + 1, np.int64)
     np.cumsum(counts, out=cu_q[1:])
-    owner = np.repeat(np.arange(number), counts)
-    positions = np.arange(cu_q[-1]) - cu_q[owner] + starts[owner]
-    seat_of = seats[owner]
-    block = slots.tables[seat_of, positions // size].astype(np.int64)
-    longest = int(lengths.max())
-    pairs = [seconds.astype(np.int32)] if seconds.any() else []
+    positions = np.arange(cu_q[-1]) + np.repeat(starts - cu_q[:-1], counts)
+    seat_of = np.repeat(seats, counts)
+    index, offset = np.divmod(positions, size)
     staged = lane.stage(
         slots.tokens[seat_of, positions].astype(np.int64),
         positions,
@@ -41,9 +38,9 @@ def gather(rows: Sequence[Row], slots: Slots, lane: Lane) -> BatchInputs:
         starts.astype(np.int32),
         lengths.astype(np.int32),
         tables_of(slots, seats, -(-lengths // size)),
-        (block * size + positions % size).astype(np.int32),
+        (slots.tables[seat_of, index] * size + offset).astype(np.int32),
         last_of_each(cu_q[1:], tails),
-        *pairs,
+        *([np.array(seconds, np.int32)] if any(seconds) else []),
     )
     token_ids, places, first, begun, ends, tables, write_slots, logits_rows, *rest = staged
     return BatchInputs(
@@ -56,7 +53,7 @@ def gather(rows: Sequence[Row], slots: Slots, lane: Lane) -> BatchInputs:
         write_slots=write_slots,
         logits_rows=logits_rows,
         max_count=int(counts.max()),
-        max_length=longest,
+        max_length=int(lengths.max()),
         second=rest[0] if rest else None,
     )
 

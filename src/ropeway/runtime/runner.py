@@ -115,12 +115,15 @@ class Runner:
             self._compute(ticket, ticket.sound)
             ticket.ended = self._ended = self.lane.mark()
             self._open.append(ticket)
+            if self.tokens is None:
+                self._settle(ticket)  # the next step needs all of its tokens
             return ticket
 
-    @torch.inference_mode()
     def finish(self, ticket: Ticket) -> StepResult:
         """Wait for a step, the oldest first."""
-        self._settle(ticket)
+        if not ticket.settled:
+            with torch.inference_mode():
+                self._settle(ticket)
         copy_seconds, lost = ticket.moving.finish()
         return StepResult(
             step=ticket.plan.step,
