@@ -62,10 +62,6 @@ class KVStore:
         device before still finds what was there. Raises EngineError for a tier that does not exist here."""
         return self._mover.begin(copies)
 
-    def copy(self, copies: Sequence[BlockCopy]) -> tuple[list[float], list[bytes]]:
-        """Carry out `copies`. Returns what each took, in seconds, and the keys of those whose source was damaged."""
-        return self.begin(copies).finish()
-
     def close(self) -> None:
         """Let everything be written that is to outlive the process. The host tier's memory is given back."""
         self._mover.close()

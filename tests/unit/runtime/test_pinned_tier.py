@@ -64,7 +64,7 @@ class Pair:
         if len(self.open) == self.depth:
             self.finish()
         copies = [self.copy() for _ in range(self.random.choice([0, 1, 2, 3, 9]))]
-        _, lost = self.plain.copy(copies)
+        _, lost = self.plain.begin(copies).finish()
         moving = self.queued.begin(copies)
         seen = torch.zeros_like(self.queued.data)
         self.streams.put(COMPUTE, lambda: seen.copy_(self.queued.data))
@@ -166,7 +166,7 @@ def test_transfers_run_beside_the_model(tmp_path: Path) -> None:
     streams = LazyStreams(Random(0))
     kv = store(tmp_path, streams)
     kv.data[0] = 7
-    kv.copy([BlockCopy(0, 0, DEVICE, HOST)])
+    kv.begin([BlockCopy(0, 0, DEVICE, HOST)]).finish()
     streams.frozen = {COMPUTE}
     coming = cast(Underway, kv.begin([BlockCopy(0, 2, HOST, DEVICE)]))
     assert coming.moves[0].ended is not None
@@ -179,7 +179,7 @@ def test_transfers_run_beside_the_model(tmp_path: Path) -> None:
     assert (kv.data == 5).all()
     streams.frozen = set()
     leaving.finish()
-    kv.copy([BlockCopy(1, 3, HOST, DEVICE)])
+    kv.begin([BlockCopy(1, 3, HOST, DEVICE)]).finish()
     streams.mark(COMPUTE).wait()
     assert (kv.data[3] == 7).all(), "what left is what was there before"
     kv.close()
@@ -188,9 +188,9 @@ def test_transfers_run_beside_the_model(tmp_path: Path) -> None:
 def test_damage_is_told_and_brings_nothing(tmp_path: Path) -> None:
     kv = store(tmp_path, LazyStreams(Random(1)))
     kv.data.fill_(3)
-    kv.copy([BlockCopy(0, 0, DEVICE, DISK, b"a" * 16)])
+    kv.begin([BlockCopy(0, 0, DEVICE, DISK, b"a" * 16)]).finish()
     wrong, right = BlockCopy(0, 1, DISK, DEVICE, b"b" * 16), BlockCopy(0, 2, DISK, DEVICE, b"a" * 16)
-    assert kv.copy([wrong, right])[1] == [b"b" * 16]
+    assert kv.begin([wrong, right]).finish()[1] == [b"b" * 16]
     kv.close()
 
 
@@ -198,7 +198,7 @@ def test_a_tier_that_is_not_there(tmp_path: Path) -> None:
     for kv in (KVStore(2, 1, SHAPE, torch.int32, CPU), store(tmp_path, LazyStreams(Random(0)))):
         kv.data.fill_(1)
         with pytest.raises(EngineError, match="from 'device' to 'tape'; this executor has the tiers device"):
-            kv.copy([BlockCopy(0, 1), BlockCopy(0, 1, DEVICE, "tape")])
+            kv.begin([BlockCopy(0, 1), BlockCopy(0, 1, DEVICE, "tape")]).finish()
         kv.close()
 
 
