@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,3 +212,20 @@ def test_a_model_computes_the_same(checkpoint: Callable[[str], Path], device: to
         assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-5
         for s, count in step:
             session.lines[s].computed += count
+
+
+def test_the_benchmark_runs(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu" / "attention.py"
+    found = importlib.util.spec_from_file_location("benchmark_of_attention", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    monkeypatch.setitem(sys.modules, found.name, module)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    found.loader.exec_module(module)
+    assert module.main(["--device", device.type, "--tiny"]) == 0
+    decode, prefill = capsys.readouterr().out.splitlines()
+    assert "GB/s" in decode
+    assert "TFLOP/s" in prefill

@@ -13,7 +13,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("arguments", [("llama", "90"), ("deepseek-fp8", "80"), ("qwen-fp8", "90")], ids="-".join)
+@pytest.mark.parametrize("arguments", [("qwen-fp8", "90"), ("deepseek", "80")], ids="-".join)
 def test_attention_compiles(arguments: tuple[str, ...], tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
