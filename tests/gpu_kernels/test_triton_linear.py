@@ -116,13 +116,15 @@ def test_product(kind: str, rows: int, dtype: torch.dtype) -> None:
     assert_product(product(weight, bias, dtype)(x), x, weight, bias)
 
 
+@pytest.mark.parametrize("rows", [3, 70])
 @pytest.mark.parametrize("kind", ["int8", "fp8", "fp8 128", "int4 128 zeros"])
-def test_few_columns_and_many_inputs_are_divided(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_parts, "processors", lambda _: 2)
+def test_few_columns_and_many_inputs_are_divided(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_parts, "processors", lambda _: 3)
     weight = draw(kind, 20, 2176)
-    assert linear_parts.cut(3, 20, 2176, weight.values.device).parts == 4
+    plan = linear_parts.cut(rows, 20, 2176, weight.values.device)
+    assert (plan.rows, plan.parts) == ((16, 4) if rows == 3 else (64, 2))
     bias = torch.randn(20)
-    x = torch.randn(3, 2176)
+    x = torch.randn(rows, 2176)
     assert_product(product(weight, bias, torch.float32)(x), x, weight, bias)
 
 

@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 _FEW = 64
-"""Rows up to which a product waits for the weights alone. Then the inputs are divided too, so that all of the device's
-processors read."""
+"""Rows up to which a product waits for the weights alone: then two programs for each processor read."""
 _SHORTEST = 512
 """Inputs that a part has at least: shorter ones would cost more to put together than they gain."""
 _BLOCK = 512
@@ -31,15 +30,17 @@ class Cut:
 def cut(rows: int, columns: int, depth: int, device: torch.device) -> Cut:
     """How a product is divided. From the shape alone, so that it may be captured in a graph, and nothing is timed.
 
-    Tiles grow with the rows: 16 is the least that tensor cores take, and tiles of 128 x 128 read little enough for each
-    product.
+    Tiles of 128 x 128 read little enough for each product, if there are enough of them for all processors. Else tiles
+    are smaller, 16 rows being the least that tensor cores take, and the inputs are divided too.
     """
-    if rows > _FEW:
+    whole = processors(device)
+    if rows > _FEW and triton.cdiv(rows, 128) * triton.cdiv(columns, 128) >= whole:
         return Cut(128, 128, 1, 8, 3)
     tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    programs = triton.cdiv(columns, 64)
+    programs = triton.cdiv(rows, tall) * triton.cdiv(columns, 64)
+    wanted = 2 * whole if rows <= _FEW else whole
     parts = 1
-    while parts < 16 and programs * parts < 2 * processors(device) and depth >= 2 * parts * _SHORTEST:
+    while parts < 16 and programs * parts < wanted and depth >= 2 * parts * _SHORTEST:
         parts *= 2
     return Cut(tall, 64, parts, 4, 4)
 
