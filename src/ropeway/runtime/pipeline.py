@@ -24,7 +24,7 @@ def choose_depth(config: EngineConfig, lane: Lane) -> tuple[int, list[str]]:
     if lane.overlaps:
         means = "the next one is planned and queued while one is computed" if depth > 1 else "none is planned ahead"
         return depth, [f"Steps under way: {depth}{why}, {means}."]
-    return depth, [f"Steps under way: {depth}{why}, though nothing overlaps on a CPU."] if depth > 1 else []
+    return depth, [f"Steps under way: {depth}{why}, which costs time on a CPU, where nothing overlaps."] if depth > 1 else []
 
 
 def open_runner(
