@@ -76,10 +76,11 @@ def _show(one: dict[str, Any], as_json: bool) -> None:
 
 def _line(span: dict[str, Any]) -> str:
     """One phase of a sequence's life."""
-    until = "" if span["end"] is None else f"{span['end']:.3f}"
+    end = "" if span["end"] is None else f"{span['end']:.3f}"
     facts = [f"{wait['holder'] or 'the step under way'} {wait['seconds']:.3f} s" for wait in span["waits"]]
     if span["seat"] is not None:
-        facts += [f"seat {span['seat']}", f"steps {span['first_step']} to {span['last_step']}"]
+        until = "" if span["last_step"] is None else f" to {span['last_step']}"
+        facts += [f"seat {span['seat']}", f"steps {span['first_step']}{until}"]
     if span["chunks"]:
         facts.append(f"{sum(chunk['count'] for chunk in span['chunks'])} tokens in {len(span['chunks'])} chunks")
-    return f"  {span['phase']:16} {span['begin']:.3f} to {until:9} {', '.join(facts)}".rstrip()
+    return f"  {span['phase']:16} {span['begin']:.3f} to {end:9} {', '.join(facts)}".rstrip()

@@ -117,8 +117,8 @@ class Chunk(Struct, frozen=True):
 class Span(Struct, frozen=True, kw_only=True):
     """A part of a request's life: it waits in the queue, its tokens are read (the prompt, and after a preemption what
     it had generated too), or it generates. Times are seconds after its arrival; `end` is None while it lasts. Not in
-    the queue, it has a `seat`, and computes in the steps `first_step` to `last_step`. `cached` tokens of those to be
-    read were in the prefix cache."""
+    the queue, it has a `seat`, and computes in the steps `first_step` to `last_step`, None while it generates. Of the
+    tokens to be read `cached` were in the prefix cache."""
 
     phase: Phase
     begin: float

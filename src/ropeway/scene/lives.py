@@ -271,7 +271,7 @@ def _span(span: _Span, arrived: float, now: float) -> Span:
         end=None if span.end is None else span.end - arrived,
         seat=span.seat,
         first_step=span.first_step,
-        last_step=span.last_step,
+        last_step=None if span.phase == "decode" and span.end is None else span.last_step,
         cached=span.cached,
         waits=[Wait(holder, seconds, reason) for holder, (seconds, reason) in waits.items() if seconds > 0],
         chunks=[

@@ -71,7 +71,7 @@ def _aboard(story: Story, pid: int, zero: float) -> Iterable[Event]:
         end = left[seat] = max(_us(life.arrived - zero + _end(life, span)), begin)
         facts = {
             "request": life.rid, "urgency": life.urgency, "prompt tokens": life.prompt_tokens, "cached": span.cached,
-            "steps": f"{span.first_step} to {span.last_step}",
+            "steps": [span.first_step, span.last_step],
         }  # fmt: skip
         if span.phase == "decode" and life.finish is not None:
             facts |= {"answer tokens": life.completion_tokens, "finish": life.finish}
