@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from blind import Blind
 from invariants import check
 from lazystreams import LazyStreams
 from ropeway.config import EngineConfig
-from ropeway.contract import GenerateRequest, SamplingParams
+from ropeway.contract import GenerateRequest, SamplingParams, Submit
+from ropeway.engine import engine
 from ropeway.runtime.batch import BatchInputs
 from ropeway.runtime.kvstore import KVStore
 from ropeway.runtime.local import LocalExecutor
 from ropeway.runtime.runner import Model
 from ropeway.runtime.streams import COMPUTE
-from ropeway.scheduler import FixedTokens, Newest, Resources, Scheduler, make_order
+from ropeway.scheduler import Scheduler
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 BLOCKS = 20
@@ -46,46 +48,42 @@ def prompt(number: int) -> list[int]:
     return [(number * 31 + i * 7) % 200 + 5 for i in range(60)]
 
 
-def answers(executor: LocalExecutor) -> tuple[dict[int, list[int]], Scheduler]:
+def answers(executor: LocalExecutor, settings: EngineConfig) -> tuple[dict[int, list[int]], Scheduler]:
     """Greedy answers to more prompts than the cache holds, two of which come again."""
-    info = executor.info
-    resources = Resources(
-        num_blocks=info.num_blocks, block_size=info.block_size, slots=info.max_slots, max_model_len=info.max_model_len,
-        max_step_tokens=96, secret=b"secret", tiers=tuple(info.tiers), preemption_mode="swap",
-    )  # fmt: skip
-    scheduler = Scheduler(resources, make_order("fcfs"), Newest(), FixedTokens(96), Blind())
+    with patch.object(engine, "Scheduler", partial(Scheduler, forecast=Blind())):
+        found = engine.Engine(executor, settings)
     texts: dict[int, list[int]] = {}
     for number in (*range(8), 8, 9):
-        scheduler.add(GenerateRequest(rid=number, tokens=prompt(number % 8), sampling=GREEDY), 0.0)
         texts[number] = []
-    while scheduler.busy:
-        plan = scheduler.plan(0.0)
-        assert plan is not None
-        for event in scheduler.commit(plan, executor.collect(executor.submit(plan)), 0.0):
+        found.submit([Submit(GenerateRequest(rid=number, tokens=prompt(number % 8), sampling=GREEDY))])
+    while found.busy:
+        for event in found.step().events:
             texts[event.rid] += event.tokens
-    check(scheduler)
-    return texts, scheduler
+    check(found.scheduler)
+    return texts, found.scheduler
 
 
-def config(**tiers: object) -> EngineConfig:
+def config(**options: object) -> EngineConfig:
     return EngineConfig(
-        max_model_len=128, max_num_seqs=6, device="cpu", threads=1, num_kv_blocks=BLOCKS,
-        **tiers,  # type: ignore[arg-type]
+        max_model_len=128, max_num_seqs=6, max_num_batched_tokens=96, device="cpu", threads=1, num_kv_blocks=BLOCKS,
+        preemption_mode="swap", **options,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
 @cache
 def plain() -> dict[int, list[int]]:
     executor = LocalExecutor(config())
-    texts, _ = answers(executor)
+    texts, _ = answers(executor, config())
     executor.close()
     return texts
 
 
+@pytest.mark.parametrize("depth", ["1", "2"])
 @pytest.mark.parametrize("with_disk", [False, True])
-def test_the_same_answers(tmp_path: Path, with_disk: bool) -> None:
+def test_the_same_answers(tmp_path: Path, with_disk: bool, depth: str) -> None:
     disk = {"kv_disk_gib": 0.02, "kv_disk_path": str(tmp_path)} if with_disk else {}
-    executor = LocalExecutor(config(kv_host_gib=0.0002 if with_disk else 0.0006, **disk))
+    settings = config(kv_host_gib=0.0002 if with_disk else 0.0006, pipeline_depth=depth, **disk)
+    executor = LocalExecutor(settings)
     runner, kv = executor.runner, executor.runner.kv
     streams = LazyStreams(Random(with_disk))
     host = next(tier.blocks for tier in executor.info.tiers if tier.name == "host")
@@ -94,8 +92,9 @@ def test_the_same_answers(tmp_path: Path, with_disk: bool) -> None:
         streams=streams,
     )  # fmt: skip
     runner.model = InCompute(runner.model, streams)
-    texts, scheduler = answers(executor)
+    texts, scheduler = answers(executor, settings)
     assert texts == plain()
+    assert executor.info.depth == int(depth)
     assert scheduler.counters.preemptions > 0
     assert all(tier.hits > 0 for tier in scheduler.memory.stats())
     executor.close()
