@@ -87,21 +87,14 @@ class LoopedExperts:
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(self.down)).tolist()
         gathered = x[order // each]
-        results = torch.empty_like(gathered)
-        first = 0
+        results, first = [], 0
         for gate_up, down, count in zip(self.gate_up, self.down, counts, strict=True):
             if count:
-                part = slice(first, first + count)
-                results[part] = down(self.ops.silu_mul(gate_up(gathered[part])))
+                results.append(down(self.ops.silu_mul(gate_up(gathered[first : first + count]))))
                 first += count
         # Each token adds up its own experts, the best first, so its sum does not depend on its neighbours.
-        place = torch.empty_like(order)
-        place[order] = torch.arange(order.shape[0], device=order.device)
-        place = place.view(tokens, each)
-        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for rank in range(each):
-            total += results[place[:, rank]].float() * weights[:, rank, None]
-        return total.to(x.dtype)
+        own = torch.cat(results)[order.argsort()].view(tokens, each, -1)
+        return torch.bmm(weights[:, None], own.float())[:, 0].to(x.dtype)
 
 
 class GroupedExperts:
