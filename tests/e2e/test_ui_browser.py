@@ -6,7 +6,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import httpx2
 import pytest
 
 from apiserver import Server
@@ -165,6 +167,27 @@ def test_the_administrators_key_opens_what_is_the_operators(page: Page) -> None:
     page.click("dialog.keys button", "Use them")
     page.until("document.querySelector('main').innerText.includes('Requests board by')")
     assert page.run("Object.keys(localStorage).join() + document.cookie") == "ropeway.theme", "no key outlives its tab"
+
+
+def test_a_key_is_made_and_revoked(browser: Browser, tmp_path: Path) -> None:
+    with showing(StubFeed(Batch()), admin_key="owner", data_dir=str(tmp_path)) as server:
+        page = browser.page(f"{server.url}/ui/#keys")
+        page.run("sessionStorage.setItem('ropeway.admin', 'owner')")
+        page.turn(5)
+        page.click("main button", "New key")
+        page.fill("dialog input[type=text]", "alice")
+        page.click("dialog button", "Make it")
+        key = page.until("document.querySelector('#new-key')?.innerText")
+        found = httpx2.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {key}"})
+        assert found.status_code == 200
+        page.press("Escape")
+        page.until("document.querySelector('main').innerText.includes('Nobody comes in without a key')")
+        assert key not in page.run("document.documentElement.outerHTML"), "shown once"
+        page.click("main button.danger", "Revoke")
+        page.click("dialog.ask button.danger", "Revoke")
+        page.until("document.querySelector('.state.revoked')")
+        page.close()
+    assert page.problems == []
 
 
 def test_away_and_back(browser: Browser) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 from prometheus_client.core import Metric
 
 from ropeway.accounts import keys
-from ropeway.accounts.account import Account
+from ropeway.accounts.account import Account, Limits
 from ropeway.accounts.families import families
 from ropeway.accounts.meter import Meter
 from ropeway.accounts.prices import Prices
@@ -82,6 +82,31 @@ class Accounts:
             account = None if database is None else await database.read(lambda connection: keys.get(connection, id))
             standing = None if account is None else await self._learn(account)
         return None if standing is None else standing.account
+
+    async def every(self) -> list[Account]:
+        """All accounts, the oldest first, revoked ones too. Raises StorageError."""
+        database = await self._found()
+        return [] if database is None else await database.read(keys.every)
+
+    async def create(
+        self, name: str, limits: Limits, *, tenant: str = "", expires: int | None = None
+    ) -> tuple[str, Account]:
+        """A new key and its account, as `keys.create` has it. Raises ConfigError and StorageError."""
+        database = await self._made()
+        made = await database.write(
+            lambda connection: keys.create(connection, name, limits, tenant=tenant, expires=expires)
+        )
+        self._required = True
+        return made
+
+    async def revoke(self, id: str) -> Account | None:
+        """End a key for good, from now on; None if there is no such id. Raises StorageError."""
+        database = await self._found()
+        if database is None or await database.read(lambda connection: keys.get(connection, id)) is None:
+            return None
+        account = await database.write(lambda connection: keys.revoke(connection, id))
+        self._known.clear()
+        return account
 
     def meter(self, account: Account | None, *, tenant: str = "", limited: bool = True) -> Meter | None:
         """What counts one request of an account that `find` or `account` has told of, or of nobody's; None if this

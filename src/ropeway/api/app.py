@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from ropeway._version import __version__
-from ropeway.accounts import Accounts, read_prices
+from ropeway.accounts import Account, Accounts, read_prices
 from ropeway.api import (
     admin,
     anthropic,
@@ -32,6 +32,7 @@ from ropeway.api import (
     feed,
     files,
     health,
+    keys,
     models,
     replies,
     requests,
@@ -177,6 +178,9 @@ def _add_routes(app: FastAPI) -> None:
     add("GET", "/admin/pins", admin.get_pins, op(schema.PinList))
     add("PUT", "/admin/pins/{name}", admin.put_pin, op(schema.PinList, schema.PinRequest))
     add("DELETE", "/admin/pins/{name}", admin.delete_pin, op(schema.PinList))
+    add("GET", "/admin/keys", keys.list_keys, op(keys.KeyList))
+    add("POST", "/admin/keys", keys.create_key, op(keys.KeyMade, keys.KeyRequest))
+    add("DELETE", "/admin/keys/{key_id}", keys.revoke_key, op(Account))
     state = deployments.DeploymentState
     add("GET", "/admin/deployments", deployments.list_deployments, op(deployments.DeploymentList))
     add("POST", "/admin/deployments/{name}/start", deployments.start_deployment, op(state))

@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
+from ropeway.accounts import Account
 from ropeway.api import anthropic_schema as anthropic
-from ropeway.api import batches, canary_schema, deferred, files, replies, schema
+from ropeway.api import batches, canary_schema, deferred, files, keys, replies, schema
 from ropeway.api import embedding_schema as embedding
 from ropeway.api import responses_schema as responses
 from ropeway.api.deployments import DeploymentList, DeploymentState
@@ -31,6 +32,7 @@ _COMPONENTS = (
     files.FileBody, files.FileList, files.DeletedFile, batches.BatchRequest, batches.BatchBody, batches.BatchList,
     deferred.Job, deferred.JobList, deferred.DeletedJob,
     schema.WaitState, RequestList, RequestState, UsageList, DeploymentList, DeploymentState, ErrorEnvelope,
+    keys.KeyRequest, keys.KeyMade, keys.KeyList, Account,
     canary_schema.CanaryStart, canary_schema.CanaryChange, canary_schema.CanaryState, canary_schema.CanaryList,
 )  # fmt: skip
 _REF = "#/components/schemas/"
@@ -53,7 +55,7 @@ def components() -> dict[str, Any]:
     for kind in (responses.ResponseRequest, anthropic.MessageRequest, anthropic.CountRequest):
         described = found[kind.__name__]["properties"]
         described |= {name: extras[name] for name in EXTRAS if name in extras and name not in described}
-    return dict(found)
+    return dict(msgspec.json.decode(msgspec.json.encode(found)))  # defaults as JSON has them
 
 
 def reference(kind: type) -> dict[str, Any]:

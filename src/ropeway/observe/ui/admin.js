@@ -21,11 +21,58 @@ export function usage() {
       ["cost", (row) => (row.cost === null ? "no price" : `${row.cost.toFixed(4)} ${currency}`), "number"],
     ], data, "Nothing has been used yet."), more && h("p", { class: "dim" }, "There are more rows: ask GET /v1/usage for them.")].filter(Boolean);
   };
-  const page = new Listing("Keys and usage", "What each key has used and what that cost. Keys are made and revoked on the server, by `ropeway keys create` and `ropeway keys revoke`, so that no page ever has one to lose.", [
-    ["Usage", rows, by],
+  const every = async () => {
+    const { data, required } = await get("admin/keys");
+    const now = Date.now() / 1000;
+    return [h("p", { class: "dim" }, required ? "Nobody comes in without a key." : "Who asks needs no key yet. With the first one this server is closed to everybody else."), table([
+      ["Key", (one) => h("b", {}, one.name)], ["Begins with", (one) => h("code", {}, one.hint)], ["Tenant", (one) => (one.tenant === one.id ? "its own" : one.tenant)],
+      ["May", (one) => allowed(one.limits ?? {})], ["Made", (one) => when(one.created)], ["Ends", (one) => (one.expires ? when(one.expires) : "never")],
+      ["", (one) => h("span", { class: "row end" }, one.revoked ? h("span", { class: "state revoked" }, "revoked") : one.expires && one.expires <= now ? h("span", { class: "state expired" }, "expired")
+        : button("Revoke", async () => {
+          if (!(await sure(`Revoke the key ${one.name} for good?`, "Revoke"))) return;
+          await ask(`admin/keys/${encodeURIComponent(one.id)}`, { method: "DELETE" });
+          await page.load();
+        }, "danger"))],
+    ], [...data].reverse().sort((a, b) => Boolean(a.revoked) - Boolean(b.revoked)).slice(0, 200), "No keys were made for this server.")];
+  };
+  const page = new Listing("Keys and usage", "Who may use this server and how much of it, what each key has used, and what that cost.", [
+    ["Keys", every, button("New key…", () => create(page))], ["Usage", rows, by],
   ]);
   by.addEventListener("change", () => page.load());
   return page;
+}
+
+const LIMITS = [
+  ["requests_per_minute", "Requests a minute", "requests/min"], ["tokens_per_minute", "Tokens a minute", "tokens/min"], ["concurrency", "Requests at a time", "at a time"],
+  ["max_prompt_tokens", "Tokens of a prompt", "tokens of prompt"], ["budget_tokens", "Tokens in a month", "tokens in all its time"],
+];
+
+/** What a key may do, in a line. */
+function allowed(limits) {
+  const said = LIMITS.filter(([name]) => limits[name] !== undefined).map(([name, , unit]) =>
+    `${whole(limits[name])} ${name === "budget_tokens" && limits.budget_period !== "total" ? "tokens a month" : unit}`);
+  if (limits.budget_cost !== undefined) said.push(`${limits.budget_cost} of money`);
+  if (limits.weight !== undefined) said.push(`weight ${limits.weight}`);
+  if (limits.models?.length) said.push(`only ${limits.models.join(", ")}`);
+  return said.join(", ") || "everything";
+}
+
+function create(page) {
+  const name = h("input", { type: "text", required: true, maxLength: 128, pattern: "[A-Za-z0-9][A-Za-z0-9._:@\\-]*" });
+  const inputs = LIMITS.map(([id, text]) => [id, text, h("input", { type: "number", min: 1, step: 1 })]);
+  const form = h("form", { on: { submit: async (event) => {
+    event.preventDefault();
+    try {
+      const limits = Object.fromEntries(inputs.filter(([, , input]) => input.value).map(([id, , input]) => [id, Number(input.value)]));
+      const { key, account } = await send("POST", "admin/keys", { name: name.value, limits });
+      dialog.close();
+      show(`The key ${account.name}`, h("p", {}, "Keep it now: it is never shown again."), h("pre", { class: "code", id: "new-key" }, key),
+        h("div", { class: "row end" }, button("Copy", async () => { await navigator.clipboard.writeText(key); note("Copied."); }, "main")));
+      await page.load();
+    } catch (error) { note(error.message, "bad"); }
+  } } }, field("Name", name), h("p", { class: "dim small" }, "Limits; what is left empty is unlimited."), inputs.map(([, text, input]) => field(text, input)),
+  h("div", { class: "row end" }, h("button", { type: "submit", class: "main" }, "Make it")));
+  const dialog = show("New key", form);
 }
 
 export function models() {
