@@ -20,7 +20,7 @@ from ropeway.errors import ConfigError, ModelError
 from ropeway.modelspec import load_spec
 from ropeway.runtime.local import LocalExecutor
 from ropeway.runtime.weights.export import write_quantized
-from ropeway.runtime.weights.quant import rounding
+from ropeway.runtime.weights.quant import quantize_int8, rounding
 
 Make = Callable[[str], Path]
 NEAR = {"int8": 0.3, "int4": 0.9}
@@ -135,6 +135,22 @@ def test_quantized_while_loading_and_on_disk(experts: Make, tmp_path: Path, kind
     assert stored.weight_bytes("float32") < spec.weight_bytes("float32")
     again = logits(tmp_path / "out", tokens)
     assert float((again - found).pow(2).mean().sqrt() / found.std()) < ROUNDING
+
+
+def test_an_expansion_that_is_stored_in_bytes_is_widened(experts: Make, tmp_path: Path) -> None:
+    """Other tools quantize `kv_b_proj` too."""
+    source, tokens = experts("deepseek-v3"), prompt(4, 30)
+    write_quantized(load_spec(source), tmp_path / "out", "int8", 64, rounding("int8", 64))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for name in [name for name in tensors if "kv_b_proj" in name]:
+        found = quantize_int8(tensors[name])
+        tensors |= {name: found.values, f"{name}_scale": found.scales[:, None]}
+    directory = rewritten(tmp_path / "out", tmp_path / "more", tensors)
+    spec = load_spec(directory)
+    assert spec.parameters == spec.stored_parameters
+    assert spec.weight_bytes("float32") == load_spec(tmp_path / "out").weight_bytes("float32")
+    found, expected = logits(directory, tokens), logits(tmp_path / "out", tokens)
+    assert 0 < float((found - expected).pow(2).mean().sqrt() / expected.std()) < NEAR["int8"]
 
 
 def test_bfloat16_is_near(experts: Make) -> None:
