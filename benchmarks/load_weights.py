@@ -7,6 +7,7 @@ measured with the files in the system's cache: by `--cold` they are dropped from
 privileges, but a file system that listens). Rates are bytes of the files by seconds; each is the best of the rounds.
 
     reading     the files are read once into one buffer, by one thread and by as many as loading uses
+    buffers     they are read as for another device than the CPU, which takes everything at once and for nothing
     tensors     each tensor of the checkpoint is brought to the device as it is stored
     model       the whole model is built: fused, converted, packed for its kernels
 """
@@ -31,7 +32,7 @@ from ropeway.modelspec import load_spec
 from ropeway.runtime.kernels.ops import select_ops
 from ropeway.runtime.models.build import build
 from ropeway.runtime.weights.loader import Weights
-from ropeway.runtime.weights.upload import CHUNK, READERS
+from ropeway.runtime.weights.upload import CHUNK, READERS, Uploader
 
 GIB = 2**30
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCAB = 2048, 8192, 32, 8, 32000
@@ -91,6 +92,40 @@ def drop(files: list[Path]) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+class Nowhere:
+    """The queues of a device, and marks in them, that are always done: what is left is this process's own part."""
+
+    def put(self, *_: object) -> None:
+        pass
+
+    def mark(self, *_: object) -> Nowhere:
+        return self
+
+    def after(self, *_: object) -> None:
+        pass
+
+    def pinned(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.ones(elements, dtype=dtype)
+
+    def passed(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+    def since(self, earlier: object) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        pass
+
+
+def buffers(directory: Path) -> None:
+    with Weights(directory, torch.bfloat16, uploader=Uploader(Nowhere())) as weights:
+        for name, shape in weights.shapes().items():
+            weights.take(name, shape)
+
+
 def tensors(directory: Path, device: torch.device) -> None:
     with Weights(directory, torch.bfloat16, device=device) as weights:
         for name, shape in weights.shapes().items():
@@ -138,6 +173,7 @@ def main() -> None:
         ways: dict[str, Callable[[], None]] = {
             "reading, 1 thread": lambda: read(files, 1),
             f"reading, {READERS} threads": lambda: read(files, READERS),
+            "buffers": lambda: buffers(directory),
             "tensors": lambda: tensors(directory, device),
             "model": lambda: model(directory, device),
         }
