@@ -6,7 +6,6 @@ import torch
 
 from ropeway.config import EngineConfig
 from ropeway.runtime.device_memory import DeviceMemory
-from ropeway.runtime.device_sampler import sample
 from ropeway.runtime.graphs import Background, Graphs
 from ropeway.runtime.kvstore import KVStore
 from ropeway.runtime.lane import Lane, lane_for
@@ -24,7 +23,9 @@ def choose_depth(config: EngineConfig, lane: Lane) -> tuple[int, list[str]]:
     if lane.overlaps:
         means = "the next one is planned and queued while one is computed" if depth > 1 else "none is planned ahead"
         return depth, [f"Steps under way: {depth}{why}, {means}."]
-    return depth, [f"Steps under way: {depth}{why}, which costs time on a CPU, where nothing overlaps."] if depth > 1 else []
+    return depth, [
+        f"Steps under way: {depth}{why}, which costs time on a CPU, where nothing overlaps."
+    ] if depth > 1 else []
 
 
 def open_runner(
@@ -35,7 +36,7 @@ def open_runner(
     chooses tokens wherever the host is not to wait for each."""
     lane = lane_for(device)
     depth, notes = choose_depth(config, lane)
-    tokens = DeviceTokens(slots, lane, sample) if lane.overlaps or depth > 1 else None
+    tokens = DeviceTokens(slots, lane, sampler.alone) if lane.overlaps or depth > 1 else None
     return Runner(model, kv, slots, sampler, lane, config.seed, tokens=tokens, memory=memory), depth, notes
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ropeway.contract import SamplingParams, TokenLogprob
 from ropeway.errors import EngineError, NumericalError, RequestError, RopewayError
+from ropeway.runtime.device_sampler import Sample, sample
 from ropeway.runtime.draw import GREEDY_BELOW, NOT_FINITE, draw
 from ropeway.runtime.kernels.library import NativeLibrary, load
 from ropeway.runtime.kernels.ops import Ops
@@ -81,7 +82,10 @@ class Sampler:
     def __init__(self, ops: Ops, library: NativeLibrary | None = None, guide: Guide | None = None) -> None:
         self._guide = guide
         found = library or (load() if ops.name == "native" else None)
-        self._choose: Choose = NativeChoice(found) if isinstance(found, NativeLibrary) else draw
+        native = NativeChoice(found) if isinstance(found, NativeLibrary) else None
+        self._choose: Choose = native or draw
+        self.alone: Sample = native.alone if native is not None else sample
+        """How rows that nobody steers get their tokens without the host's doing."""
         self._measure: Measure = NativeMeasure(found) if isinstance(found, NativeLibrary) else measure
 
     def board(self, sampling: SamplingParams) -> None:
@@ -151,30 +155,42 @@ class NativeChoice:
         self._scratch = torch.empty(0)
 
     def __call__(self, logits: Tensor, seats: Sequence[Slot | None], noise: NDArray[np.float64]) -> list[int]:
-        if logits.dtype != torch.float32 or logits.device.type != "cpu" or not logits.is_contiguous():
+        if not _is_native(logits):
             return draw(logits.float(), seats, noise)
+        # Side by side, so that numpy is asked for one address: that takes it as long as all else for a row.
+        masks = [seat.mask for seat in seats if seat is not None and seat.mask is not None]
+        words = np.stack(masks) if masks else _NO_MASKS
+        places = itertools.count(words.ctypes.data if masks else 0, words.strides[0])
+        records = b"".join([_BEST if seat is None else _record(seat, places) for seat in seats])
+        found: list[int] = self._run(logits, records, noise).tolist()
+        return found
+
+    def alone(
+        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, noise: Tensor
+    ) -> Tensor:
+        """See `ropeway.runtime.device_sampler.sample`; here `logits` may be changed."""
+        if not _is_native(logits):
+            return sample(logits.float(), temperature, top_k, top_p, min_p, noise)
+        rows = zip(temperature.tolist(), top_p.tolist(), min_p.tolist(), top_k.tolist(), strict=True)
+        records = b"".join([_RECORD.pack(t, p, m, 1.0, 0.0, 0.0, k, *_NO_LISTS, 0) for t, p, m, k in rows])
+        return torch.from_numpy(self._run(logits, records, noise.numpy()))
+
+    def _run(self, logits: Tensor, records: bytes, noise: NDArray[np.float64]) -> NDArray[np.int64]:
         rows, vocab = logits.shape
         library = self._library
         needed = library.threads * library.sample_scratch(vocab)
         if self._scratch.numel() < needed:
             self._scratch = torch.empty(needed)
         tokens = np.empty(rows, dtype=np.int64)
-        # Side by side, so that numpy is asked for one address: that takes it as long as all else for a row.
-        masks = [seat.mask for seat in seats if seat is not None and seat.mask is not None]
-        words = np.stack(masks) if masks else _NO_MASKS
-        places = itertools.count(words.ctypes.data if masks else 0, words.strides[0])
         library.sample(
-            logits.data_ptr(),
-            rows,
-            vocab,
-            b"".join([_BEST if seat is None else _record(seat, places) for seat in seats]),
-            noise.ctypes.data,
-            tokens.ctypes.data,
-            self._scratch.data_ptr(),
+            logits.data_ptr(), rows, vocab, records, noise.ctypes.data, tokens.ctypes.data, self._scratch.data_ptr(),
             library.threads,
-        )
-        found: list[int] = tokens.tolist()
-        return found
+        )  # fmt: skip
+        return tokens
+
+
+def _is_native(logits: Tensor) -> bool:
+    return logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous()
 
 
 def _guided(wants: Sequence[Want]) -> list[int]:

@@ -15,10 +15,13 @@ from ropeway.config import EngineConfig
 from ropeway.contract import SamplingParams
 from ropeway.runtime.batch import BatchInputs
 from ropeway.runtime.device_memory import CpuMemory
+from ropeway.runtime.device_sampler import sample
 from ropeway.runtime.graphs import Background
+from ropeway.runtime.kernels.library import load
 from ropeway.runtime.lane import CpuLane, Fetch
 from ropeway.runtime.ondevice import alone
 from ropeway.runtime.pipeline import choose_depth, obstacle, record_steps
+from ropeway.runtime.sampler import Sampler
 from ropeway.runtime.ticket import Ticket
 
 
@@ -250,6 +253,23 @@ def test_parameters_of_rows() -> None:
     assert filled.tolist() == [4, 0, 9, 0]
     assert made.tokens.fill(torch.tensor([4, -4, 9, -2])).tolist() == [4, 55, 9, 0]
     assert np.array_equal(made.tokens.wishes([3])[1][:, 0], real[:, 1])
+
+
+@pytest.mark.skipif(isinstance(load(), str), reason="needs native kernels")
+def test_native_kernels_choose_as_plain_torch_does() -> None:
+    torch.manual_seed(3)
+    sampler = Sampler(SimpleNamespace(name="native"))  # type: ignore[arg-type]
+    logits = torch.randn((40, 200)) * 3
+    logits[7, 3] = torch.nan
+    logits[8] = -torch.inf
+    real = [torch.rand(40, dtype=torch.float64) for _ in range(4)]
+    temperature, top_p, min_p, noise = real[0] * 2, real[1], real[2] * 0.3, real[3]
+    temperature[::5] = 0.0
+    top_k = torch.arange(40) % 7
+    parameters = (temperature, top_k, top_p, min_p, noise)
+    expected_tokens = sample(logits.clone(), *parameters)
+    assert expected_tokens[7:9].tolist() == [-1, -1]
+    assert torch.equal(sampler.alone(logits.clone(), *parameters), expected_tokens)
 
 
 def test_depth_and_recording_follow_device_and_settings() -> None:
