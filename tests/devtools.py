@@ -177,6 +177,11 @@ class Page:
             f"e.dispatchEvent(new Event(kind, {{bubbles: true}})); }})(document.querySelector({json.dumps(selector)}))"
         )
 
+    def choose_file(self, selector: str, file: Path) -> None:
+        self.until(f"document.querySelector({json.dumps(selector)})")
+        node = self.send("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")["result"]
+        self.send("DOM.setFileInputFiles", files=[str(file)], objectId=node["objectId"])
+
     def press(self, key: str) -> None:
         """A key, such as `d` or `ArrowDown`, to whatever has the focus."""
         text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}

@@ -101,7 +101,7 @@ def test_a_chat_with_its_timeline(page: Page) -> None:
     assert "wrote" in told
 
 
-def test_the_operator_changes_the_policy(page: Page) -> None:
+def test_the_operator_changes_the_policy_and_pins_a_prefix(page: Page) -> None:
     page.turn(6)
     page.click("main button", "Enter keys")
     page.fill("dialog.keys .field:nth-of-type(2) input", ADMIN)
@@ -113,3 +113,11 @@ def test_the_operator_changes_the_policy(page: Page) -> None:
         page.fill("main select[aria-label=Policy]", policy)
         page.click("main button", "Board by it")
         page.until(f"document.querySelector('main').innerText.includes('Requests board by {policy};')")
+    page.click("main button", "Pin a prefix")
+    page.fill("dialog input", "support")
+    page.fill("dialog textarea", "You answer questions about cable cars, and ask when something is not clear. " * 4)
+    page.click("dialog button", "Compute and pin")
+    page.until("document.querySelector('main').innerText.includes('support')")
+    page.click("main button.danger", "Give up")
+    page.click("dialog.ask button.danger", "Give it up")
+    page.until("document.querySelector('main').innerText.includes('No prefix is pinned')")

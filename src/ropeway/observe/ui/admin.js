@@ -136,14 +136,16 @@ export function models() {
   const pin = button("Pin a prefix…", () => {
     const name = h("input", { type: "text", required: true, maxLength: 100 });
     const system = h("textarea", { rows: 5, required: true });
+    const tenant = h("input", { type: "text", maxLength: 128 });
     const form = h("form", { on: { submit: async (event) => {
       event.preventDefault();
       try {
-        await send("PUT", query(`admin/pins/${encodeURIComponent(name.value)}`), { messages: [{ role: "system", content: system.value }] });
+        const whose = tenant.value.trim() ? { tenant: tenant.value.trim() } : {};
+        await send("PUT", query(`admin/pins/${encodeURIComponent(name.value)}`), { messages: [{ role: "system", content: system.value }], ...whose });
         dialog.close();
         await page.load();
       } catch (error) { note(error.message, "bad"); }
-    } } }, field("Name", name), field("System message that many requests begin with", system), h("div", { class: "row end" }, h("button", { type: "submit", class: "main" }, "Compute and pin")));
+    } } }, field("Name", name), field("System message that many requests begin with", system), field("Tenant", tenant, "Whose requests begin so; empty on a server without keys."), h("div", { class: "row end" }, h("button", { type: "submit", class: "main" }, "Compute and pin")));
     const dialog = show("Pin a prefix", form);
   });
   const page = new Listing("Models", "What is served, and how requests board it.", [["Models", cards], ["Deployments", deployments], ["Scheduling", scheduling, which], ["Pinned prefixes", pins, pin]]);
@@ -174,7 +176,7 @@ export function canary() {
     return h("article", { class: "trial" }, h("div", { class: "row" }, h("h3", {}, one.route), h("span", { class: `state ${one.state}` }, one.state.replace("_", " ")),
       h("span", { class: "dim" }, `${one.control} against ${one.canary}, since ${when(one.since)}`)),
     one.reason && h("p", { class: "bad" }, one.reason), analysis(one.analysis),
-    h("div", { class: "row" }, one.state === "running" && ["The canary gets ", says, weight],
+    h("div", { class: "row" }, one.state === "running" && [h("span", {}, "The canary gets ", says), weight],
       h("span", { class: "right row" }, one.state !== "promoted" && end("promoted", "Promote", `Send all traffic of ${one.route} to ${one.canary}?`), one.state !== "rolled_back" && end("rolled_back", "Roll back", `Send all traffic of ${one.route} to ${one.control}?`),
         one.state !== "running" && button("Forget", async () => { await ask(path(one), { method: "DELETE" }); await page.load(); }))));
   };
