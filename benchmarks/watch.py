@@ -1,6 +1,7 @@
 """What watching costs: microseconds of the engine's own part of a step while a batch decodes, bare, watched with nobody
-looking, and what one look takes on top. With --live, tokens a second of a real server (the bundled model, 64 rows), by
-turns with and without somebody who watches.
+looking, and what one look takes on top. With --live, tokens a second of a real server (the bundled model, 64 rows), and
+its processor time for each, by turns with and without somebody who watches. The second figure can be trusted beside
+other programs too.
 
 python benchmarks/watch.py [--live]
 """
@@ -15,6 +16,7 @@ import sys
 import time
 
 import httpx2
+import psutil
 
 from ropeway.config import EngineConfig
 from ropeway.contract import (
@@ -117,26 +119,36 @@ async def live(rounds: int = 8, rows: int = 64, tokens: int = 250) -> None:
             assert line, "the server has ended"
             url = next(iter(re.findall(r"serves .* at (http://\S+)", line)), "")
         draining = asyncio.create_task(process.stdout.read())
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         speeds: dict[bool, list[float]] = {False: [], True: []}
+        costs: dict[bool, list[float]] = {False: [], True: []}
         async with httpx2.AsyncClient(base_url=url, timeout=120, limits=httpx2.Limits(max_connections=None)) as http:
             for number in range(rounds + 1):
                 for watched in (False, True):
                     watching = asyncio.create_task(_watch(http)) if watched else None
-                    begun = time.perf_counter()
+                    begun, used = time.perf_counter(), _processor(family)
                     await asyncio.gather(*(_ask(http, f"{number} {row}", tokens) for row in range(rows)))
                     if number:  # the first is to warm up
                         speeds[watched].append(rows * tokens / (time.perf_counter() - begun))
+                        costs[watched].append((_processor(family) - used) / rows / tokens)
                     if watching is not None:
                         watching.cancel()
                         await asyncio.gather(watching, return_exceptions=True)
-        shares = [with_ / without for without, with_ in zip(speeds[False], speeds[True], strict=True)]
-        bare, seen = (statistics.median(speeds[watched]) for watched in (False, True))
-        print(f"unwatched {bare:,.0f} tokens/s, watched {seen:,.0f}")
-        print(f"ratio {statistics.median(shares):.4f}, of {rounds} pairs from {min(shares):.4f} to {max(shares):.4f}")
+        for what, found in (("tokens/s", speeds), ("processor seconds a token", costs)):
+            shares = [seen / bare for bare, seen in zip(found[False], found[True], strict=True)]
+            bare, seen = (statistics.median(found[watched]) for watched in (False, True))
+            spread = f"of {rounds} pairs from {min(shares):.4f} to {max(shares):.4f}"
+            print(
+                f"{what}: {bare:,.6g} unwatched, {seen:,.6g} watched, ratio {statistics.median(shares):.4f}, {spread}"
+            )
         draining.cancel()
     finally:
         process.terminate()
         await process.wait()
+
+
+def _processor(family: list[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in family)
 
 
 async def _ask(http: httpx2.AsyncClient, prompt: str, tokens: int) -> None:

@@ -10,7 +10,7 @@ from ropeway.contract.scene import Rates
 WINDOW = 10.0
 """Seconds that count as lately."""
 
-STEPS = 2048
+STEPS = 1024
 WAITS = 512
 
 

@@ -107,6 +107,28 @@ async def test_many_watch_and_the_engine_is_looked_at_once_a_tick_and_then_no_mo
     assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
 
 
+async def test_each_model_has_frames_of_its_own_and_one_that_hangs_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Hanging(Service):
+        async def look(self, since: int = 0) -> Scene:
+            await asyncio.sleep(60)
+            return await super().look(since)
+
+    monkeypatch.setattr("ropeway.api.feed._PATIENCE", 0.05)
+    services = [Service(), Hanging()]
+    services[1].model_name = "slow"
+    api = api_of(services[0])
+    api.engines = services
+    client = Client()
+    task = asyncio.create_task(client.watch(_Stream(api, Hub(api), None, 0.1, None)))
+    await client.until(6)
+    client.gone.set()
+    await task
+    assert [one["model"] for one in client.frames[:6]] == ["m", "slow"] * 3
+    assert [one["step"] for one in client.frames[:6]] == [1, 0, 2, 0, 3, 0]
+
+
 async def test_who_reads_slowly_gets_the_newest_and_who_reads_nothing_is_left() -> None:
     service = Service()
     api = api_of(service, stream_timeout=0.7)
