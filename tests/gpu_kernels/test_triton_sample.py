@@ -20,7 +20,7 @@ from ropeway.runtime.draw import NOT_FINITE
 from ropeway.runtime.kernels.triton import sample as kernels
 from ropeway.runtime.noise import uniforms
 
-SMALL = kernels.Sizes(tile=64, room=64, chunk=64, ways=8)
+SMALL = kernels.Sizes(tile=64, room=64, chunk=128, ways=16)
 """So that a few hundred tokens make several tiles, and more candidates than there is room for."""
 WAYS = {
     "torch": sample_torch,
@@ -51,7 +51,7 @@ def call(choose: Choose, logits: Tensor, wishes: list[SamplingParams], noise: np
     return found.tolist()
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, phases=(Phase.generate,))
+@settings(max_examples=12, deadline=None, derandomize=True, phases=(Phase.generate,))
 @given(data=st.data())
 def test_equals_the_sorting_oracle(choose: Choose, data: st.DataObject) -> None:
     vocab = data.draw(st.sampled_from([1, 2, 7, 64, 65, 200]))
@@ -86,10 +86,15 @@ def test_all_ways_agree() -> None:
 
 def test_equal_logits_share_exactly(choose: Choose) -> None:
     """Half of 200 equal tokens are the 100 of lowest id, whatever the sums round to, and each gets its share."""
-    noise = (np.arange(6) + 0.5) / 6
-    logits = torch.tensor([0.0, -7.1, 31.3] * 2)[:, None].repeat(1, 200)
-    wishes = [SamplingParams(top_p=0.5)] * 3 + [SamplingParams(top_k=100)] * 3
-    assert call(choose, logits, wishes, noise) == [8, 25, 41, 58, 75, 91]
+    noise = (np.arange(4) + 0.5) / 4
+    logits = torch.tensor([0.0, 31.3, -7.1, 0.1])[:, None].repeat(1, 200)
+    wishes = [
+        SamplingParams(top_p=0.5),
+        SamplingParams(top_p=0.5),
+        SamplingParams(top_p=0.5),
+        SamplingParams(top_k=100),
+    ]
+    assert call(choose, logits, wishes, noise) == [12, 37, 62, 87]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -132,19 +137,13 @@ def test_no_rows(choose: Choose) -> None:
     assert call(choose, torch.empty(0, 50), [], np.array([])) == []
 
 
-@pytest.mark.parametrize("sizes", [None, SMALL])
-def test_frequencies(sizes: kernels.Sizes | None) -> None:
-    """Chi-square against the probabilities themselves, by torch; the kernels draw the same for the same noise."""
-    count = 20000 if sizes is None else 10
+def test_frequencies() -> None:
+    """Chi-square against the probabilities themselves, by torch: for the same noise the kernels draw the same."""
+    count = 20000
     logits = torch.linspace(-2, 3, 40)[torch.randperm(40)]
     wish = SamplingParams(temperature=0.8, top_p=0.95)
     noise = uniforms(list(range(count)), [5] * count)
     found = np.array(call(sample_torch, logits.repeat(count, 1), [wish] * count, noise))
-    if sizes is not None:
-        assert (
-            call(partial(kernels.sample, sizes=sizes), logits.repeat(count, 1), [wish] * count, noise) == found.tolist()
-        )
-        return
     p = torch.softmax(logits.double() / 0.8, 0).cpu().numpy()
     order = np.argsort(-p)
     kept = order[: int(np.searchsorted(np.cumsum(p[order]), 0.95)) + 1]
