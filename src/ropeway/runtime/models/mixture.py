@@ -81,9 +81,13 @@ class Mixture(Llama):
             each = [range(e, e + 1) for e in everyone]
             first_half = [self.pack(stored.gate_up(one), None) for one in each]
             experts = LoopedExperts(first_half, [self.pack(stored.down(one), None) for one in each], self.ops)
+        self.note = self.note or self.describe(experts, spec, reason)
+        return experts
+
+    def describe(self, experts: Experts, spec: ExpertSpec, reason: str | None) -> str:
+        """For the start-up banner; `reason` is why they are not grouped."""
         passed = f" (passed over: {reason})" if reason and self.device.type != "cpu" else ""
-        self.note = (
+        return (
             f"Experts: {spec.chosen} of {spec.count} for each token, which so meets {self.spec.active_parameters:,} "
             f"parameters; computed {experts.name}{passed}."
         )
-        return experts
