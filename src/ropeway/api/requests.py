@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Final, get_args
 
 from msgspec.structs import replace
@@ -45,17 +46,18 @@ async def list_requests(request: Request) -> Response:
     tracked = api_of(request).requests.newest(_tenant(request))
     found = zip(tracked, await _states(tracked), strict=True)
     wanted = [(one, told) for one, told in found if state in (None, told.state)]
-    listed = wanted[:limit]
-    data = await _told(listed) if timeline == "true" else [told for _, told in listed]
+    data = [told for _, told in wanted[:limit]]
+    if timeline == "true":
+        lives = await _timelines([one for one, _ in wanted[:limit]])
+        data = [replace(told, timeline=mine) for told, mine in zip(data, lives, strict=True)]
     return json_response(RequestList(data=data, has_more=len(wanted) > limit))
 
 
 async def get_request(request: Request) -> Response:
     """One request, by the `x-request-id` or the `id` of its answer, with its timeline."""
     tracked = _wanted(request)
-    [state] = await _states([tracked])
-    [found] = await _told([(tracked, state)])
-    return json_response(found)
+    [state], [timeline] = await asyncio.gather(_states([tracked]), _timelines([tracked]))
+    return json_response(replace(state, timeline=timeline))
 
 
 async def cancel_request(request: Request) -> Response:
@@ -66,8 +68,8 @@ async def cancel_request(request: Request) -> Response:
     _log.info("%s: request %s is cancelled", request.state.request_id, tracked.id)
     with contextlib.suppress(TimeoutError):  # a client that does not read delays only the last words to it
         await asyncio.wait_for(tracked.over.wait(), _PATIENCE)
-    [found] = await _told([(tracked, tracked.state([]))])
-    return json_response(found)
+    [timeline] = await _timelines([tracked])
+    return json_response(replace(tracked.state([]), timeline=timeline))
 
 
 async def _states(requests: list[Tracked]) -> list[RequestState]:
@@ -81,17 +83,17 @@ async def _states(requests: list[Tracked]) -> list[RequestState]:
     return [tracked.state(reasons.get(tracked.service, [])) for tracked in requests]
 
 
-async def _told(requests: list[tuple[Tracked, RequestState]]) -> list[RequestState]:
-    """How requests stand, with their timelines. Those that the engine cannot tell are empty."""
+async def _timelines(requests: Sequence[Tracked]) -> list[list[Life]]:
+    """The lives of each request's sequences, without those that the engine cannot tell."""
     rids: dict[TextService, list[int]] = {}
-    for tracked, _ in requests:
+    for tracked in requests:
         if tracked.sequences:
             rids.setdefault(tracked.service, []).extend(tracked.sequences)
     answers = await asyncio.gather(*(_lives(service, numbers) for service, numbers in rids.items()))
     lives = {(service, life.rid): life for service, found in zip(rids, answers, strict=True) for life in found}
     return [
-        replace(state, timeline=[lives[of] for rid in tracked.sequences if (of := (tracked.service, rid)) in lives])
-        for tracked, state in requests
+        [life for rid in tracked.sequences if (life := lives.get((tracked.service, rid))) is not None]
+        for tracked in requests
     ]
 
 
