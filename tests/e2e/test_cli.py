@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from running import Server, serving
 
@@ -43,6 +44,9 @@ def test_banner_says_what_runs_where_and_how_to_ask(server: Server) -> None:
         "Start-up:",
     ):
         assert words in text
+    page = re.search(r"See it work: (\S+/ui/) ", text)
+    assert page is not None
+    assert httpx2.get(page[1]).text.startswith("<!doctype html>")
     command = re.search(r"  (curl (?:.*\\\n)+.*)\n", text)
     assert command is not None
     # The line in the banner works as it stands.

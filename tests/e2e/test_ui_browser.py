@@ -17,7 +17,7 @@ from uikit import Batch, StubFeed, showing
 
 pytestmark = pytest.mark.skipif(installed() is None, reason="no Chromium is installed")
 
-SOAK = int(os.environ.get("ROPEWAY_UI_FRAMES", "3000"))
+SOAK = int(os.environ.get("ROPEWAY_UI_FRAMES", "1600"))
 """Frames of the soak: at four a second, 28,800 are two hours."""
 
 TABS = ("ropeway", "playground", "compare", "jobs", "keys", "models", "canary")

@@ -60,7 +60,7 @@ def banner(
         "",
         "  " + curl_line(url, model, info, chat=text.template is not None, key=server.api_key is not None),
         "",
-        f"  {f'or: {chat}    ' if info.generates else ''}API page: {url}/docs    Ctrl-C stops.",
+        f"  {f'or: {chat}    ' if info.generates else ''}See it work: {url}/ui/    API: {url}/docs    Ctrl-C stops.",
     ]
     return "\n".join(lines)
 
@@ -83,6 +83,6 @@ def table_banner(
             "",
             "  " + curl(f"{url}/v1/chat/completions", question, key=server.api_key is not None),
             "",
-            f"  API page: {url}/docs    Deployments: {url}/admin/deployments    Ctrl-C stops.",
+            f"  See it work: {url}/ui/    API: {url}/docs    Deployments: {url}/admin/deployments    Ctrl-C stops.",
         ]
     )
