@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, object]] = {
     "gemma": {"heads": 8, "kv_heads": 4, "head_dim": 256, "softcap": 50.0, "windows": (4096,)},
     "deepseek": {"heads": 128, "kv_heads": 1, "head_dim": 576, "latent": 512},
     "deepseek-fp8": {"heads": 16, "kv_heads": 1, "head_dim": 576, "latent": 512, "kv_cache_dtype": "fp8"},
+    "deepseek-v3-int8": {"heads": 128, "kv_heads": 1, "head_dim": 576, "latent": 512, "kv_cache_dtype": "int8"},
     "phi-half": {"heads": 32, "kv_heads": 32, "head_dim": 80, "dtype": torch.float16},
     "half-fp8": {"heads": 56, "kv_heads": 1, "head_dim": 64, "dtype": torch.float16, "kv_cache_dtype": "fp8"},
     "tiny-float32": {"heads": 15, "kv_heads": 5, "head_dim": 64, "dtype": torch.float32},

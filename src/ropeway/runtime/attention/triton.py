@@ -26,6 +26,8 @@ _SHORTEST = 512
 """Keys below which a split is not worth the part that it writes and `combine` reads, where rows alone fill the device:
 a part is four bytes for each two of K and V of one key, for each head."""
 _MOST_SPLITS = 64
+_HELD = 128 * 128
+"""Elements that eight warps can hold of an accumulator, and of a tile of keys beside it."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,16 @@ def tile(spec: AttentionSpec, heads: int, shared: int, *, single: bool) -> Tile:
 
     Single tokens wait for memory: the fewest rows that a matrix unit takes. Longer rows compute: as many rows as
     registers hold an accumulator for, 128 x 128 in 16 bits, and float32 a quarter of it, as it goes through no matrix
-    unit. Keys come 64 at a time, and two tiles of them at once, less where they do not fit shared memory.
+    unit. Keys come 64 at a time, and two tiles of them at once, less where they do not fit shared memory. Codes go
+    through registers on their way to a product, which leaves less of these for other things.
     """
     width, narrow = max(16, _power(spec.value_dim)), spec.dtype != torch.float32
     least = max(16, _power(heads))
     m, n, stages = least, 64 if narrow else 32, 5
     if not single:
         m = max(least, 128 if narrow and width <= 128 else 64 if narrow else 32)
+    if spec.quantized:
+        m, n = min(m, max(least, _HELD // width)), max(min(n, _HELD // width), 16)
     query = spec.head_dim * spec.dtype.itemsize
     key = spec.vectors * spec.head_dim * spec.kv_dtype.itemsize
     read = spec.vectors * query if spec.quantized else 0  # codes become operands of products, which lie there too
@@ -86,7 +91,8 @@ def tile(spec: AttentionSpec, heads: int, shared: int, *, single: bool) -> Tile:
             m //= 2
         else:
             break
-    return Tile(m, n, 8 if m * width > 64 * 128 else 4, stages)
+    wide = m * width > _HELD // 2 or (spec.quantized and n * width > _HELD // 2)
+    return Tile(m, n, 8 if wide else 4, stages)
 
 
 def splits(programs: int, longest: int, n: int, processors: int) -> tuple[int, int]:
