@@ -17,13 +17,13 @@ def ops() -> Ops:
 
 
 def test_float16_is_rounded_where_torch_rounds() -> None:
-    """Both sum in an order of their own, so the root mean square may differ in its last bit, and seldom does."""
+    """Both sum and exponentiate in their own ways, so a result may fall to the other side, and seldom does."""
     x, residual, weight = torch.randn(3, 200).half(), torch.randn(3, 200).half(), torch.randn(200).half()
     ours, theirs = residual.clone(), residual.clone()
     found, expected = TritonOps().add_rms_norm(x, ours, weight, 1e-5), TorchOps().add_rms_norm(x, theirs, weight, 1e-5)
     assert torch.equal(ours, theirs)
     assert (found != expected).float().mean() < 0.02
-    assert torch.equal(TritonOps().silu_mul(x), TorchOps().silu_mul(x))
+    assert (TritonOps().silu_mul(x) != TorchOps().silu_mul(x)).float().mean() < 0.02
 
 
 def test_what_the_kernels_cannot_take_goes_to_torch() -> None:

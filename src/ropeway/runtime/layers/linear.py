@@ -232,7 +232,8 @@ def choose(device_type: str, dtype: torch.dtype, scheme: Scheme = "plain", level
     """Probe the ways to multiply by a weight: wrong ones are dropped, and the preferred one is kept unless it is
     clearly slower than another. Takes about a tenth of a second, once.
 
-    `level` says what may be used: 0 plain torch alone, 1 oneDNN too, 2 and above the native kernels too.
+    `level` says what may be used: 0 plain torch alone, 1 oneDNN too, 2 and above the native kernels too. On a GPU
+    nothing is timed, and everything is used from 1 on.
     """
     plain: Make = TorchProduct if scheme == "plain" else functools.partial(TorchIntProduct, dtype=dtype)
     if device_type != "cpu":
@@ -258,7 +259,8 @@ def _choose_beyond(device: torch.device, dtype: torch.dtype, scheme: Scheme, lev
     reasons: list[str] = []
     ways = gpu.preferences(dtype, scheme, reasons) if level >= 1 else {}
     for name, make in ways.items():
-        fault = _fault(make, dtype, scheme, device)
+        with _CPU:  # where the probe's numbers are drawn, whatever the default device is
+            fault = _fault(make, dtype, scheme, device)
         if fault is None:
             return Choice(name, make, make, tuple(reasons))
         reasons.append(f"{name}: {fault}")
