@@ -71,7 +71,7 @@ class EngineConfig:
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = option(
         "auto",
         "Memory",
-        "Type of K and V in the cache; 'auto' is the model's, 'int8' and 'fp8' hold nearly twice the tokens of 16 bits.",
+        "Type of K and V in the cache; 'auto' is the model's, 'int8' and 'fp8' hold nearly twice as many tokens.",
     )
     kv_host_gib: float | None = option(
         None, "Memory", "GiB of RAM for KV blocks that the cache gives up; on a CPU a quota of it.", low=0.0001

@@ -77,7 +77,7 @@ class LocalExecutor:
             model, level_note = whole_steps(built, level, config)
             attention, shape = built.attention, built.backend.block_shape()
             made = (spec.implementation, name, built.backend.name, config.kv_cache_dtype, config.quantization)
-            identity = (*made, *map(str, shape))
+            identity = (*made, config.load_format, *map(str, shape))
             disk = open_disk(config, directory, identity, spec.layers * prod(shape) * attention.kv_dtype.itemsize)
             kv = KVStore(
                 budget.num_blocks, spec.layers, shape, attention.kv_dtype, device, host_blocks=budget.host_blocks,
