@@ -122,7 +122,7 @@ async def test_no_more_are_under_way_than_allowed_and_all_of_them_are(endpoint: 
             under_way -= 1
         return None
 
-    with apiserver.running(EchoService(delay=0.005, failure=failure)) as slow:
+    with apiserver.running(EchoService(delay=0.03, failure=failure)) as slow:
         batch = await process_batch_async(
             (f"abcdef{number}" for number in range(40)), endpoint=f"{slow.url}/v1", max_concurrency=5
         )

