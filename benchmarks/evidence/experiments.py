@@ -52,8 +52,8 @@ def batching(bench: Bench, scale: Scale, chapter: Chapter) -> None:
         f"{scale.seats // 4} seats; static batching admits newcomers when the running batch is empty, and is neither "
         "padded nor slowed in any other way. *Bound* is what follows from the lengths alone: all seat-steps of the "
         "static run over those that are needed. Answers alone are counted: long prompts would bring it nearer to 1. "
-        "Where a step costs more the more rows it has, as on a CPU, half-empty steps are cheaper and the ratio stays below the "
-        "bound."
+        "Where a step costs more the more rows it has, as on a CPU, half-empty steps are cheaper and the ratio stays "
+        "below the bound."
     )
     rows, seats = [], scale.seats // 4
     speedups: dict[str, float] = {}
