@@ -20,7 +20,7 @@ from pathlib import Path
 from ropeway.api.app import create_app
 from ropeway.api.inside import Inside
 from ropeway.config import ServerConfig
-from ropeway.jobs.batches import Keeper
+from ropeway.jobs.keeper import Keeper
 from ropeway.jobs.pace import Pace
 from ropeway.jobs.records import Batch, BatchState
 from ropeway.jobs.sqlite_queue import SqliteQueue

@@ -1,37 +1,21 @@
 """What the flight recorder costs: microseconds and bytes a step while a batch decodes, beside the same engine without.
 
-python benchmarks/journal.py
+python benchmarks/journal.py [ROWS ...]
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
+from instant import Instant
+
 from ropeway.config import EngineConfig
-from ropeway.contract import ExecutorInfo, GenerateRequest, SamplingParams, StepPlan, StepResult, Submit
+from ropeway.contract import GenerateRequest, SamplingParams, Submit
 from ropeway.recorder.recorder import make_engine
-
-
-class Instant:
-    """An executor that takes no time."""
-
-    def __init__(self, rows: int) -> None:
-        self.info = ExecutorInfo(
-            model="instant", device="none", dtype="none", num_blocks=rows * 64, block_size=16, max_slots=rows,
-            max_model_len=1024, vocab_size=50_000,
-        )  # fmt: skip
-
-    def submit(self, plan: StepPlan) -> StepResult:
-        return StepResult(plan.step, [[row.start * 31 % 50_000] if row.emit else [] for row in plan.rows], [], 0.01)
-
-    def collect(self, ticket: StepResult) -> StepResult:
-        return ticket
-
-    def close(self) -> None:
-        """Holds nothing."""
 
 
 def measure(rows: int, journal: str | None, steps: int = 300) -> float:
@@ -49,11 +33,18 @@ def measure(rows: int, journal: str | None, steps: int = 300) -> float:
     return statistics.quantiles(times, n=10)[0] * 1e6
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", type=int, help="sequences on board (1, 16, 64 and 256)")
+    options = parser.parse_args()
     print(f"{'rows':>6} {'without':>9} {'with':>9} {'cost':>9}   bytes a step")
-    for rows in (1, 16, 64, 256):
+    for rows in options.rows or [1, 16, 64, 256]:
         with tempfile.TemporaryDirectory() as folder:
             before = measure(rows, None)
             after = measure(rows, folder)
             size = sum(path.stat().st_size for path in Path(folder).iterdir())
         print(f"{rows:>6} {before:>6.0f} µs {after:>6.0f} µs {after - before:>6.1f} µs   {size / 300:,.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,8 @@ prefixes costs what it costs.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 from random import Random
 
@@ -57,9 +57,17 @@ def measure(policy: str, waiting: int, steps: int = 200) -> tuple[float, float, 
     return tuple(statistics.median(times) * 1e6 for times in (adding, boarding, looking))  # type: ignore[return-value]
 
 
-if __name__ == "__main__":
-    waiting = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("waiting", nargs="?", type=int, default=10_000, help="requests that wait (10,000)")
+    waiting = parser.parse_args().waiting
+    if waiting < 2000:
+        parser.error("at least 2,000 have to wait, for so many board while it is measured")
     print(f"{waiting} waiting, microseconds\n{'policy':<20}{'add':>8}{'board one':>12}{'look':>8}")
     for policy in [*ORDERS, "priority", "priority:sjf", "priority:fair"]:
         add, board, look = measure(policy, waiting)
         print(f"{policy:<20}{add:>8.1f}{board:>12.1f}{look:>8.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,10 +4,10 @@
 
 A server with a Redis of its own answers short chats that arrive at random at a fixed mean rate, while deferred requests
 trickle in beside them. Redis is there for a while, then it is away for as long, and so on in turn: frozen (it takes
-connections and says nothing), gone, or flapping between the two every second. Printed are the times of chats under each
-condition, from the moment at which they were due, with a bootstrapped 95 % interval of the difference of their p99:
-stretches are drawn, not chats, because whatever else disturbs the machine disturbs many chats in a row. Needs
-redis-server. The machine should do nothing else.
+connections and says nothing), gone, or flapping between the two every second. Printed are the times of chats before
+and during each kind of outage, from the moment at which they were due, and by how much the p99 of an outage differs
+from that of the stretch before it: the middle of all such pairs, with a bootstrapped 95 % interval, because whatever
+else disturbs the machine disturbs many chats in a row. Needs redis-server. The machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 
 import httpx2
 import numpy as np
@@ -94,39 +95,50 @@ async def trickle(client: httpx2.AsyncClient, rate: float, pick: random.Random) 
         (await client.post("/v1/chat/completions", json=DEFERRED)).raise_for_status()
 
 
-async def measure(url: str, redis: Redis, options: argparse.Namespace) -> dict[str, list[list[float]]]:
-    """Times of chats in each stretch, by condition."""
+Pair = tuple[list[float], list[float]]
+"""Times of chats in a stretch with Redis, and in the one after it without."""
+
+
+async def measure(url: str, redis: Redis, options: argparse.Namespace) -> dict[str, list[Pair]]:
+    """By kind of outage."""
     outages: dict[str, Callable[[], Awaitable[None]]] = {
         "frozen": redis.frozen, "gone": redis.gone, "flapping": redis.flapping,
     }  # fmt: skip
-    times: dict[str, list[list[float]]] = defaultdict(list)
+    found: dict[str, list[Pair]] = defaultdict(list)
     pick = random.Random(options.seed)
     async with httpx2.AsyncClient(base_url=url, timeout=60.0) as client:
+
+        async def stretch(change: Callable[[], Awaitable[None]]) -> list[float]:
+            changing = asyncio.ensure_future(change())
+            await asyncio.sleep(SETTLE_SECONDS)
+            times = await load(client, options.rate, options.seconds, pick)
+            changing.cancel()
+            return times
+
         await load(client, options.rate, 5.0, pick)
         trickling = asyncio.create_task(trickle(client, options.deferred_rate, pick))
         for _ in range(options.rounds):
             for name in options.outages.split(","):
-                for condition, change in (("there", redis.there), (name, outages[name])):
-                    changing = asyncio.ensure_future(change())
-                    await asyncio.sleep(SETTLE_SECONDS)
-                    times[condition].append(await load(client, options.rate, options.seconds, pick))
-                    changing.cancel()
+                found[name].append((await stretch(redis.there), await stretch(outages[name])))
                 await redis.there()
         trickling.cancel()
-    return times
+    return found
 
 
-def p99(stretches: Sequence[list[float]]) -> float:
-    """In milliseconds, of all chats in these stretches together."""
-    return float(1000 * np.percentile(np.concatenate(stretches), 99))
+def percentiles(stretches: Iterable[list[float]]) -> tuple[float, float]:
+    """p50 and p99 in milliseconds, of all chats in these stretches together."""
+    middle, high = 1000 * np.percentile(np.concatenate(list(stretches)), [50, 99])
+    return float(middle), float(high)
 
 
-def interval(of: list[list[float]], against: list[list[float]], seed: int) -> tuple[float, float]:
-    """A 95 % interval of the difference of two p99, by drawing stretches."""
+def difference(pairs: Sequence[Pair], seed: int) -> tuple[float, float, float]:
+    """By how many milliseconds the p99 of an outage is beyond that of the stretch before: the median of `pairs`, and
+    its 95 % interval, by drawing pairs."""
     pick = random.Random(seed)
-    draws = [p99(pick.choices(of, k=len(of))) - p99(pick.choices(against, k=len(against))) for _ in range(2000)]
+    apart = [percentiles([without])[1] - percentiles([there])[1] for there, without in pairs]
+    draws = [median(pick.choices(apart, k=len(apart))) for _ in range(2000)]
     low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+    return median(apart), float(low), float(high)
 
 
 def main() -> None:
@@ -144,17 +156,18 @@ def main() -> None:
         try:
             flags = ["--redis-url", f"unix://{redis.socket}", "--data-dir", f"{folder}/data", "--log-level", "warning"]
             with serving(options.model, flags) as url:
-                times = asyncio.run(measure(url, redis, options))
+                found = asyncio.run(measure(url, redis, options))
         finally:
             redis.stop()
-    print(f"{'Redis':<10} {'chats':>7} {'p50 (ms)':>9} {'p99 (ms)':>9}   p99 against `there`")
-    for condition, found in times.items():
-        p50 = 1000 * np.percentile(np.concatenate(found), 50)
-        line = f"{condition:<10} {sum(map(len, found)):>7} {p50:>9.1f} {p99(found):>9.1f}"
-        if condition != "there":
-            low, high = interval(found, times["there"], options.seed)
-            line += f"   {p99(found) - p99(times['there']):+.1f} ms ({low:+.1f} to {high:+.1f})"
-        print(line)
+    print(f"{'Redis':<10} {'chats':>7} {'p50 (ms) there':>15} {'away':>7} {'p99 there':>10} {'away':>7}   pair by pair")
+    for name, pairs in found.items():
+        there, away = percentiles(one for one, _ in pairs), percentiles(other for _, other in pairs)
+        apart, low, high = difference(pairs, options.seed)
+        chats = sum(len(one) + len(other) for one, other in pairs)
+        print(
+            f"{name:<10} {chats:>7} {there[0]:>15.1f} {away[0]:>7.1f} {there[1]:>10.1f} {away[1]:>7.1f}   "
+            f"{apart:+.1f} ms ({low:+.1f} to {high:+.1f})"
+        )
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ and as many name one for the prefix cache. Printed are medians over steps, and t
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 
 from ropeway.contract import GenerateRequest, SamplingParams, StepResult
@@ -50,8 +50,11 @@ def measure(rows: int) -> tuple[list[float], list[float]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", type=int, help="sequences on board (1, 16, 64, 128 and 256)")
+    options = parser.parse_args()
     print(f"{'rows':>5} {'plan':>8} {'commit':>8} {'sum':>8} {'least':>8} {'a row':>8}   microseconds")
-    for rows in [int(word) for word in sys.argv[1:]] or [1, 16, 64, 128, 256]:
+    for rows in options.rows or [1, 16, 64, 128, 256]:
         planning, committing = measure(rows)
         both = [plan + commit for plan, commit in zip(planning, committing, strict=True)]
         figures = [statistics.median(planning), statistics.median(committing), statistics.median(both), min(both)]

@@ -1,34 +1,28 @@
 """What watching costs: microseconds of the engine's own part of a step while a batch decodes, bare, watched with nobody
 looking, and what one look takes on top. With --live, tokens a second of a real server (the bundled model, 64 rows), and
-its processor time for each, by turns with and without somebody who watches. The second figure can be trusted beside
-other programs too.
+the processor time of server and engine for each, by turns with and without somebody who watches. Processor time can be
+trusted beside other programs too.
 
-python benchmarks/watch.py [--live]
+    python benchmarks/watch.py [--live] [--rounds N] [ROWS ...]
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import re
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import httpx2
 import psutil
+from instant import Instant
 
 from ropeway.config import EngineConfig
-from ropeway.contract import (
-    Command,
-    ExecutorInfo,
-    GenerateRequest,
-    Report,
-    SamplingParams,
-    StepPlan,
-    StepResult,
-    Submit,
-)
+from ropeway.contract import Command, GenerateRequest, Report, SamplingParams, Submit
 from ropeway.contract.codec import encode
 from ropeway.contract.scene import Look, Scene
 from ropeway.engine.engine import Engine
@@ -37,25 +31,6 @@ from ropeway.scene.watcher import Watcher
 STEPS = 400
 EVERY = 0.25
 """Seconds between two looks of a feed."""
-
-
-class Instant:
-    """An executor that takes no time."""
-
-    def __init__(self, rows: int) -> None:
-        self.info = ExecutorInfo(
-            model="instant", device="none", dtype="none", num_blocks=rows * 64, block_size=16, max_slots=rows,
-            max_model_len=1024, vocab_size=50_000,
-        )  # fmt: skip
-
-    def submit(self, plan: StepPlan) -> StepResult:
-        return StepResult(plan.step, [[row.start * 31 % 50_000] if row.emit else [] for row in plan.rows], [], 0.01)
-
-    def collect(self, ticket: StepResult) -> StepResult:
-        return ticket
-
-    def close(self) -> None:
-        """Holds nothing."""
 
 
 class Service:
@@ -108,7 +83,7 @@ def measure(rows: int, watch: bool) -> tuple[float, float, int]:
     return statistics.quantiles(service.times[20:], n=10)[0], service.look, service.bytes
 
 
-async def live(rounds: int = 8, rows: int = 64, tokens: int = 250) -> None:
+async def live(rounds: int, rows: int, tokens: int = 250) -> None:
     command = [sys.executable, "-m", "ropeway.cli.main", "serve", "--port", "0", "--max-num-seqs", str(rows)]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
@@ -120,21 +95,25 @@ async def live(rounds: int = 8, rows: int = 64, tokens: int = 250) -> None:
             url = next(iter(re.findall(r"serves .* at (http://\S+)", line)), "")
         draining = asyncio.create_task(process.stdout.read())
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        speeds: dict[bool, list[float]] = {False: [], True: []}
-        costs: dict[bool, list[float]] = {False: [], True: []}
+        figures: dict[str, dict[bool, list[float]]] = {
+            what: {False: [], True: []} for what in ("tokens/s", "server's seconds a token", "engine's seconds a token")
+        }
         async with httpx2.AsyncClient(base_url=url, timeout=120, limits=httpx2.Limits(max_connections=None)) as http:
             for number in range(rounds + 1):
-                for watched in (False, True):
+                for watched in (False, True) if number % 2 else (True, False):
                     watching = asyncio.create_task(_watch(http)) if watched else None
                     begun, used = time.perf_counter(), _processor(family)
-                    await asyncio.gather(*(_ask(http, f"{number} {row}", tokens) for row in range(rows)))
+                    await asyncio.gather(*(_ask(http, f"{number} {watched} {row}", tokens) for row in range(rows)))
                     if number:  # the first is to warm up
-                        speeds[watched].append(rows * tokens / (time.perf_counter() - begun))
-                        costs[watched].append((_processor(family) - used) / rows / tokens)
+                        pace = rows * tokens / (time.perf_counter() - begun)
+                        server, engine = _processor(family)
+                        spent = ((server - used[0]) / rows / tokens, (engine - used[1]) / rows / tokens)
+                        for found, figure in zip(figures.values(), (pace, *spent), strict=True):
+                            found[watched].append(figure)
                     if watching is not None:
                         watching.cancel()
                         await asyncio.gather(watching, return_exceptions=True)
-        for what, found in (("tokens/s", speeds), ("processor seconds a token", costs)):
+        for what, found in figures.items():
             shares = [seen / bare for bare, seen in zip(found[False], found[True], strict=True)]
             bare, seen = (statistics.median(found[watched]) for watched in (False, True))
             spread = f"of {rounds} pairs from {min(shares):.4f} to {max(shares):.4f}"
@@ -147,8 +126,10 @@ async def live(rounds: int = 8, rows: int = 64, tokens: int = 250) -> None:
         await process.wait()
 
 
-def _processor(family: list[psutil.Process]) -> float:
-    return sum(sum(process.cpu_times()[:2]) for process in family)
+def _processor(family: list[psutil.Process]) -> tuple[float, float]:
+    """Seconds that the server itself has used, and the largest of its children, which has the engine."""
+    server, *children = (sum(process.cpu_times()[:2]) for process in family)
+    return server, max(children)
 
 
 async def _ask(http: httpx2.AsyncClient, prompt: str, tokens: int) -> None:
@@ -163,11 +144,11 @@ async def _watch(http: httpx2.AsyncClient) -> None:
             pass
 
 
-def table() -> None:
+def table(sizes: Sequence[int]) -> None:
     print(
         f"{'rows':>6} {'bare':>9} {'watched':>9} {'cost':>9} {'a look':>9} {'bytes':>7}   share of time with 4 a second"
     )
-    for rows in (1, 16, 64, 256):
+    for rows in sizes:
         bare = min(measure(rows, False)[0] for _ in range(3))
         found = [measure(rows, True) for _ in range(3)]
         seen, look, size = min(one[0] for one in found), min(one[1] for one in found), found[0][2]
@@ -175,8 +156,18 @@ def table() -> None:
         print(f"{rows:>6} {cost} {size:>7,}   {look / EVERY:.2%}")
 
 
-if __name__ == "__main__":
-    if "--live" in sys.argv[1:]:
-        asyncio.run(live())
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", type=int, help="sequences on board (1, 16, 64 and 256; live 64)")
+    parser.add_argument("--live", action="store_true", help="with the bundled model, over HTTP: minutes")
+    parser.add_argument("--rounds", type=int, default=8, help="pairs of live runs, with and without a watcher")
+    options = parser.parse_args()
+    if options.live:
+        for rows in options.rows or [64]:
+            asyncio.run(live(options.rounds, rows))
     else:
-        table()
+        table(options.rows or [1, 16, 64, 256])
+
+
+if __name__ == "__main__":
+    main()

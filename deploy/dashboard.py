@@ -132,6 +132,13 @@ SECTIONS = [
                 stacked=True,
             ),
             Panel(
+                "The engine's thread",
+                "Share of the time of each part. A CPU computes the model in submit and chooses tokens in collect.",
+                {"{{part}}": rate("ropeway_engine_seconds", "part")},
+                "percentunit",
+                stacked=True,
+            ),
+            Panel(
                 "Useful tokens",
                 "Of all tokens computed, those that did not have to be computed again after a preemption.",
                 {"useful": f"{rate('ropeway_useful_tokens')} / {rate('ropeway_scheduled_tokens')}"},
@@ -164,6 +171,24 @@ SECTIONS = [
         ],
     ),
     Section(
+        "The GPU, where there is one",
+        [
+            Panel(
+                "Utilisation",
+                "Share of the time in which the GPU had a kernel to run. Full does not mean that it is used well.",
+                {"{{gpu}}": f"max by (gpu) (ropeway_gpu_utilization{MODEL})"},
+                "percentunit",
+            ),
+            Panel(
+                "Memory in use",
+                "By whomever. Nearly all is taken at the start: the KV cache fills what weights leave.",
+                {"{{gpu}}": f"max by (gpu) (ropeway_gpu_memory_used_bytes{MODEL} / ropeway_gpu_memory_bytes{MODEL})"},
+                "percentunit",
+            ),
+            Panel("Power", "What it draws.", {"{{gpu}}": f"max by (gpu) (ropeway_gpu_power_watts{MODEL})"}, "watt"),
+        ],
+    ),
+    Section(
         "Who asks, and what goes wrong",
         [
             Panel(
@@ -183,6 +208,11 @@ SECTIONS = [
                 "Answers by status.",
                 {"{{status}}": "sum by (status) (rate(http_requests_total[$__rate_interval]))"},
                 stacked=True,
+            ),
+            Panel(
+                "Tasks of the server",
+                "Of its event loop: some for each open answer and connection. It falls back when they end.",
+                {"{{instance}}": "sum by (instance) (ropeway_server_tasks)"},
             ),
             Panel(
                 "Tokens, by key",

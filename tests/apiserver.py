@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +20,16 @@ from ropeway.api.app import create_app
 from ropeway.api.server import serve
 from ropeway.api.state import Api
 from ropeway.config import ServerConfig
+from ropeway.engine.engine import Engine
 from ropeway.errors import RopewayError
 from ropeway.observe.metrics import Metrics
+from ropeway.remote.host import ThreadLink
+from ropeway.service.loader import ModelText
 from ropeway.service.request import TextService
+from ropeway.service.service import EngineTextService
 
 T = TypeVar("T")
+S = TypeVar("S", bound="Server")
 
 
 class Server:
@@ -37,6 +43,7 @@ class Server:
         self.config = config
         self.url = ""
         self.http = httpx2.Client()
+        self._clients: list[openai.OpenAI] = []
         self.done: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._loop = uvloop.new_event_loop()
         self._stop: asyncio.Future[RopewayError | None] | None = None
@@ -48,7 +55,9 @@ class Server:
         return urlsplit(self.url).port or 0
 
     def client(self, **kwargs: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "unused", "max_retries": 0, **kwargs})
+        made = openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "unused", "max_retries": 0, **kwargs})
+        self._clients.append(made)
+        return made
 
     def async_client(self, **kwargs: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", **{"api_key": "unused", "max_retries": 0, **kwargs})
@@ -59,7 +68,7 @@ class Server:
         async def run() -> T:
             return work()
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(60)
 
     @property
     def answering(self) -> int:
@@ -67,7 +76,7 @@ class Server:
         return self.call(lambda: sum("run_asgi" in repr(task) for task in asyncio.all_tasks()))
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def exchange(self, data: bytes) -> bytes:
         """Send raw bytes and read until the server closes."""
@@ -77,7 +86,7 @@ class Server:
 
     def start(self) -> None:
         self._thread.start()
-        assert self._up.wait(10)
+        assert self._up.wait(60)
         if self.done.done():
             self.done.result()
 
@@ -92,8 +101,9 @@ class Server:
             self._loop.call_soon_threadsafe(ask)
 
     def join(self) -> None:
-        self.http.close()
-        self._thread.join(20)
+        for client in (self.http, *self._clients):
+            client.close()
+        self._thread.join(60)
         assert not self._thread.is_alive(), "the server does not end"
 
     def _run(self) -> None:
@@ -114,14 +124,36 @@ class Server:
 
     def _ready(self, url: str) -> None:
         self.url = url
-        self.http = httpx2.Client(base_url=url, timeout=20.0)
+        self.http.close()
+        self.http = httpx2.Client(base_url=url, timeout=60.0)
         self._up.set()
 
 
 @contextmanager
 def running(service: TextService, **settings: Any) -> Iterator[Server]:
-    """A server with `settings` over the defaults, ended without waiting for open answers."""
-    server = Server(service, ServerConfig(**{"port": 0, "shutdown_timeout": 0.0, **settings}))
+    """A server with `settings` over the defaults, ended without waiting for open answers. Without a `data_dir` it gets
+    one of its own: what it leaves there is no other server's work."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = {"port": 0, "shutdown_timeout": 0.0, "data_dir": folder, **settings}
+        with up(Server(service, ServerConfig(**given))) as server:
+            yield server
+
+
+@contextmanager
+def over(engine: Engine, text: ModelText, **settings: Any) -> Iterator[Server]:
+    """The same over an engine on a thread."""
+    link = ThreadLink(engine)
+    with running(EngineTextService(link, text), **settings) as server:
+        asyncio.run_coroutine_threadsafe(link.start(), server._loop).result(60)
+        try:
+            yield server
+        finally:
+            asyncio.run_coroutine_threadsafe(link.stop(), server._loop).result(60)
+
+
+@contextmanager
+def up(server: S) -> Iterator[S]:
+    """`server`, while it runs."""
     server.start()
     try:
         yield server

@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No example is judged by how long it takes, to run or to make: a busy machine makes any of them slow.
+settings.register_profile("ropeway", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ropeway")
 
 if not Path("/dev/nvidiactl").exists():
     # Triton decides at its first import, whoever imports it, whether kernels are compiled or interpreted.
@@ -19,6 +24,17 @@ def no_data_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data-home")))
         yield
+
+
+@pytest.fixture
+def equally_fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """By a clock that finds all products alike the preferred one serves, however busy the machine is."""
+    from ropeway.runtime.layers import linear
+
+    monkeypatch.setattr(linear, "_timed", lambda product, x: 1.0)
+    linear.choose.cache_clear()
+    yield
+    linear.choose.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -88,11 +88,11 @@ class Browser:
     def close(self) -> None:
         os.close(self._write)
         try:
-            self._process.wait(10)
+            self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._reader.join(10)
+        self._reader.join(60)
         os.close(self._read)
 
     def _listen(self) -> None:
@@ -148,7 +148,7 @@ class Page:
         assert wrong is None, wrong and wrong.get("exception", {}).get("description", wrong)
         return found["result"].get("value")
 
-    def until(self, script: str, seconds: float = 20.0) -> Any:
+    def until(self, script: str, seconds: float = 60.0) -> Any:
         """Wait until an expression is true; returns its value."""
         limit = time.monotonic() + seconds
         while True:

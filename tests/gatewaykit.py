@@ -7,9 +7,8 @@ import json
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +28,7 @@ from ropeway.gateway.supervisor import Place, Supervisor
 from ropeway.gateway.table import Local, Remote, Route, Table
 from ropeway.observe.metrics import Metrics
 from ropeway.service.echo import EchoService
+from waiting import until
 
 
 @dataclass
@@ -85,9 +85,7 @@ class Gateway(apiserver.Server):
     def counts(self, name: str) -> dict[str, int]:
         """Requests that were sent to a deployment, by what became of them; those of which there were none left out. A
         client hears the end of its answer before it is written down, so wait until that has been done."""
-        limit = time.monotonic() + 5
-        while any(one.load for one in self.deployments.values()) and time.monotonic() < limit:
-            time.sleep(0.002)
+        until(lambda: not any(one.load for one in self.deployments.values()), pause=0.002)
         return {kind: number for kind, number in self.deployments[name].counts.items() if number}
 
     def _loader(self, echo: EchoService) -> Callable[[], Any]:
@@ -105,13 +103,8 @@ def gateway(routes: Mapping[str, Mapping[str, float] | Route], **parts: Any) -> 
         name: route if isinstance(route, Route) else Route(name=name, targets=route, balance="weighted")
         for name, route in routes.items()
     }
-    server = Gateway(made, **parts)
-    server.start()
-    try:
+    with apiserver.up(Gateway(made, **parts)) as server:
         yield server
-    finally:
-        server.stop()
-        server.join()
 
 
 @dataclass(frozen=True)
@@ -175,9 +168,11 @@ class Upstream:
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}/v1"
 
     def remote(self, **settings: Any) -> Remote:
-        return Remote(**{"url": self.url, "model": "theirs", "connect_timeout": 2.0, **settings})
+        return Remote(**{"url": self.url, "model": "theirs", "connect_timeout": 20.0, **settings})
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # or its thread would wait there for ever
         self._listener.close()
 
     def _accept(self) -> None:

@@ -6,12 +6,16 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ropeway.accounts import Accounts, Limits
+from ropeway.accounts.accounts import open_accounts
+from ropeway.accounts.usage import Query, UsageRow, ask
 from ropeway.jobs.records import Batch, Counts, FileRecord
 from ropeway.jobs.store import JobStore
+from waiting import eventually
 
 TENANT = "tenant"
 ENDPOINT = "/v1/chat/completions"
@@ -40,6 +44,21 @@ async def upload(store: JobStore, data: bytes, *, tenant: str = TENANT, **more: 
     with store.files.draft() as draft:
         draft.write(data)
         return await store.files.add(draft, tenant=tenant, filename="input.jsonl", purpose="batch", **more)
+
+
+async def new_key(folder: Path) -> str:
+    """The id of a key of the server with that folder."""
+    accounts = Accounts(folder)
+    _, account = await accounts.create("app", Limits(models=("m",), budget_tokens=10**9))
+    await accounts.close()
+    return account.id
+
+
+async def charged(store: JobStore, seconds: float = 60.0) -> list[UsageRow]:
+    """The usage by key of the server of `store`, once some process has entered all that is to be charged."""
+    await eventually(lambda: store.charges.first(1), lambda owed: not owed, seconds, 0.02)
+    with closing(open_accounts(store.folder)) as found:
+        return found.read_now(lambda c: ask(c, Query(by=("key",))))
 
 
 async def submit(store: JobStore, data: bytes, *, tenant: str = TENANT, **more: Any) -> Batch:

@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from waiting import until
 
 PROGRAM = shutil.which("redis-server") or ""
 
@@ -39,13 +40,14 @@ class RedisServer:
         flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen([PROGRAM, *flags], stdout=log, stderr=log)
-        limit = time.monotonic() + 10
-        while b"ready to accept connections" not in self._log.read_bytes() or not self._socket.exists():
-            assert self._process.poll() is None, self._log.read_text()
-            assert time.monotonic() < limit, self._log.read_text()
-            time.sleep(0.01)
+        until(self._log.read_bytes, self._ready)
         with self.client as client:
             assert client.ping()
+
+    def _ready(self, said: bytes) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, said
+        return b"ready to accept connections" in said and self._socket.exists()
 
     def kill(self) -> None:
         """As SHUTDOWN NOSAVE would, but without asking."""

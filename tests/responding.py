@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import httpx2
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+import waiting
 from apiserver import Server
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextChunk, TextRequest, TextStream
@@ -79,18 +79,12 @@ def events(response: httpx2.Response) -> list[Any]:
 
 
 def until(server: Server, name: str, *statuses: str) -> Any:
-    deadline = time.monotonic() + 10
-    while True:
-        found = server.http.get(f"/v1/responses/{name}").json()
-        if found["status"] in statuses:
-            Response.model_validate(found)
-            return found
-        assert time.monotonic() < deadline, found
-        time.sleep(0.005)
+    found = waiting.until(
+        lambda: server.http.get(f"/v1/responses/{name}").json(), lambda found: found["status"] in statuses
+    )
+    Response.model_validate(found)
+    return found
 
 
 def until_idle(service: EchoService) -> None:
-    deadline = time.monotonic() + 10
-    while service.stats is not None and service.stats.running:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    waiting.until(lambda: service.stats is None or not service.stats.running)

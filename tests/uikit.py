@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from apiserver import Server
+from apiserver import Server, up
 from ropeway.config import ServerConfig
 from ropeway.service.echo import EchoService
 
@@ -23,21 +23,20 @@ URGENCIES = ("high", "high", "medium", "low")
 
 
 class Batch:
-    """An imagined batch: requests board, read their prompts, write, and leave. The same seed tells the same story."""
+    """An imagined batch of `model`: requests board, read their prompts, write, and leave. The same seed tells the same
+    story."""
 
-    def __init__(self, slots: int = 12, seed: int = 1, start: float = 1_800_000_000.0) -> None:
+    def __init__(self, slots: int = 12, seed: int = 1, start: float = 1_800_000_000.0, model: str = "imagined") -> None:
         self.slots = slots
+        self.model = model
         self._rng = random.Random(seed)
         self._seats: dict[int, dict[str, Any]] = {}
         self._next = 0
         self._step = 0
         self._start = start
 
-    def hello(self) -> dict[str, Any]:
-        return {
-            "version": "0", "models": ["imagined"], "slots": self.slots, "block_size": 16, "max_model_len": 2048,
-            "device": "cpu", "operator": True,
-        }  # fmt: skip
+    def engine(self) -> dict[str, Any]:
+        return {"model": self.model, "device": "cpu", "slots": self.slots, "block_size": 16, "max_model_len": 2048}
 
     def frame(self) -> dict[str, Any]:
         """The next moment."""
@@ -82,7 +81,7 @@ class Batch:
         ]  # fmt: skip
         cells = bytes(rng.choice((0, 1, 1, 2, 3, 3, 4)) if n % 7 else 0 for n in range(CELLS))
         return {
-            "t": now, "step": self._step, "model": "imagined",
+            "t": now, "step": self._step, "model": self.model,
             "seats": [{k: v for k, v in seat.items() if k != "end"} for seat in self._seats.values()],
             "waiting": waiting, "waiting_total": len(waiting),
             "kv": {"total": 4096, "used": 2100, "cached": 700, "cells": base64.b64encode(cells).decode(),
@@ -94,35 +93,27 @@ class Batch:
 
 
 class StubFeed:
-    """`/ui/feed` of a test's server. `frames` of them go out `pause` seconds apart; then the stream stays open."""
+    """`/ui/feed` of a test's server: a frame of each of `batches`, again and again."""
 
-    def __init__(self, batch: Batch, frames: int = 1_000_000, pause: float = 0.05) -> None:
-        self.batch = batch
-        self.frames = frames
+    def __init__(self, *batches: Batch, pause: float = 0.05) -> None:
+        self.batches = batches
         self.pause = pause
         self.readers = 0
-        self.sent = 0
 
     async def answer(self, request: Request) -> Response:
         return StreamingResponse(self._stream(), media_type="text/event-stream")
 
     async def _stream(self) -> AsyncIterator[bytes]:
         self.readers += 1
+        hello = {"version": "0", "engines": [batch.engine() for batch in self.batches], "operator": True}
         try:
-            yield b"event: hello\ndata: " + json.dumps(self.batch.hello()).encode() + b"\n\n"
-            for frame in self._moments():
-                yield b"data: " + json.dumps(frame).encode() + b"\n\n"
-                self.sent += 1
-                await asyncio.sleep(self.pause)
+            yield b"event: hello\ndata: " + json.dumps(hello).encode() + b"\n\n"
             while True:
-                yield b": keep-alive\n\n"
-                await asyncio.sleep(1)
+                for batch in self.batches:
+                    yield b"data: " + json.dumps(batch.frame()).encode() + b"\n\n"
+                await asyncio.sleep(self.pause)
         finally:
             self.readers -= 1
-
-    def _moments(self) -> Iterator[dict[str, Any]]:
-        for _ in range(self.frames):
-            yield self.batch.frame()
 
 
 @contextmanager
@@ -131,9 +122,5 @@ def showing(feed: StubFeed, **settings: Any) -> Iterator[Server]:
     settings = {"port": 0, "shutdown_timeout": 0.0, **settings}
     server = Server(EchoService(delay=0.01), ServerConfig(**settings))
     server.app.router.routes.insert(0, Route("/ui/feed", feed.answer))
-    server.start()
-    try:
+    with up(server):
         yield server
-    finally:
-        server.stop()
-        server.join()

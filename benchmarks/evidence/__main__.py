@@ -11,26 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
 from chapter import Chapter
 from claims import table
+from environment import ROOT, machine
 from experiments import ALL, Scale
 from loop import Bench
 from streaming import streaming
 
-from ropeway import __version__
 from ropeway.hub import locate
 from ropeway.modelspec import load_spec
-from ropeway.runtime.cpu_info import detect
 
-ROOT = Path(__file__).parents[2]
 BUNDLED = Scale(seats=64, prompt=64, unit=24, long=400, count=64, vocab=4000)
 LARGE = Scale(seats=16, prompt=64, unit=8, long=512, count=32, vocab=30000)
 QUICK = Scale(seats=16, prompt=16, unit=8, long=64, count=16, vocab=4000)
@@ -45,22 +41,6 @@ def random_model(folder: Path) -> Path:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         (folder / "S").rename(path)
     return path
-
-
-def machine() -> str:
-    cpu = detect()
-    return (
-        f"{_processor()}, {cpu.cores} cores; Ropeway {__version__}, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, {platform.system()}"
-    )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
@@ -81,12 +61,22 @@ def main() -> None:
             model = str(random_model(Path(scratch))) if name == "random" else name
             scale = QUICK if options.quick else BUNDLED if name == "bundled" else LARGE
             label = Path(name).name
-            found[label] = page(label, model, scale, wanted, options.out, scratch)
-    summary(found, options.out, quick=options.quick)
+            found[label] = page(label, model, name, scale, wanted, options.out, scratch)
+    summary({**earlier(options.out), **found}, options.out, quick=options.quick)
 
 
-def page(label: str, model: str, scale: Scale, wanted: list[str], out: Path, scratch: str) -> dict[str, float]:
-    """Run the experiments on one model and write its page. Returns all figures."""
+def earlier(out: Path) -> dict[str, dict[str, float]]:
+    """The figures of models that were measured before, on this machine and with the same versions."""
+    path = out / "figures.json"
+    written = json.loads(path.read_text()) if path.exists() else {}
+    models: dict[str, dict[str, float]] = written["models"] if written.get("machine") == machine() else {}
+    return models
+
+
+def page(
+    label: str, model: str, asked: str, scale: Scale, wanted: list[str], out: Path, scratch: str
+) -> dict[str, float]:
+    """Run the experiments on one model, which was `asked` for by that name, and write its page. Returns all figures."""
     spec = load_spec(locate(model), model)
     bench = Bench(model, kv_cache_gib=1.0)
     figures: dict[str, float] = {}
@@ -99,7 +89,7 @@ def page(label: str, model: str, scale: Scale, wanted: list[str], out: Path, scr
     for name, (title, experiment) in ALL.items():
         if name in wanted:
             chapter = Chapter(
-                title, f"python benchmarks/evidence --models {label} --only {name}", folder=out, stem=f"{label}-{name}"
+                title, f"python benchmarks/evidence --models {asked} --only {name}", folder=out, stem=f"{label}-{name}"
             )
             begun = time.perf_counter()
             experiment(bench, scale, chapter)
@@ -109,7 +99,7 @@ def page(label: str, model: str, scale: Scale, wanted: list[str], out: Path, scr
     if STREAMING in wanted:
         chapter = Chapter(
             "Streams, whole answers, batches",
-            f"python benchmarks/evidence --models {label} --only {STREAMING}",
+            f"python benchmarks/evidence --models {asked} --only {STREAMING}",
             folder=out,
         )
         streaming(model, scale, chapter, f"{scratch}/data-{label}")
@@ -134,7 +124,10 @@ def summary(found: dict[str, dict[str, float]], out: Path, *, quick: bool) -> No
     lines += ["`make evidence` writes these pages: a few minutes of a machine that does nothing else.", ""]
     if quick:
         lines += ["**Made with `--quick`: these figures show that the experiments run, and nothing else.**", ""]
-    lines += ["Pages: " + ", ".join(f"[{label}]({label}.md)" for label in found) + ".", ""]
+    pages = [f"[{label}]({label}.md)" for label in found]
+    if (out / "soak.md").exists():
+        pages.append("[half an hour of everything at once](soak.md)")
+    lines += ["Pages: " + ", ".join(pages) + ".", ""]
     for label, figures in found.items():
         lines += [f"## What articles claim, and {label}", "", *table(figures)]
     (out / "index.md").write_text("\n".join(lines).rstrip() + "\n")

@@ -60,11 +60,11 @@ class Journal:
     """Lines of JSON in a file, each there for good once it is written."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
 
     def write(self, **fields: Any) -> None:
-        self._file.write(json.dumps(fields) + "\n")
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fields) + "\n")
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -90,13 +90,14 @@ class Served:
 
     def __init__(self, layout: str, device: torch.device, place: Path, **settings: Any) -> None:
         directory = layouts.write(layout, place)
-        self.config = check(EngineConfig(model=str(directory), device=device.type, load_format="dummy", **settings))
+        given = {"model": str(directory), "device": device.type, "load_format": "dummy", "max_queue": _NO_LIMIT}
+        self.config = check(EngineConfig(**{**given, **settings}))
         self.spec: ModelSpec = load_spec(directory)
         begun = time.perf_counter()
         self.executor = Watched(open_executor(self.config))
         self.pace = Pace(self.config)
         with patch.object(engine, "make_budget", lambda config: self.pace):
-            self.engine = make_engine(self.executor, self.config, max_queue=_NO_LIMIT)
+            self.engine = make_engine(self.executor, self.config)
         self.start_seconds = time.perf_counter() - begun
         self.random = random.Random(1)
         self._rids = itertools.count(1)

@@ -21,6 +21,8 @@ ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16":
              "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}  # fmt: skip
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+POINTER = b"version https://git-lfs"
+"""What stands for a file where Git LFS has not fetched it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def read_json(path: Path, *, limit: int) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise ModelError(f"{path} has {size} bytes, more than the {limit} that such a file may have.")
+            raise ModelError(f"{path} has {size} bytes; such a file has at most {limit}. Download the model again.")
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}. Check the model's directory.") from None
@@ -71,7 +73,7 @@ def shards(directory: Path) -> list[Path]:
             return [directory / SINGLE]
         others = sorted(p.name for p in directory.glob("*.bin"))
         hint = (
-            f" It has {others[0]}, a pickle, which can run code when opened: convert it to safetensors."
+            f" It has {others[0]}, a pickle, which can run code when opened. Convert it to safetensors."
             if others
             else " Check that the download is complete."
         )
@@ -81,10 +83,12 @@ def shards(directory: Path) -> list[Path]:
         raise ModelError(f"{index} has no weight_map from tensor to file. Download the model again.")
     files = sorted(set(names.values()))
     if len(files) > MAX_SHARDS:
-        raise ModelError(f"{index} names {len(files)} files, more than the limit of {MAX_SHARDS}.")
+        raise ModelError(f"{index} names {len(files)} files; at most {MAX_SHARDS} are read. Download it again.")
     for name in files:
         if Path(name).name != name:
-            raise ModelError(f"{index} names the file {name!r}, which is not inside the model's directory.")
+            raise ModelError(
+                f"{index} names the file {name!r}, which is not inside the model's directory. Do not trust this model."
+            )
         if not (directory / name).is_file():
             raise ModelError(
                 f"The shard {name} of {len(files)} is missing from {directory}. Download the model again; "
@@ -99,7 +103,8 @@ def tensors(directory: Path) -> dict[str, TensorInfo]:
     for file in shards(directory):
         for name, info in read_header(file).items():
             if name in found:
-                raise ModelError(f"The tensor {name!r} is in both {found[name].file.name} and {file.name}.")
+                both = f"{found[name].file.name} and {file.name}"
+                raise ModelError(f"The tensor {name!r} is in both {both}. Download the model again.")
             found[name] = info
     return found
 
@@ -110,6 +115,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             head = stream.read(8)
+            if head == POINTER[:8] and size < 1024:
+                raise ModelError(f"{file} is a pointer of Git LFS. Run `git lfs pull` in its directory.")
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length < 2 or length > MAX_HEADER or 8 + length > size:
                 raise ModelError(
@@ -118,7 +125,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 )
             header = json.loads(stream.read(length))
     except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror or error}.") from None
+        raise ModelError(f"{file} cannot be read: {error.strerror or error}. Check its permissions.") from None
     except (ValueError, RecursionError):
         raise ModelError(f"{file} has a damaged header (not JSON). Download it again.") from None
     if not isinstance(header, dict):

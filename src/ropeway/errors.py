@@ -57,7 +57,13 @@ class MemoryBudgetError(RopewayError):
 
 
 class KernelError(RopewayError):
+    """`cause` is the message without what to do next, for sentences that go on."""
+
     code = "RW-KERNEL"
+
+    def __init__(self, cause: str, advice: str = "") -> None:
+        super().__init__(f"{cause}. {advice}" if advice else cause)
+        self.cause = cause
 
 
 class RequestError(RopewayError):

@@ -29,7 +29,7 @@ def locate(model: str, *, revision: str | None = None, download_dir: str | None 
     if path.is_dir():
         return path
     if path.is_file():
-        raise ModelError(f"{model} is a file; give the directory that holds config.json and the safetensors files.")
+        raise ModelError(f"{model} is a file. Give the directory that holds config.json and the safetensors files.")
     if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
         raise ModelError(f"The directory {model} does not exist. Check the path.")
     return _download(model, revision, download_dir, weights)
@@ -54,20 +54,19 @@ def _download(model: str, revision: str | None, download_dir: str | None, weight
         RevisionNotFoundError,
     )
 
-    at = f" at revision {revision!r}" if revision else ""
     patterns = [*_SETTINGS, *_TEXT, *(_WEIGHTS if weights else ())]
     try:
         return Path(snapshot_download(model, revision=revision, cache_dir=download_dir, allow_patterns=patterns))
     except GatedRepoError:
-        reason = "is gated: accept its licence on the hub and log in with `hf auth login`"
+        reason = "is gated. Accept its licence on the hub and log in with `hf auth login`."
     except RepositoryNotFoundError:
-        reason = "is neither a directory here nor a model on the hub: check the spelling, or log in if it is private"
+        reason = "is neither a directory here nor a model on the hub. Check the spelling, or log in if it is private."
     except RevisionNotFoundError:
-        reason = "has no such revision: check --revision"
+        reason = f"has no revision {revision!r}. Check --revision."
     except LocalEntryNotFoundError:
-        reason = "is not in the local cache and the hub cannot be reached: go online once, or give a directory"
+        reason = "is not in the local cache and the hub cannot be reached. Go online once, or give a directory."
     except HFValidationError:
-        reason = "is neither a directory here nor a possible hub name (owner/name): check the spelling"
+        reason = "is neither a directory here nor a possible hub name (owner/name). Check the spelling."
     except (OSError, ValueError, RuntimeError) as error:
-        reason = f"cannot be downloaded ({type(error).__name__}: {error}): check the network and the free disk space"
-    raise ModelError(f"The model {model!r}{at} {reason}.")
+        reason = f"cannot be downloaded ({type(error).__name__}: {error}). Check the network and the free disk space."
+    raise ModelError(f"The model {model!r} {reason}")

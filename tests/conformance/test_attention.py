@@ -120,11 +120,16 @@ def test_sliding_window(make: Make, window: int, kind: Kind) -> None:
 
 def sliding_window(make: Make, window: int, kind: Kind, steps: Sequence[tuple[int, int]]) -> None:
     world = World(spec_of(heads=4, kv_heads=2, head_dim=32, **kind, windows=(None, window)), 60)
+    two_lines(make, world, (260, 9), steps)
+
+
+def two_lines(make: Make, world: World, lengths: tuple[int, int], steps: Sequence[tuple[int, int]]) -> None:
+    """In each step so many tokens of either line, in layer 1."""
     backend = make(world.spec)
     store = world.store(backend)
-    long, short = world.line(260), world.line(9)
+    lines = [world.line(length) for length in lengths]
     for counts in steps:
-        rows = [(line, n) for line, n in zip((long, short), counts, strict=True) if n]
+        rows = [(line, n) for line, n in zip(lines, counts, strict=True) if n]
         starts = [line.computed for line, _ in rows]
         outs = world.step(backend, store, rows, layer=1)
         for out, start, (line, count) in zip(outs, starts, rows, strict=True):
@@ -203,15 +208,7 @@ def test_a_latent_is_both_key_and_value(make: Make, heads: int, head_dim: int, l
 def latent_attention(make: Make, shape: tuple[int, int, int], kind: Kind, steps: Sequence[tuple[int, int]]) -> None:
     heads, head_dim, latent = shape
     world = World(spec_of(heads, 1, head_dim, latent=latent, **kind), 24)
-    backend = make(world.spec)
-    store = world.store(backend)
-    long, short = world.line(70), world.line(30)
-    for counts in steps:
-        rows = [(line, n) for line, n in zip((long, short), counts, strict=True) if n]
-        starts = [line.computed for line, _ in rows]
-        outs = world.step(backend, store, rows, layer=1)
-        for out, start, (line, count) in zip(outs, starts, rows, strict=True):
-            assert_close(out, world.expected(line, start, count, layer=1))
+    two_lines(make, world, (70, 30), steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -123,8 +123,8 @@ def test_a_row_does_not_depend_on_its_neighbours(library: NativeLibrary, kind: s
     product = NativeProduct(library, draw(kind, 112, 512, 64), None, torch.float32)
     x = torch.randn(203, 512)
     together = product(x)
-    for rows in (slice(0, 1), slice(202, 203), slice(5, 7), slice(90, 103), slice(3, 8), slice(0, 100)):
-        assert torch.equal(product(x[rows]), together[rows])
+    for begin, end in ((0, 1), (202, 203), (5, 7), (4, 7), (90, 103), (3, 8), (7, 16), (0, 100)):
+        assert torch.equal(product(x[begin:end]), together[begin:end])
 
 
 def test_the_longest_sums_are_exact(library: NativeLibrary) -> None:

@@ -32,6 +32,7 @@ Make = Callable[[str], Path]
 KINDS = ("llama", "llama-biases", "llama-tied", "mistral-window", "qwen2", "qwen3", "qwen3-window")
 FLOATS = (torch.float32, torch.bfloat16)
 LONGEST = 128
+pytestmark = pytest.mark.usefixtures("equally_fast")
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import psutil
+
+from waiting import eventually, until
 
 SMALL = ("--num-kv-blocks", "512", "--max-num-seqs", "32", "--threads", "1")
 ADMIN = "the-admins-key"
@@ -44,39 +45,27 @@ class Server:
         children = psutil.Process(self.process.pid).children()
         return next(child for child in children if "ropeway.cli.engine" in " ".join(child.cmdline()))
 
-    async def metrics(self) -> dict[str, float]:
+    async def metrics(self, key: str = "") -> dict[str, float]:
         """Samples of /metrics that need no labels to tell them apart."""
-        async with httpx2.AsyncClient() as client:
+        async with httpx2.AsyncClient(headers={"authorization": f"Bearer {key}"} if key else {}) as client:
             text = (await client.get(f"{self.url}/metrics")).text
         samples = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
         return {re.sub(r"\{.*\}", "", name): float(value) for name, value in samples}
 
-    async def until(self, reached: Callable[[dict[str, float]], bool], seconds: float = 20.0) -> dict[str, float]:
+    async def until(self, reached: Callable[[dict[str, float]], bool], seconds: float = 60.0) -> dict[str, float]:
         """Wait until the metrics are as wanted; returns them."""
-        limit = time.monotonic() + seconds
-        found = await self.metrics()
-        while not reached(found):
-            assert time.monotonic() < limit, f"not reached within {seconds} s: {found}"
-            await asyncio.sleep(0.02)
-            found = await self.metrics()
-        return found
+        return await eventually(self.metrics, reached, seconds, 0.02)
 
-    async def until_idle(self, seconds: float = 30.0) -> dict[str, float]:
+    async def until_idle(self, seconds: float = 60.0) -> dict[str, float]:
         """Wait until nothing runs or waits; returns the metrics then."""
         return await self.until(
             lambda m: m["vllm:num_requests_running"] == m["vllm:num_requests_waiting"] == 0, seconds
         )
 
-    async def until_status(self, path: str, status: int, seconds: float = 20.0) -> float:
-        """Wait until `path` answers `status`; returns the seconds it took."""
-        begun = time.monotonic()
+    async def until_status(self, path: str, status: int, seconds: float = 60.0) -> None:
+        """Wait until `path` answers `status`."""
         async with httpx2.AsyncClient(base_url=self.url) as client:
-            found = (await client.get(path)).status_code
-            while found != status:
-                assert time.monotonic() - begun < seconds, f"{path} is {found}, not {status}, after {seconds} s"
-                await asyncio.sleep(0.02)
-                found = (await client.get(path)).status_code
-        return time.monotonic() - begun
+            await eventually(lambda: client.get(path), lambda answer: answer.status_code == status, seconds, 0.02)
 
 
 @contextmanager
@@ -101,23 +90,24 @@ def serving(*flags: str, model: str = "bundled", small: Sequence[str] = SMALL) -
             assert not alive, f"the server left processes behind:\n{log.read_text()[-2000:]}"
 
 
-def _until_ready(process: subprocess.Popen[bytes], log: Path, seconds: float = 90.0) -> str:
+def _until_ready(process: subprocess.Popen[bytes], log: Path, seconds: float = 120.0) -> str:
     """The server's address, once its banner says that it is ready."""
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        found = _ADDRESS.search(log.read_text(errors="replace"))
-        if found:
-            return found.group(1)
-        assert process.poll() is None, f"the server ended before it was ready:\n{log.read_text()}"
-        time.sleep(0.05)
-    raise AssertionError(f"the server was not ready after {seconds} s:\n{log.read_text()}")
+
+    def ready(said: str) -> re.Match[str] | None:
+        found = _ADDRESS.search(said)
+        assert found or process.poll() is None, f"the server ended before it was ready:\n{log.read_text()}"
+        return found
+
+    found = ready(until(lambda: log.read_text(errors="replace"), ready, seconds, 0.05))
+    assert found is not None
+    return found.group(1)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(10)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import openai
@@ -19,6 +18,7 @@ from responding import (
 )
 from ropeway.errors import NumericalError, RopewayError
 from ropeway.service.request import TextRequest
+from waiting import until as reached
 
 
 def test_a_background_response_from_the_queue_to_its_end(responses: Server, held: Callable[[], None]) -> None:
@@ -173,17 +173,13 @@ def test_a_stream_that_outgrows_the_store_fails_and_the_server_goes_on() -> None
 
 
 def test_whoever_follows_and_does_not_read_is_dropped() -> None:
-    with running(Service(max_model_len=70000), stream_timeout=0.2, keep_alive_interval=0.05) as responses:
+    with running(Service(max_model_len=70000), stream_timeout=1.0, keep_alive_interval=0.05) as responses:
         name = made_in_background(responses, "x" * 30000)
         last = f"GET /v1/responses/{name}?stream=true HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
         with responses.connect() as raw:
             raw.sendall(last)
-            deadline = time.monotonic() + 10
-            while not responses.answering:
-                assert time.monotonic() < deadline
-            while responses.answering:
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
+            reached(lambda: responses.answering)
+            reached(lambda: not responses.answering)
             assert b"response.completed" not in read_all(raw)
         assert "event: response.completed" in responses.http.get(f"/v1/responses/{name}?stream=true").text[-100_000:]
 
@@ -192,8 +188,5 @@ def made_in_background(responses: Server, text: str) -> str:
     """The id of a response that was made as a stream in the background, and has ended."""
     with responses.client().responses.create(model="echo", input=text, background=True, stream=True) as stream:
         name = str(next(iter(stream)).response.id)  # type: ignore[union-attr]
-    deadline = time.monotonic() + 20
-    while not responses.app.state.responses.get("", name).final:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    reached(lambda: responses.app.state.responses.get("", name).final)
     return name

@@ -6,9 +6,8 @@ import asyncio
 import base64
 import json
 import math
-import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -20,6 +19,7 @@ from ropeway.contract import ExecutorInfo, Pooling
 from ropeway.errors import OverloadedError, RopewayError
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextRequest, TextStream
+from waiting import until
 
 SIZE = 32
 
@@ -117,6 +117,7 @@ def test_inputs_are_cut_where_that_is_asked_for(server: Server) -> None:
         ({"input": "a", "dimensions": 0}, "dimensions"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
         ({"input": "a", "pooling": "max"}, "pooling"),
+        ({"input": "a", "truncation_side": "left"}, "truncation_side"),
         ({"input": "a", "normalize": True, "use_activation": False}, "use_activation"),
         ({"input": "a", "endianness": "big"}, "endianness"),
         ({}, "input"),
@@ -158,13 +159,6 @@ def test_a_full_queue_is_waited_for_by_whom_it_is_full_of() -> None:
         answer = server.http.post("/v1/embeddings", json={"input": ["a"] * 40})
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "3"
-
-
-def until(reached: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 20
-    while not reached():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
 
 
 def test_a_client_that_leaves_takes_its_inputs_along() -> None:

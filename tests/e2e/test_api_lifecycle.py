@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,6 +17,7 @@ from ropeway.contract import FinishReason, Usage, Why
 from ropeway.errors import ConfigError, EngineError, NumericalError, RopewayError
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextChunk, TextRequest, TextStream
+from waiting import until
 
 LONG = "x" * 2000
 
@@ -60,13 +60,6 @@ class ScriptedService(EchoService):
 
     async def why(self, *rids: int) -> list[Why]:
         return [Why(7, "queued", 3, "SlotLimit", "no slot is free")]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.005)
 
 
 def live(service: EchoService) -> int:
@@ -259,7 +252,7 @@ def test_a_bug_in_the_middle_is_an_event_without_details() -> None:
 
 
 def test_the_deadline_ends_answers() -> None:
-    with running(EchoService(delay=0.02), request_timeout=0.1) as server:
+    with running(EchoService(delay=0.02), request_timeout=0.5) as server:
         body = {"prompt": LONG, "max_tokens": 1000}
         response = server.http.post("/v1/completions", json=body)
         assert response.status_code == 504

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Iterator
 
 import pytest
 
-from apiserver import Server
-from ropeway.config import EngineConfig, ServerConfig
+from apiserver import Server, over
+from ropeway.config import EngineConfig
 from ropeway.contract import ExecutorInfo
 from ropeway.engine.engine import Engine
-from ropeway.remote.host import ThreadLink
 from ropeway.service.loader import ModelText
-from ropeway.service.service import EngineTextService
 from ropeway.sim import FakeExecutor
 from ropeway.text.tokenizer import ByteTokenizer
 
@@ -33,17 +30,9 @@ SYSTEM = "You are a helpful ropeway attendant. " * 3
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    link = ThreadLink(Engine(FakeExecutor(INFO), EngineConfig(max_num_seqs=2, max_num_batched_tokens=64)))
-    config = ServerConfig(port=0, shutdown_timeout=0.0, api_key="client", admin_key="owner")
-    server = Server(EngineTextService(link, TEXT), config)
-    server.start()
-    asyncio.run_coroutine_threadsafe(link.start(), server._loop).result(10)
-    try:
+    engine = Engine(FakeExecutor(INFO), EngineConfig(max_num_seqs=2, max_num_batched_tokens=64))
+    with over(engine, TEXT, api_key="client", admin_key="owner") as server:
         yield server
-    finally:
-        asyncio.run_coroutine_threadsafe(link.stop(), server._loop).result(10)
-        server.stop()
-        server.join()
 
 
 def _cached(server: Server, prompt: str) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -20,6 +19,7 @@ from ropeway.contract import Why
 from ropeway.errors import OverloadedError
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextRequest
+from waiting import until
 
 FIRST, SECOND, OWNER = ({"authorization": f"Bearer {key}"} for key in ("first", "second", "owner"))
 
@@ -69,13 +69,6 @@ def seen(server: Server, headers: dict[str, str] = FIRST, **query: Any) -> list[
     answer = server.http.get("/v1/requests", headers=headers, params=query)
     assert answer.status_code == 200, answer.text
     return list(answer.json()["data"])
-
-
-def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
-    limit = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < limit, "it does not happen"
-    return found
 
 
 def test_a_finished_request_is_found_by_either_name_with_what_it_has_cost(server: Server) -> None:

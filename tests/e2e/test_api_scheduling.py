@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from apiserver import Server, running
-from ropeway.config import EngineConfig, ServerConfig
+from apiserver import Server, over, running
+from ropeway.config import EngineConfig
 from ropeway.contract import ExecutorInfo
 from ropeway.engine.engine import Engine
-from ropeway.remote.host import ThreadLink
 from ropeway.service.echo import EchoService
 from ropeway.service.loader import ModelText
 from ropeway.service.request import TextRequest, TextStream
-from ropeway.service.service import EngineTextService
 from ropeway.sim import FakeExecutor
 from ropeway.text.tokenizer import ByteTokenizer
 
@@ -87,17 +84,8 @@ def test_only_a_trusted_header_names_the_tenant() -> None:
 def engine_server() -> Iterator[tuple[Server, Engine]]:
     """A server whose engine runs on a thread."""
     engine = Engine(FakeExecutor(INFO), EngineConfig(max_num_seqs=2, scheduling_policy="fcfs"))
-    link = ThreadLink(engine)
-    config = ServerConfig(port=0, shutdown_timeout=0.0, api_key="client", admin_key="owner")
-    server = Server(EngineTextService(link, TEXT), config)
-    server.start()
-    asyncio.run_coroutine_threadsafe(link.start(), server._loop).result(10)
-    try:
+    with over(engine, TEXT, api_key="client", admin_key="owner") as server:
         yield server, engine
-    finally:
-        asyncio.run_coroutine_threadsafe(link.stop(), server._loop).result(10)
-        server.stop()
-        server.join()
 
 
 def test_the_operator_changes_the_policy_of_a_running_server(engine_server: tuple[Server, Engine]) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
@@ -70,6 +71,50 @@ async def test_every_end_is_told_to_those_who_asked(tmp_path: Path) -> None:
         event = CLIENT.webhooks.unwrap(hit.body, hit.headers)
         ends.append((hit.line.split()[1], event.type, event.data.id))
     told = [("batch.completed", good), ("batch.failed", bad), ("job.completed", job)]
+    assert sorted(ends) == sorted((path, *end) for path in ("/all", "/mine") for end in told)
+
+
+async def test_the_ends_of_responses_in_the_background_are_told(tmp_path: Path) -> None:
+    """By OpenAI's names; also that of one that the server's end has cut off, and that the next server has made."""
+    told = []
+    async with receiving(status(204)) as receiver:
+        hook = receiver.url("/mine")
+        async with serving(tmp_path, receiver) as server, httpx2.AsyncClient(base_url=server.url) as http:
+
+            async def begin(**body: Any) -> str:
+                asked = {"input": "hello", "background": True, "callback_url": hook, **body}
+                answer = await http.post("/v1/responses", json=asked)
+                assert answer.status_code == 200, answer.text
+                return str(answer.json()["id"])
+
+            told = [
+                ("response.completed", await begin()),
+                ("response.incomplete", await begin(input="x" * 99, max_output_tokens=16)),
+            ]
+            await receiver.until(4)
+            server.service.delay = 30.0  # type: ignore[attr-defined]
+            unwanted = await begin()
+            await http.post(f"/v1/responses/{unwanted}/cancel")
+            await receiver.until(6)
+            cut = await begin(stream=False)
+            wrong = await http.post("/v1/responses", json={"input": "x", "background": True, "callback_url": "ftp://x"})
+            assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "callback_url")
+            assert (await http.get(f"/v1/jobs/{unwanted}")).status_code == 404
+            assert (await http.get("/v1/jobs")).json()["data"] == []
+        async with serving(tmp_path, receiver) as server, httpx2.AsyncClient(base_url=server.url) as http:
+            async with asyncio.timeout(60):
+                await receiver.until(8)
+            found = (await http.get(f"/v1/responses/{cut}")).json()
+            assert (found["status"], found["background"], found["store"]) == ("completed", True, True)
+            assert found["output"][0]["content"][0]["text"] == "hello"
+            assert (await http.get(f"/v1/responses/{unwanted}")).json()["status"] == "cancelled"
+            again = await http.post(f"/v1/responses/{cut}/cancel")
+            assert again.json() == found, "what has ended stays as it is"
+    told += [("response.cancelled", unwanted), ("response.completed", cut)]
+    ends = []
+    for hit in receiver.hits:
+        event = CLIENT.webhooks.unwrap(hit.body, hit.headers)
+        ends.append((hit.line.split()[1], event.type, event.data.id))
     assert sorted(ends) == sorted((path, *end) for path in ("/all", "/mine") for end in told)
 
 

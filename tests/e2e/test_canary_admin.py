@@ -39,7 +39,7 @@ def server(tmp_path: Path) -> Iterator[apiserver.Server]:
         )
         up.app.state.canaries = canaries
         yield up
-        asyncio.run_coroutine_threadsafe(canaries.close(), up._loop).result(10)
+        asyncio.run_coroutine_threadsafe(canaries.close(), up._loop).result(60)
 
 
 def ropeway(server: apiserver.Server, *words: str, code: int = 0) -> str:
@@ -145,7 +145,7 @@ def willing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[apiserver.Serv
             tmp_path_factory.mktemp("willing") / "canary.db", Everything(), Everything()
         )
         yield up
-        asyncio.run_coroutine_threadsafe(canaries.close(), up._loop).result(10)
+        asyncio.run_coroutine_threadsafe(canaries.close(), up._loop).result(60)
 
 
 described = schemathesis.openapi.from_dict(describe(create_app(EchoService(), ServerConfig(), Metrics("echo"))))

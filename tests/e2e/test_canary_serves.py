@@ -46,7 +46,7 @@ async def deployments_of(server: Server, users: range) -> dict[int, str]:
             await one(client, user)
 
     waiting = iter(users)
-    async with httpx2.AsyncClient(base_url=server.url, timeout=20) as client:
+    async with httpx2.AsyncClient(base_url=server.url, timeout=60) as client:
         await asyncio.gather(*(work(client, waiting) for _ in range(10)))
     return dict(sorted(found.items()))
 
@@ -71,7 +71,7 @@ async def test_a_slower_deployment_is_stopped_and_stays_so_over_a_kill(tmp_path:
                 assert user < 2000, canary(server, "status", "chat")
             found = canary(server, "status", "chat")
             assert found["state"] == "stopped"
-            assert found["analysis"]["ttft"]["control_samples"] > 50
+            assert found["analysis"]["ttft"]["control_samples"] >= 50
             assert set((await deployments_of(server, range(40))).values()) == {"steady"}
             print(f"stopped after {user} answers: {found['reason']}")
             server.process.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
@@ -47,8 +48,9 @@ WEATHER: Any = {
 
 
 @pytest.fixture(scope="module")
-def client(bundled: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{bundled.url}/v1", api_key="unused", max_retries=0)
+def client(bundled: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{bundled.url}/v1", api_key="unused", max_retries=0) as made:
+        yield made
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,8 +38,9 @@ def weather(place: Literal["Rome", "Oslo"]) -> str:
 
 
 @pytest.fixture(scope="module")
-def claude(bundled: Server) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=bundled.url, api_key="unused", max_retries=0)
+def claude(bundled: Server) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=bundled.url, api_key="unused", max_retries=0) as made:
+        yield made
 
 
 def test_anthropic_messages_streamed_and_whole(claude: anthropic.Anthropic) -> None:

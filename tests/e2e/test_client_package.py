@@ -48,7 +48,7 @@ def echo() -> Iterator[apiserver.Server]:
 
 @pytest.fixture
 def endpoint(echo: apiserver.Server) -> Endpoint:
-    return Endpoint(base_url=f"{echo.url}/v1", timeout=20, max_retries=0)
+    return Endpoint(base_url=f"{echo.url}/v1", timeout=60, max_retries=0)
 
 
 @contextmanager

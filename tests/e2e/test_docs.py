@@ -161,7 +161,7 @@ def shell(folder: Path) -> dict[str, str]:
     curl.chmod(0o755)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("ROPEWAY_", "OPENAI_", "ANTHROPIC_"))}
     path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), kept.get("PATH", "")])
-    return {**kept, "PATH": path, "ADMIN": ADMIN, "KEY": ADMIN}
+    return {**kept, "PATH": path, "ADMIN": ADMIN}
 
 
 def ropeway_commands(script: str) -> Iterator[list[str]]:

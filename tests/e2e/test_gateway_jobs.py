@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
+import sqlite3
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from gatewaykit import fine, gateway, upstreams
 from ropeway.api.schema import ModelCard
 from ropeway.service.echo import EchoService
-
-
-def until(look: Callable[[], Any], good: Callable[[Any], bool]) -> Any:
-    limit = time.monotonic() + 20
-    while not good(found := look()):
-        assert time.monotonic() < limit, found
-        time.sleep(0.02)
-    return found
+from waiting import until
 
 
 def test_durable_work_takes_the_routes_of_other_work(tmp_path: Path) -> None:
@@ -41,6 +33,12 @@ def test_durable_work_takes_the_routes_of_other_work(tmp_path: Path) -> None:
             ]
             assert [job["status"] for job in jobs] == ["completed"] * 3, jobs
             assert [job["response"]["body"]["model"] for job in jobs[:2]] == ["a", "b"]
+            response = http.post("/v1/responses", json={"model": "one", "input": "hello", "background": True}).json()
+            until(lambda: http.get(f"/v1/responses/{response['id']}").json()["status"], lambda now: now == "completed")
+            with closing(sqlite3.connect(tmp_path / "jobs.db")) as jobs_db:
+                query = "SELECT body FROM bodies JOIN items ON items.id = item WHERE name = ?"
+                [kept] = jobs_db.execute(query, (response["id"],)).fetchone()
+            assert json.loads(kept)["model"] == "one", "whoever makes it after a restart finds the route again"
             for wrong in ({"model": "three", "messages": hello}, {"model": "one", "messages": 7}):
                 answer = http.post("/v1/chat/completions", json={**wrong, "deferred": True})
                 assert answer.status_code in (400, 404), answer.text

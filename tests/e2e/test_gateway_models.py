@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx2
 import openai
@@ -20,8 +19,7 @@ from gatewaykit import fine, gateway, upstreams
 from ropeway.cli.main import main
 from ropeway.gateway.table import Route, Rule
 from ropeway.service.echo import EchoService
-
-T = TypeVar("T")
+from waiting import until
 
 
 def body(model: str, text: str = "Hello") -> dict[str, object]:
@@ -112,14 +110,6 @@ def ended(job: dict[str, Any]) -> dict[str, Any] | None:
     return job if job["status"] in ("completed", "failed") else None
 
 
-def until(look: Callable[[], T | None], seconds: float = 20.0) -> T:
-    limit = time.monotonic() + seconds
-    while (found := look()) is None:
-        assert time.monotonic() < limit, f"not reached within {seconds} s"
-        time.sleep(0.02)
-    return found
-
-
 TABLE = """
 memory_gib: 0.2
 deployments:
@@ -175,11 +165,16 @@ async def test_real_engines(tmp_path: Path) -> None:
             assert answer.parse().usage.completion_tokens == 4
         assert sorted(used) == ["careful", "careful", "quick", "quick"]
         assert len(engines(server.process.pid)) == 2
-        async with httpx2.AsyncClient(base_url=server.url, headers={"authorization": f"Bearer {ADMIN}"}) as admin:
+        own = httpx2.AsyncClient(base_url=server.url, headers={"authorization": f"Bearer {ADMIN}"})
+        async with client, own as admin:
             text = (await admin.get("/metrics")).text
             for name in ("quick", "careful"):
                 assert re.search(rf'vllm:generation_tokens_total{{engine="0",model_name="{name}"}} [1-9]', text)
             assert text.count("# TYPE vllm:generation_tokens_total") == 1
+            # Whoever watches is told of the models in memory, each with its own seats, by the names of the metrics.
+            hello, *frames = told((await admin.get("/ui/feed?frames=1")).text)
+            assert {one["model"]: one["slots"] for one in hello["engines"]} == {"quick": 4, "careful": 64}
+            assert {one["model"] for one in frames} == {"quick", "careful"}
             # The third model needs the room of both others, which nobody uses.
             stream = await client.completions.create(model="spare", prompt="Once", max_tokens=5, stream=True)
             assert "".join([chunk.choices[0].text async for chunk in stream])
@@ -196,7 +191,15 @@ async def test_real_engines(tmp_path: Path) -> None:
             with pytest.raises(openai.InternalServerError, match="taken out of service"):
                 await client.completions.create(model="careful", prompt="Once", max_tokens=2)
             assert (await admin.post("/admin/deployments/none/stop")).status_code == 404
+            started = await admin.post("/admin/deployments/careful/start")
+            assert started.json()["takes_requests"] is True
+            assert (await client.completions.create(model="careful", prompt="Once", max_tokens=2)).usage
     assert server.process.returncode == 0
+
+
+def told(stream: str) -> list[dict[str, Any]]:
+    """The data of server-sent events."""
+    return [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: ")]
 
 
 def engines(pid: int) -> list[psutil.Process]:

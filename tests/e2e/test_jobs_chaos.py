@@ -17,18 +17,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from jobkit import again, jsonl, quick_folder, request, results, submit
-from ropeway.jobs.batches import Keeper
+from jobkit import again, charged, jsonl, new_key, quick_folder, request, results, submit
 from ropeway.jobs.items import LEASE_SECONDS
+from ropeway.jobs.keeper import Keeper
 from ropeway.jobs.records import Batch, BatchState
 from ropeway.jobs.store import JobStore
+from waiting import eventually
 
 ITEMS = int(os.environ.get("ROPEWAY_CHAOS_ITEMS", "1000"))
 LIFE_SECONDS = float(os.environ.get("ROPEWAY_CHAOS_SECONDS", "0.6"))
@@ -62,15 +63,8 @@ class Scene:
     def lines(self) -> list[str]:
         return self.witness.read_text().splitlines() if self.witness.exists() else []
 
-    async def until(self, reached: Callable[[Batch], bool], batch: Batch, seconds: float = 60.0) -> Batch:
-        limit = time.monotonic() + seconds
-        while not reached(found := await again(self.store, batch)):
-            assert time.monotonic() < limit, f"not reached within {seconds} s: {found}"
-            await asyncio.sleep(0.02)
-        return found
-
-    async def until_ended(self, batch: Batch, seconds: float = 60.0) -> Batch:
-        return await self.until(lambda found: found.status.ended, batch, seconds)
+    async def until_ended(self, batch: Batch) -> Batch:
+        return await eventually(lambda: again(self.store, batch), lambda found: found.status.ended, pause=0.02)
 
     def end(self) -> None:
         for process in self.running:
@@ -101,13 +95,6 @@ async def dead(process: subprocess.Popen[bytes], seconds: float = 30.0) -> int:
     return await asyncio.to_thread(process.wait, seconds)
 
 
-async def eventually(reached: Callable[[], bool], seconds: float = 30.0) -> None:
-    limit = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < limit, f"not reached within {seconds} s"
-        await asyncio.sleep(0.02)
-
-
 def mixed(count: int) -> bytes:
     """An input of which every tenth request is refused."""
     names = [f"{'bad' if number % 10 == 9 else 'good'}-{number}" for number in range(count)]
@@ -125,11 +112,13 @@ def mixed(count: int) -> bytes:
         ("finalise:kill:1", 40),
         ("rename:kill:1", 40),
         ("rename:kill:2", 40),
+        ("charge:kill:1", 400),
     ],
 )
 async def test_killed_at_any_point(scene: Scene, failpoint: str, items: int) -> None:
-    """B01. The second process finds everything that the first left, and computes again at most what was in flight."""
-    batch = await submit(scene.store, mixed(items))
+    """B01. The second process finds everything that the first left, and computes again at most what was in flight. Each
+    answer that counts is paid for once."""
+    batch = await submit(scene.store, mixed(items), key=await new_key(scene.store.folder))
     died = scene.worker("--concurrency", str(CONCURRENCY), failpoint=failpoint)
     assert await dead(died) == -signal.SIGKILL
     before = sum(scene.calls().values())
@@ -141,6 +130,8 @@ async def test_killed_at_any_point(scene: Scene, failpoint: str, items: int) -> 
     assert ended.counts.failed == items // 10
     calls = sum(scene.calls().values())
     assert items <= calls <= items + CONCURRENCY, f"{calls} calls, {before} of them before the kill"
+    [row] = await charged(scene.store)
+    assert (row.key, row.requests, row.total_tokens) == (batch.key, items, 5 * items)
 
 
 async def test_a_frozen_owner_that_wakes_late_is_refused(scene: Scene) -> None:
@@ -153,12 +144,16 @@ async def test_a_frozen_owner_that_wakes_late_is_refused(scene: Scene) -> None:
     await Keeper(scene.store).round()
     frozen = scene.worker("--concurrency", "4", "--call-ms", "500", failpoint="result:stop:1")
     await eventually(lambda: psutil.Process(frozen.pid).status() == psutil.STATUS_STOPPED)
-    scene.worker("--ahead", str(LEASE_SECONDS + 1))
+    other = scene.worker("--ahead", str(LEASE_SECONDS + 1))
     ended = await scene.until_ended(batch)
+    other.send_signal(signal.SIGTERM)
+    assert await dead(other) == 0
     before = {file: scene.store.files.path(file).read_bytes() for file in [ended.output_file_id] if file}
 
     frozen.send_signal(signal.SIGCONT)
-    await asyncio.sleep(0.5)
+    await submit(scene.store, jsonl(4, "later"))
+    # Its hands were full, so it has told one of its late answers before it takes anything new.
+    await eventually(lambda: any(name.startswith("later") for name in scene.calls()))
     assert frozen.poll() is None
     late = frozen.pid
     found = results(scene.store, await again(scene.store, batch))

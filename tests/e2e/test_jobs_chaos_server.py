@@ -39,8 +39,7 @@ def test_a_server_killed_again_and_again(tmp_path: Path) -> None:
     flags = ("--data-dir", str(tmp_path / "data"), "--max-batch-requests", "1000000")
     batch_id, kills, begun = "", 0, time.monotonic()
     while True:
-        with serving(*flags) as server:
-            client = client_of(server)
+        with serving(*flags) as server, client_of(server) as client:
             if not batch_id:
                 data = b"".join(map(line, range(ITEMS)))
                 file = client.files.create(file=("in.jsonl", data), purpose="batch")
@@ -55,7 +54,7 @@ def test_a_server_killed_again_and_again(tmp_path: Path) -> None:
                 direct = httpx2.post(f"{server.url}{URL}", json=json.loads(line(7))["body"]).json()
                 break
             server.process.kill()
-            server.process.wait(10)
+            server.process.wait(60)
             kills += 1
     assert [one["custom_id"] for one in answers] == [f"c{number}" for number in range(ITEMS)]
     assert answers[7]["response"]["body"]["choices"] == direct["choices"]

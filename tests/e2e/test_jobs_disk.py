@@ -20,8 +20,10 @@ def line(number: int) -> bytes:
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of other processes are Linux's")
 def test_a_full_disk_is_507_and_people_are_answered(tmp_path: Path) -> None:
     data = b"\n".join(map(line, range(800)))
-    with serving("--data-dir", str(tmp_path / "data")) as server:
-        http = httpx2.Client(base_url=server.url, timeout=30)
+    with (
+        serving("--data-dir", str(tmp_path / "data")) as server,
+        httpx2.Client(base_url=server.url, timeout=30) as http,
+    ):
 
         def upload() -> httpx2.Response:
             return http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("in.jsonl", data)})

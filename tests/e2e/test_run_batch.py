@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typer.testing import CliRunner
 
 from ropeway.cli.main import app
 from ropeway.errors import RequestError
+from waiting import until
 
 ITEMS = 80
 ROPEWAY = (sys.executable, "-m", "ropeway.cli.main")
@@ -60,11 +60,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", ["\ufeff", *(line(n) for n in range(ITEMS)), "\n", *odd])
     partial = tmp_path / "kept" / "out.jsonl.partial"
     with subprocess.Popen(command(tmp_path, "--max-inflight", "4"), stderr=subprocess.PIPE) as process:
-        limit = time.monotonic() + 60
-        while not partial.exists() or partial.read_bytes().count(b"\n") < 10:
-            assert time.monotonic() < limit
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.02)
+        until(lambda: (partial.exists() and partial.read_bytes().count(b"\n") >= 10) or process.poll() is not None)
+        assert process.poll() is None, process.stderr and process.stderr.read()
         process.kill()
     with partial.open("ab") as torn:
         torn.write(b'17 {"id": "cut in the mid')

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import time
+import threading
 
 import pytest
 
@@ -18,8 +17,8 @@ from ropeway.service.loader import ModelText
 from ropeway.service.service import EngineTextService
 from ropeway.sim import FakeExecutor
 from ropeway.text.tokenizer import ByteTokenizer
+from waiting import until
 
-STEP = 0.05
 INFO = ExecutorInfo(
     model="fake", device="sim", dtype="none", num_blocks=256, block_size=16, max_slots=8, max_model_len=2048,
     vocab_size=258,
@@ -29,17 +28,21 @@ TEXT = ModelText(
 )  # fmt: skip
 
 
-class SlowExecutor(FakeExecutor):
-    """Every step takes the same real time."""
+class SteppedExecutor(FakeExecutor):
+    """Each step ends when the test lets it."""
+
+    def __init__(self) -> None:
+        super().__init__(INFO)
+        self.allowed = threading.Semaphore(0)
 
     def collect(self, ticket: int) -> StepResult:
-        time.sleep(STEP)
+        assert self.allowed.acquire(timeout=60)
         return super().collect(ticket)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_seat_and_blocks_within_two_steps(stream: bool) -> None:
-    executor = SlowExecutor(INFO)
+    executor = SteppedExecutor()
     engine = Engine(executor, EngineConfig(max_num_seqs=8))
     link = ThreadLink(engine)
     service = EngineTextService(link, TEXT)
@@ -47,23 +50,26 @@ def test_a_client_that_leaves_frees_its_seat_and_blocks_within_two_steps(stream:
     server.start()
     loop = server._loop
     try:
-        asyncio.run_coroutine_threadsafe(link.start(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(link.start(), loop).result(60)
         body = json.dumps({"prompt": "x" * 100, "max_tokens": 1900, "stream": stream}).encode()
         for _ in range(5):
-            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+            executor.allowed = threading.Semaphore(3)
+            before = executor.steps
+            with server.connect() as client:
                 client.sendall(
                     b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body
                 )
-                before = executor.steps
-                while executor.steps < before + 3:
-                    time.sleep(0.005)
+                until(lambda before=before: executor.steps == before + 4)  # three are over, and one is under way
                 assert len(engine.scheduler.running) == 1
-            left = executor.steps
-            while engine.scheduler.running:
-                time.sleep(0.005)
-                assert executor.steps <= left + 2, "the seat is still taken"
+                assert service.open_streams == 1
+            until(lambda: service.open_streams == 0)  # and this step is under way all the time
+            assert len(engine.scheduler.running) == 1
+            executor.allowed.release(2)
+            until(lambda: not engine.scheduler.running)
+            assert executor.steps <= before + 5
             assert engine.scheduler.pool.available == INFO.num_blocks
     finally:
-        asyncio.run_coroutine_threadsafe(link.stop(), loop).result(10)
+        executor.allowed.release(5000)
+        asyncio.run_coroutine_threadsafe(link.stop(), loop).result(60)
         server.stop()
         server.join()

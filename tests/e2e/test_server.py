@@ -166,7 +166,6 @@ async def test_a_client_that_leaves_frees_its_seat(server: Server, model: str) -
 
 async def test_an_idle_server_uses_no_cpu(server: Server) -> None:
     await server.until_idle()
-    await asyncio.sleep(0.3)  # what the last test left to be freed
     processes = [psutil.Process(server.process.pid), server.engine]
 
     def used() -> list[tuple[float, int]]:
@@ -174,8 +173,10 @@ async def test_an_idle_server_uses_no_cpu(server: Server) -> None:
             (sum(process.cpu_times()[:2]), process.num_ctx_switches().voluntary) for process in processes
         ]  # fmt: skip
 
-    before = used()
-    await asyncio.sleep(2.0)
-    for (cpu_before, switches_before), (cpu_after, switches_after) in zip(before, used(), strict=True):
-        assert cpu_after - cpu_before <= 0.02
-        assert switches_after - switches_before <= 10
+    for _ in range(5):  # what the last test has left may still be freed at first
+        before = used()
+        await asyncio.sleep(2.0)
+        spent = [(cpu - cpu0, turns - turns0) for (cpu0, turns0), (cpu, turns) in zip(before, used(), strict=True)]
+        if all(cpu <= 0.02 and turns <= 10 for cpu, turns in spent):
+            return
+    raise AssertionError(f"an idle server takes (seconds, switches) {spent} in 2 s")

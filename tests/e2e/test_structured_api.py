@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
@@ -28,8 +29,9 @@ class Cabin(BaseModel):
 
 
 @pytest.fixture
-def client(bundled: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{bundled.url}/v1", api_key="none", max_retries=0)
+def client(bundled: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{bundled.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
 
 
 def test_a_pydantic_model_is_parsed(client: openai.OpenAI) -> None:
@@ -85,6 +87,6 @@ def test_hostile_ones_are_refused_in_time(bundled: Server, client: openai.OpenAI
     begun = time.monotonic()
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="bundled", prompt="a", extra_body={"structured_outputs": asked})
-    assert time.monotonic() - begun < 2.0
+    assert time.monotonic() - begun < 10.0  # it would take minutes without limits
     assert caught.value.param == "structured_outputs"
     assert engine.memory_info().rss - before < 32 * 2**20

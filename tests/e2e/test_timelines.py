@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import concurrent.futures
 import http.server
@@ -19,16 +18,15 @@ import pytest
 from running import ADMIN
 from running import Server as Process
 
-from apiserver import Server
+from apiserver import Server, over
 from ropeway.cli.main import main
-from ropeway.config import EngineConfig, ServerConfig
+from ropeway.config import EngineConfig
 from ropeway.contract import ExecutorInfo, StepResult
 from ropeway.engine.engine import Engine
-from ropeway.remote.host import ThreadLink
 from ropeway.service.loader import ModelText
-from ropeway.service.service import EngineTextService
 from ropeway.sim import FakeExecutor
 from ropeway.text.tokenizer import ByteTokenizer
+from waiting import until
 
 INFO = ExecutorInfo(
     model="fake", device="sim", dtype="none", num_blocks=64, block_size=16, max_slots=2, max_model_len=512,
@@ -81,17 +79,9 @@ class Collector:
 @contextmanager
 def watched(**settings: Any) -> Iterator[Server]:
     """A server over a slow engine of two seats on a thread."""
-    link = ThreadLink(Engine(Slow(INFO), EngineConfig(max_num_seqs=2, max_num_batched_tokens=64)))
-    config = ServerConfig(port=0, shutdown_timeout=0.0, api_key="client,other", admin_key="owner", **settings)
-    server = Server(EngineTextService(link, TEXT), config)
-    server.start()
-    asyncio.run_coroutine_threadsafe(link.start(), server._loop).result(10)
-    try:
+    engine = Engine(Slow(INFO), EngineConfig(max_num_seqs=2, max_num_batched_tokens=64))
+    with over(engine, TEXT, api_key="client,other", admin_key="owner", **settings) as server:
         yield server
-    finally:
-        asyncio.run_coroutine_threadsafe(link.stop(), server._loop).result(10)
-        server.stop()
-        server.join()
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +105,7 @@ def frames(server: Server, headers: dict[str, str], over: Callable[[list[Any]], 
     """The hello and the frames until there are enough."""
     found: list[Any] = []
     hello: Any = None
-    with httpx2.Client(base_url=server.url, timeout=20, headers=headers) as http:
+    with httpx2.Client(base_url=server.url, timeout=60, headers=headers) as http:
         with http.stream("GET", "/ui/feed?every=0.1") as response:
             assert response.status_code == 200
             assert response.headers["content-type"].startswith("text/event-stream")
@@ -142,14 +132,12 @@ def test_the_batch_is_seen_at_work(server: Server, pool: concurrent.futures.Thre
         OWNER,
         lambda found: sum(event["event"] == "finished" for frame in found for event in frame["events"]) >= 5,
     )
-    limit = time.monotonic() + 10
-    while not server.call(lambda: server.app.state.hub.number):
-        assert time.monotonic() < limit, "nobody looks"
-        time.sleep(0.02)
+    until(lambda: server.call(lambda: server.app.state.hub.number))
     answers = [pool.submit(ask, server, name) for name in names]
     hello, found = watching.result(30)
     assert [answer.result().status_code for answer in answers] == [200] * 5
-    assert (hello["models"], hello["slots"], hello["block_size"], hello["operator"]) == (["fake"], 2, 16, True)
+    (engine,) = hello["engines"]
+    assert (engine["model"], engine["slots"], engine["block_size"], hello["operator"]) == ("fake", 2, 16, True)
     busy = [frame for frame in found if frame["seats"]]
     assert {seat["id"] for frame in busy for seat in frame["seats"]} <= set(names)
     assert max(len(frame["seats"]) for frame in busy) == 2
@@ -180,7 +168,7 @@ def test_each_sees_the_names_of_its_own_requests_alone(
 
     asked = [pool.submit(ask, server, "of-client", CLIENT, 300), pool.submit(ask, server, "of-other", OTHER, 300)]
     (_, by_client), (_, by_other), (_, by_owner) = [
-        one.result(20) for one in [pool.submit(frames, server, who, two) for who in (CLIENT, OTHER, OWNER)]
+        one.result(60) for one in [pool.submit(frames, server, who, two) for who in (CLIENT, OTHER, OWNER)]
     ]
     for found, visible in ((by_client, "of-client"), (by_other, "of-other")):
         ids = [seat["id"] for seat in found[-1]["seats"]]
@@ -216,10 +204,7 @@ def test_a_request_tells_its_life_while_it_lasts_and_afterwards(
     server: Server, pool: concurrent.futures.ThreadPoolExecutor
 ) -> None:
     asked = [pool.submit(ask, server, f"told-{number}", tokens=200) for number in range(4)]
-    limit = time.monotonic() + 10
-    while not (found := _of(server, "told-3")) or not any(life["spans"][0]["waits"] for life in found):
-        assert time.monotonic() < limit, "it never waits"
-        time.sleep(0.02)
+    found = until(lambda: _of(server, "told-3"), lambda lives: any(life["spans"][0]["waits"] for life in lives))
     assert found[0]["finish"] is None
     assert found[0]["spans"][-1]["end"] is None
     assert found[0]["spans"][0]["waits"][0]["reason"]
@@ -234,7 +219,7 @@ def test_a_request_tells_its_life_while_it_lasts_and_afterwards(
         told = server.http.get(f"/v1/requests/told-{number}", headers=CLIENT).json()
         spent = life["seconds"]
         assert spent["queue"] == pytest.approx(told["queue_seconds"], abs=0.05)
-        assert sum(spent.values()) == pytest.approx(told["seconds"], abs=0.5)
+        assert sum(spent.values()) == pytest.approx(told["seconds"], abs=2.0)  # the API has seen more of it
     listed = server.http.get("/v1/requests?timeline=true&limit=3", headers=CLIENT).json()["data"]
     assert [len(one["timeline"]) for one in listed] == [1, 1, 1]
     assert server.http.get("/v1/requests?limit=1", headers=CLIENT).json()["data"][0]["timeline"] is None
@@ -259,9 +244,7 @@ def test_a_collector_gets_a_span_for_each_request_and_for_each_part_of_its_life(
             assert ask(server, "unwanted", unwanted, 3).status_code == 200
             refused = server.http.post("/v1/completions", json={"prompt": "x" * 600}, headers=CLIENT)
             assert refused.status_code == 400
-            limit = time.monotonic() + 10
-            while len(collector.spans) < 8 and time.monotonic() < limit:
-                time.sleep(0.05)
+            until(lambda: len(collector.spans) >= 8)
     finally:
         collector.close()
     spans = collector.spans
@@ -320,7 +303,7 @@ def test_a_real_server_is_seen_from_the_terminal(
     [line] = run(capsys, "top", "--once", "--json", "--url", bundled.url, "--api-key", ADMIN).splitlines()
     assert json.loads(line)["kv"]["total"] == 512
     output = tmp_path / "trace.json"
-    told = run(capsys, "trace", "--server", bundled.url, "--api-key", ADMIN, "-o", str(output))
+    told = run(capsys, "trace", "--url", bundled.url, "--api-key", ADMIN, "-o", str(output))
     assert str(output) in told
     names = [event["name"] for event in json.loads(output.read_text())["traceEvents"]]
     assert {"told-by-trace", "told-by-trace: prefill", "told-by-trace: decode"} <= set(names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import anthropic
@@ -27,13 +28,15 @@ class Place(BaseModel):
 
 
 @pytest.fixture
-def responses(bundled: Server) -> Any:
-    return openai.OpenAI(base_url=f"{bundled.url}/v1", api_key="unused", max_retries=0).responses
+def responses(bundled: Server) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{bundled.url}/v1", api_key="unused", max_retries=0) as client:
+        yield client.responses
 
 
 @pytest.fixture
-def messages(bundled: Server) -> Any:
-    return anthropic.Anthropic(base_url=bundled.url, api_key="unused", max_retries=0).messages
+def messages(bundled: Server) -> Iterator[Any]:
+    with anthropic.Anthropic(base_url=bundled.url, api_key="unused", max_retries=0) as client:
+        yield client.messages
 
 
 def check(arguments: Any) -> None:

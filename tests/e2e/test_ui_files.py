@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from apiserver import Server, running
-from ropeway.api.ui import ASSETS, HOME, PATHS, POLICY, ROOT
+from ropeway.api.ui import ASSETS, HOMES, PATHS, POLICY, ROOT
 from ropeway.contract.compare import MAX_TOKENS, Comparison
 from ropeway.service.echo import EchoService
 
@@ -45,8 +45,9 @@ def test_a_file_comes_without_a_key_and_with_the_policy(guarded: Server, path: s
     assert (head.status_code, head.content, head.headers["etag"]) == (200, b"", tag)
 
 
-def test_the_way_to_the_page(guarded: Server) -> None:
-    found = guarded.http.get(HOME)
+@pytest.mark.parametrize("path", HOMES)
+def test_the_way_to_the_page(guarded: Server, path: str) -> None:
+    found = guarded.http.get(path)
     assert (found.status_code, found.headers["location"]) == (307, "ui/")
     assert guarded.http.get(ROOT).text.startswith("<!doctype html>")
 

@@ -74,7 +74,7 @@ def test_a_canary_from_start_to_end(page: Page, server: Server, tmp_path: Path) 
     page.until("document.querySelector('.trial .state.promoted')")
     page.click(".trial button", "Forget")
     page.until("document.querySelector('main').innerText.includes('No canary runs')")
-    asyncio.run_coroutine_threadsafe(canaries.close(), server._loop).result(10)
+    asyncio.run_coroutine_threadsafe(canaries.close(), server._loop).result(60)
 
 
 def test_a_batch_from_a_file_to_its_output(page: Page, tmp_path: Path) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from many_ways import in_many_ways
 from safetensors.torch import load_file
 from test_quantized import ROUNDING, logits, spread
 from test_whole_engine import CONDITIONS, LENGTHS, NUMBER, Run
 
 from checkpoints import greedy, prompt
-from driver import Driver
 from expert_checkpoints import EXPERTS, rewritten, stacked
 from ropeway.config import EngineConfig
 from ropeway.errors import ConfigError, ModelError
@@ -37,36 +37,19 @@ def executor(directory: Path, **changes: object) -> LocalExecutor:
     return LocalExecutor(EngineConfig(model=str(directory), model_impl="native", max_model_len=128, **values))  # type: ignore[arg-type]
 
 
-def in_many_ways(directory: Path, **changes: object) -> None:
-    """Sequences of all ages in a step, in chunks; then on shared blocks; then put back and resumed."""
-    d = Driver(executor(directory, **changes))
-    lines = []
-    for length in (5, 33, 58):
-        lines.append(d.add(prompt(length, length)))
-        d.step([(line, 7) for line in reversed(lines)])
-    d.run(lines, NUMBER, chunk=7)
-    changed = prompt(58, 58)[:40] + prompt(1, 9)
-    shared = d.add(changed, shared=lines[2].blocks[:5])
-    d.run([shared], 4, chunk=5)
-    kept = d.remove(shared, keep=2)
-    d.remove(lines[1])
-    other = d.add(prompt(17, 17))
-    d.run([other], 3)
-    d.readmit(shared, shared=kept)
-    d.run([shared, other], NUMBER, chunk=9)
-    for line in (*lines, shared, other):
-        assert line.output[:NUMBER] == expected(directory, tuple(line.tokens[: line.prompt_len]))
+def in_all_ways(directory: Path, **changes: object) -> None:
+    in_many_ways(executor(directory, **changes), partial(expected, directory))
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_equals_generate(experts: Make, kind: str) -> None:
-    in_many_ways(experts(kind))
+    in_all_ways(experts(kind))
 
 
 @pytest.mark.parametrize("level", ["0", "1"])
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek-v3"])
 def test_equals_generate_without_native_kernels(experts: Make, kind: str, level: str) -> None:
-    in_many_ways(experts(kind), kernel_level=level)
+    in_all_ways(experts(kind), kernel_level=level)
 
 
 @pytest.mark.parametrize("depth", ["1", "2"])

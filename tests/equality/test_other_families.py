@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
+from many_ways import in_many_ways
 from test_whole_engine import CONDITIONS, LENGTHS, NUMBER, Run
 
 from checkpoints import greedy, prompt
-from driver import Driver
 from generic_checkpoints import FAMILIES, REFUSED, save
 from ropeway.config import EngineConfig
 from ropeway.errors import ModelError
@@ -38,25 +38,8 @@ def expected(directory: Path, tokens: tuple[int, ...]) -> list[int]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_equals_generate(family: Make, name: str) -> None:
-    """Sequences of all ages in a step, in chunks; then on shared blocks; then put back and resumed."""
     directory = family(name)
-    d = Driver(executor(directory))
-    lines = []
-    for length in (5, 33, 58):
-        lines.append(d.add(prompt(length, length)))
-        d.step([(line, 7) for line in reversed(lines)])
-    d.run(lines, NUMBER, chunk=7)
-    changed = prompt(58, 58)[:40] + prompt(1, 9)
-    shared = d.add(changed, shared=lines[2].blocks[:5])
-    d.run([shared], 4, chunk=5)
-    kept = d.remove(shared, keep=2)
-    d.remove(lines[1])
-    other = d.add(prompt(17, 17))
-    d.run([other], 3)
-    d.readmit(shared, shared=kept)
-    d.run([shared, other], NUMBER, chunk=9)
-    for line in (*lines, shared, other):
-        assert line.output[:NUMBER] == expected(directory, tuple(line.tokens[: line.prompt_len]))
+    in_many_ways(executor(directory), partial(expected, directory))
 
 
 @pytest.mark.parametrize("condition", ["chunks-of-7", "starved", "static", "level-0-starved"])

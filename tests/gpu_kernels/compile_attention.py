@@ -3,12 +3,11 @@ capabilities, such as 80 for an A100 and 90 for an H200. Prints as JSON what eac
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 
 import torch
-from compiling import Launch, recorded
+from compiling import SHARED, Launch, recorded, report
 
 from ropeway.runtime.attention.backend import AttentionSpec
 from ropeway.runtime.attention.rotation import Rotation
@@ -19,7 +18,6 @@ from ropeway.runtime.kernels.triton import attention, cache
 from ropeway.runtime.layers.norm import RMSNorm
 
 META = torch.device("meta")
-SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a program may have."""
 CASES: dict[str, dict[str, object]] = {
     "llama": {"heads": 32, "kv_heads": 8, "head_dim": 128},
@@ -83,29 +81,7 @@ def main() -> None:
     capabilities = [int(word) for word in sys.argv[1:] if word.isdigit()]
     for case in [word for word in sys.argv[1:] if not word.isdigit()]:
         for capability in capabilities:
-            for launch in dict.fromkeys(map(Key, launches(case, capability))):
-                made = launch.of.compile(capability)
-                kernel = launch.of.kernel.fn.__name__
-                print(json.dumps({
-                    "case": case, "capability": capability, "kernel": kernel, "shared": made.metadata.shared,
-                    "limit": SHARED[capability], "tensor_cores": "mma" in made.asm["ptx"],
-                    "options": launch.of.options,
-                }), flush=True)  # fmt: skip
-
-
-class Key:
-    """A launch, equal to others that compile to the same code."""
-
-    def __init__(self, of: Launch) -> None:
-        self.of = of
-        fixed = {p.name: of.arguments[p.name] for p in of.kernel.params if p.is_constexpr}
-        self.key = (of.kernel.fn.__name__, str(sorted(fixed.items(), key=str)), str(of.options))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Key) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
+            report(case, capability, launches(case, capability))
 
 
 if __name__ == "__main__":

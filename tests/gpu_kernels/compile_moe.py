@@ -3,13 +3,11 @@ CASES, or "latents", and a compute capability. Prints as JSON what each kernel t
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 
 import torch
-from compile_attention import SHARED, Key
-from compiling import Launch, recorded
+from compiling import Launch, recorded, report
 
 from ropeway.modelspec.experts import ExpertSpec
 from ropeway.modelspec.latent import LatentSpec
@@ -78,13 +76,7 @@ def latents() -> Iterator[Launch]:
 def main() -> None:
     *cases, capability = sys.argv[1:]
     for case in cases:
-        for launch in dict.fromkeys(map(Key, latents() if case == "latents" else launches(case))):
-            made = launch.of.compile(int(capability))
-            print(json.dumps({
-                "case": case, "kernel": launch.of.kernel.fn.__name__, "shared": made.metadata.shared,
-                "limit": SHARED[int(capability)], "tensor_cores": "mma" in made.asm["ptx"],
-                "options": launch.of.options,
-            }), flush=True)  # fmt: skip
+        report(case, int(capability), latents() if case == "latents" else launches(case))
 
 
 if __name__ == "__main__":

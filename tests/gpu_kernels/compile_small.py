@@ -3,13 +3,11 @@ arguments are names of CASES and a compute capability. Prints as JSON what each 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from compile_attention import SHARED, Key
-from compiling import Launch, recorded
+from compiling import Launch, recorded, report
 from torch import Tensor
 
 from ropeway.runtime.kernels.triton import linear_bytes, linear_int4, linear_parts, ops, sample
@@ -91,13 +89,7 @@ def main() -> None:
     linear_parts.processors = lambda _: 132
     *cases, capability = sys.argv[1:]
     for case in cases:
-        for launch in dict.fromkeys(map(Key, launches(case))):
-            made = launch.of.compile(int(capability))
-            print(json.dumps({
-                "case": case, "kernel": launch.of.kernel.fn.__name__, "shared": made.metadata.shared,
-                "limit": SHARED[int(capability)], "tensor_cores": "mma" in made.asm["ptx"],
-                "options": launch.of.options,
-            }), flush=True)  # fmt: skip
+        report(case, int(capability), launches(case))
 
 
 if __name__ == "__main__":

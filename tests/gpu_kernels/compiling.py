@@ -7,7 +7,8 @@ in a process without TRITON_INTERPRET.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,3 +88,33 @@ def recorded(*kernels: tuple[Any, str]) -> Iterator[list[Launch]]:
     finally:
         for module, name, kernel in originals:
             setattr(module, name, kernel)
+
+
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that a program may have, by compute capability."""
+
+
+class Key:
+    """A launch, equal to others that compile to the same code."""
+
+    def __init__(self, of: Launch) -> None:
+        self.of = of
+        fixed = {p.name: of.arguments[p.name] for p in of.kernel.params if p.is_constexpr}
+        self.key = (of.kernel.fn.__name__, str(sorted(fixed.items(), key=str)), str(of.options))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def report(case: str, capability: int, launches: Iterable[Launch]) -> None:
+    """Compile each of `launches` once for that capability, and print what it takes as a line of JSON."""
+    for launch in dict.fromkeys(map(Key, launches)):
+        made = launch.of.compile(capability)
+        print(json.dumps({
+            "case": case, "capability": capability, "kernel": launch.of.kernel.fn.__name__,
+            "shared": made.metadata.shared, "limit": SHARED[capability], "tensor_cores": "mma" in made.asm["ptx"],
+            "options": launch.of.options,
+        }), flush=True)  # fmt: skip

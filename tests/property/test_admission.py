@@ -6,18 +6,14 @@ from random import Random
 
 import pytest
 from harness import World, random_request
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ropeway.contract import GenerateRequest, SamplingParams, StepPlan
-from ropeway.scheduler import Forecast, MostToGo, Newest
-from ropeway.scheduler.peak import Peak
-from ropeway.scheduler.sequence import Sequence, State
+from ropeway.scheduler.sequence import State
 
 
-def _request(rid: int, prompt: int, answer: int, *, priority: int = 0) -> GenerateRequest:
+def _request(rid: int, prompt: int, answer: int) -> GenerateRequest:
     return GenerateRequest(
-        rid=rid, tokens=[(rid * 7 + i) % 50 for i in range(prompt)], priority=priority,
+        rid=rid, tokens=[(rid * 7 + i) % 50 for i in range(prompt)],
         sampling=SamplingParams(max_tokens=answer, seed=rid),
     )  # fmt: skip
 
@@ -149,104 +145,3 @@ def test_foresight_keeps_text_and_bookkeeping_right_and_is_deterministic(shape: 
         return world
 
     assert run().plans == run().plans
-
-
-# What is expected
-
-
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12), st.integers(0, 40), st.integers(0, 40))
-def test_the_peak_is_what_playing_it_through_finds(crowd: list[tuple[int, int]], growth: int, held: int) -> None:
-    everybody = [*crowd, (growth, held)]
-    played = max(
-        sum(holds + step for grows, holds in everybody if grows >= step)
-        for step in range(1 + max(grows for grows, _ in everybody))
-    )
-    assert Peak(crowd).plus(growth, held) == played
-
-
-def _sequence(rid: int = 1, output: int = 0, *, most: int = 1000, priority: int = 0) -> Sequence:
-    seq = Sequence(_request(rid, 10, most, priority=priority), rid, 0.0, 1 << 62)
-    seq.tokens += [1] * output
-    return seq
-
-
-def _taught(lengths: list[int]) -> Forecast:
-    forecast = Forecast()
-    for length in lengths:
-        forecast.ended(_sequence(output=length))
-    return forecast
-
-
-def test_an_answer_is_expected_to_end_like_those_that_became_longer() -> None:
-    forecast = _taught([10, 20, 30, 40, 400])
-    assert forecast.to_go(_sequence()) == 30
-    assert forecast.to_go(_sequence(output=30)) == 400 - 30
-    assert forecast.to_go(_sequence(output=10), 0.0) == 10
-    assert forecast.to_go(_sequence(output=500)) == 500, "longer than all: as much again"
-    assert forecast.to_go(_sequence(output=15, most=18)) == 3, "never beyond the request's own bound"
-    assert Forecast().to_go(_sequence()) == Forecast.GUESS
-
-
-def test_draws_of_many_are_like_what_has_been_seen() -> None:
-    forecast = _taught(list(range(1, 101)))
-    drawn = [forecast.draw(_sequence(rid)) for rid in range(1, 51)]
-    assert sum(drawn) / len(drawn) == pytest.approx(50.5, rel=0.05)
-    assert min(drawn) < 10
-    assert max(drawn) > 90
-
-
-def test_old_answers_are_forgotten() -> None:
-    forecast = _taught([10] * 5 + [50] * Forecast.WINDOW)
-    assert forecast.to_go(_sequence(), 0.0) == 50
-
-
-def test_who_still_runs_counts_until_enough_have_ended() -> None:
-    forecast = _taught([5] * 10)
-    riding = [_sequence(rid, output=100) for rid in range(1, 31)]
-    assert forecast.to_go(_sequence()) == 5
-    forecast.survey(riding)
-    assert forecast.to_go(_sequence()) >= 200
-    full = _taught([5] * Forecast.WINDOW)
-    full.survey(riding)
-    assert full.to_go(_sequence()) == 5
-
-
-def test_the_reserve_follows_preemptions_within_bounds() -> None:
-    forecast = Forecast()
-    for _ in range(1000):
-        forecast.preempted()
-    assert forecast.reserve == Forecast.MOST
-    for _ in range(5_000):
-        forecast.ended(_sequence())
-    assert forecast.reserve == 0
-    rate = Forecast.PREEMPTIONS
-    for number in range(6_000):
-        forecast.ended(_sequence())
-        if number % int(1 / rate) == 0:
-            forecast.preempted()
-    assert forecast.reserve == pytest.approx(Forecast.STEP, abs=Forecast.STEP), "in balance at the rate it allows"
-
-
-# Who is put back
-
-
-def test_the_least_urgent_with_most_to_go_is_put_back() -> None:
-    forecast = _taught([100])
-    riding = [
-        _sequence(1, 10),
-        _sequence(2, 5, priority=1),
-        _sequence(3, 40, priority=1),
-        _sequence(4, 40, priority=1),
-        _sequence(5, 0),
-    ]
-    assert MostToGo().pick(riding, forecast).rid == 2
-    assert MostToGo().pick(riding[2:], forecast).rid == 4, "of two alike the one admitted last"
-    assert MostToGo().pick([riding[0], riding[4]], forecast).rid == 5
-    assert Newest().pick(riding, forecast).rid == 5
-
-
-def test_who_is_nearly_done_is_spared_unless_all_are() -> None:
-    forecast = _taught([100])
-    done, doing = _sequence(1, 85, priority=3), _sequence(2, 70)
-    assert MostToGo().pick([done, doing], forecast) is doing
-    assert MostToGo().pick([done], forecast) is done

@@ -24,8 +24,8 @@ from jobkit import ENDPOINT, TENANT, again, jsonl, quick_folder, results, upload
 from ropeway.contract import Urgency
 from ropeway.errors import RequestError
 from ropeway.jobs import inputs
-from ropeway.jobs.batches import Keeper
 from ropeway.jobs.items import LEASE_SECONDS
+from ropeway.jobs.keeper import Keeper
 from ropeway.jobs.records import MOVES, Batch, BatchState, FileRecord, Item, ItemState
 from ropeway.jobs.store import JobStore
 from ropeway.jobs.work import Call, Reply, Work

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = sorted(page.name for page in DOCS.glob("*.md"))
+PAGES = sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+EVIDENCE = [page for page in PAGES if page.startswith("evidence/") and page != "evidence/index.md"]
+"""What `make evidence` writes, one for each model that somebody measures."""
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 
@@ -38,7 +40,12 @@ def anchors(page: Path) -> set[str]:
 
 def test_every_page_has_its_place_once() -> None:
     nav = yaml.load((DOCS.parent / "mkdocs.yml").read_text(), Loader=_Loader)["nav"]
-    assert sorted(placed(nav)) == PAGES
+    assert sorted([*placed(nav), *EVIDENCE]) == PAGES
+
+
+def test_the_evidence_is_reached_from_its_first_page() -> None:
+    linked = set(_LINK.findall((DOCS / "evidence" / "index.md").read_text()))
+    assert {page.removeprefix("evidence/") for page in EVIDENCE} <= linked
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -47,7 +54,7 @@ def test_every_link_leads_somewhere_inside_of_the_site(page: str) -> None:
         if re.match(r"[a-z]+:", link):
             continue
         path, _, anchor = link.partition("#")
-        target = DOCS / path if path else DOCS / page
+        target = (DOCS / page).parent / path if path else DOCS / page
         assert target.exists(), link
         assert DOCS in target.resolve().parents, f"{link} leads out of the site"
         if anchor and target.suffix == ".md":

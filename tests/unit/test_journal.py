@@ -324,7 +324,7 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
         replay(tmp_path)
     for content in (b"", b"something else", MAGIC, MAGIC + bytes(8)):
         (tmp_path / "1.journal").write_bytes(content)
-        with pytest.raises(ConfigError, match="not a journal"):
+        with pytest.raises(ConfigError, match=r"like a journal|ends before its state"):
             replay(tmp_path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ropeway.cli import server
@@ -82,3 +84,12 @@ def test_weights_that_mean_nothing_are_refused(text: str) -> None:
 def test_names_of_tenants_may_contain_what_keys_contain() -> None:
     assert weights_of("a=b=2") == {"a=b": 2.0}
     assert weights_of(None) == {}
+
+
+def test_the_documentation_says_what_presets_set() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scheduling.md").read_text(encoding="utf-8")
+    for name, (meaning, chosen) in PRESETS.items():
+        [row] = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        assert meaning.rstrip(".") in row
+        for value, _ in chosen.values():
+            assert (f"`{value}`" if isinstance(value, str) else f"{value:,}" if value else "no limit") in row

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final
 
+from msgspec.structs import replace
 from prometheus_client.core import Metric
 
 from ropeway.accounts import keys
 from ropeway.accounts.account import Account, Limits
+from ropeway.accounts.charges import Charge, Terms, Used, amounts_of, enter
 from ropeway.accounts.families import families
 from ropeway.accounts.meter import Meter
 from ropeway.accounts.prices import Prices
 from ropeway.accounts.standing import Standing, start_of
-from ropeway.accounts.usage import Ledger, Query, UsageRow, ask, spent
+from ropeway.accounts.usage import Amounts, Ledger, Query, UsageRow, ask, spent
 from ropeway.store import Database
 
 FILE: Final = "accounts.db"
@@ -54,6 +56,7 @@ class Accounts:
         self._looked: int | None = None
         self._known: dict[bytes, Standing] = {}
         self._standings: dict[str, Standing] = {}  # by id, never forgotten: that would forgive what was used
+        self._guests: dict[str, Standing] = {}  # keys of other servers, by id
         self._ledger = Ledger(self._made, now)
 
     async def required(self) -> bool:
@@ -108,21 +111,46 @@ class Accounts:
         self._known.clear()
         return account
 
-    def meter(self, account: Account | None, *, tenant: str = "", limited: bool = True) -> Meter | None:
-        """What counts one request of an account that `find` or `account` has told of, or of nobody's; None if this
-        server counts nothing. Without `limited` rates are not asked."""
-        if account is None and not self._counts and self._database is None:
+    def meter(self, account: Account | None, *, tenant: str = "") -> Meter | None:
+        """What counts one request of an account that `find` has told of, or of nobody's; None if this server counts
+        nothing."""
+        if account is None and not self._counting:
             return None
-        standing = self._standings[account.id] if account is not None else None
-        return Meter(
-            self._ledger,
-            self.prices,
-            standing=standing,
-            tenant=tenant,
-            limited=limited,
-            clock=self._clock,
-            now=self._now,
-        )
+        return self._meter(self._standings[account.id] if account is not None else None, tenant)
+
+    async def meter_of_job(self, key: str, tenant: str, terms: Terms | None) -> Meter | None:
+        """What counts a job that the key with that id has given: one of this server's, or, by its `terms`, of the
+        server that the job comes from. None if neither counts. Raises StorageError."""
+        account = await self.account(key) if key else None
+        if account is not None:
+            return self._meter(self._standings[account.id], tenant, job=True)
+        if terms is not None:
+            return self._meter(self._guest(terms), tenant, job=True, prices=terms.prices)
+        return self._meter(None, tenant, job=True) if self._counting else None
+
+    async def terms(self, key: str) -> Terms | None:
+        """What another server has to know of the key with that id, which is empty for a job of nobody's; None if this
+        server counts nothing. Raises StorageError."""
+        account = await self.account(key) if key else None
+        if account is None:
+            return Terms() if self._counting else None
+        period, spent = self._standings[key].so_far(self._now())
+        prices = self.prices if account.limits.budget_cost is not None else None
+        return Terms(account=replace(account, hint=""), period=period, spent=spent, prices=prices)
+
+    def count(self, used: Used, *, key: str = "", tenant: str = "") -> None:
+        """Something was used just now for which no answer is kept that the charge could be kept with."""
+        self._ledger.add(key, tenant, used.model, amounts_of(used, self.prices))
+
+    async def enter(self, source: str, charges: Sequence[Charge]) -> None:
+        """Add charges of `source`, in the order of their numbers, to the usage: each once, however often it is brought.
+        They are on the disk when this returns. Raises StorageError."""
+        if not self._counting and await self._found() is None:
+            return
+        database = await self._made()
+        new = await database.write(lambda connection: enter(connection, source, charges, self.prices))
+        for one in new:
+            self._ledger.totals.setdefault(one.key, Amounts()).add(amounts_of(one.used, self.prices))
 
     async def usage(self, query: Query) -> list[UsageRow]:
         """What has been used up to now; none where nothing was ever counted. Raises StorageError."""
@@ -145,6 +173,35 @@ class Accounts:
         database, self._database = self._database, None
         if database is not None:
             await asyncio.to_thread(database.close)
+
+    @property
+    def _counting(self) -> bool:
+        return self._counts or self._database is not None
+
+    def _meter(
+        self, standing: Standing | None, tenant: str, *, job: bool = False, prices: Prices | None = None
+    ) -> Meter:
+        return Meter(
+            self._ledger,
+            prices or self.prices,
+            standing=standing,
+            tenant=tenant,
+            job=job,
+            clock=self._clock,
+            now=self._now,
+        )
+
+    def _guest(self, terms: Terms) -> Standing | None:
+        """How a key of another server stands, as far as is known here."""
+        if terms.account is None:
+            return None
+        standing = self._guests.get(terms.account.id)
+        if standing is None:
+            standing = self._guests[terms.account.id] = Standing(terms.account, self._clock())
+        standing.update(terms.account, self._clock())
+        if standing.so_far(self._now())[0] == terms.period:
+            standing.know(terms.spent, self._now())
+        return standing
 
     async def _look(self, digest: bytes) -> Standing | None:
         database = await self._found()

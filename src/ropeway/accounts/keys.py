@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from ropeway.accounts import charges
 from ropeway.accounts.account import Account, Limits, check_name
 from ropeway.errors import ConfigError
 from ropeway.store import Schema
@@ -58,7 +59,14 @@ USAGE = """
         PRIMARY KEY (hour, model)
     ) STRICT, WITHOUT ROWID
 """
-SCHEMA: Final = Schema("accounts", (KEYS + USAGE,))
+OF_MACHINES = """
+    ALTER TABLE pace ADD COLUMN tokens INTEGER NOT NULL DEFAULT 0;
+    UPDATE pace SET tokens = (SELECT coalesce(SUM(prompt - cached + answer), 0) FROM usage
+        WHERE usage.hour = pace.hour AND usage.model = pace.model)
+"""
+"""What a machine computes for others is in its pace, and in their usage."""
+
+SCHEMA: Final = Schema("accounts", (KEYS + USAGE, OF_MACHINES, charges.TABLE))
 """`hour` is Unix seconds / 3600, `cost` billionths of the currency's unit, `unpriced` tokens whose price is unknown."""
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from ropeway.accounts.account import NANO, Account
 from ropeway.accounts.bucket import Loan
+from ropeway.accounts.charges import Used, amounts_of
 from ropeway.accounts.prices import Prices
 from ropeway.accounts.standing import Standing
-from ropeway.accounts.usage import Amounts, Ledger
+from ropeway.accounts.usage import Ledger
 from ropeway.errors import BudgetError, ContextLengthError, UnknownModelError
 
 
@@ -18,7 +19,10 @@ class Meter:
     Whoever stands at the door calls `enter` and `leave`; whoever makes the answer, `begin`, `reserve` for each
     sequence, and `end`. The request counts as under way until both are done. `model` is the name that the client used,
     where that is another one than the deployment's; set it before `begin`. `cost` is known after `end`, in billionths
-    of the currency's unit. Without `limited` rates are not asked (a job's are its queue's), but models and budget are.
+    of the currency's unit.
+
+    A `job` asks no rates, which are its queue's, but models and budget. What it uses is in `used` instead of in the
+    ledger: it is entered with its answer, where that is kept.
     """
 
     def __init__(
@@ -28,17 +32,19 @@ class Meter:
         *,
         standing: Standing | None,
         tenant: str,
-        limited: bool,
+        job: bool,
         clock: Callable[[], int],
         now: Callable[[], float],
     ) -> None:
         self.model: str | None = None
         self.cost: int | None = None
+        self.used: Used | None = None
         self._ledger = ledger
         self._prices = prices
         self._standing = standing
         self._tenant = tenant
-        self._limited = limited and standing is not None
+        self._job = job
+        self._limited = standing is not None and not job
         self._clock = clock
         self._now = now
         self._served = ""
@@ -70,8 +76,8 @@ class Meter:
             check_model(standing.account, self._served)
             if standing.account.limits.budget_cost is not None and self._prices.of(self._served) is None:
                 raise BudgetError(
-                    f"This key has a budget in money, and the model {self._served} has no price. Whoever runs the "
-                    "server has to add it to --prices."
+                    f"This key has a budget in money, and the model {self._served} has no price. Ask whoever runs "
+                    "the server to add it to --prices."
                 )
         self._join()
         self._ledger.start(self._served)
@@ -100,7 +106,7 @@ class Meter:
         """The answer is over, however it ended, and has used so many tokens: of prompts, of which `cached` were in the
         prefix cache, and of answers. Nothing at all means that it was refused. Call it once for each `begin` that
         raised nothing."""
-        self._ledger.stop(self._served)
+        self._ledger.stop(self._served, prompt - cached + answer)
         standing, used = self._standing, prompt + answer
         self.cost = self._prices.cost(self._served, prompt, cached, answer) if used else None
         if standing is not None:
@@ -111,11 +117,20 @@ class Meter:
             standing.spend(self._held, (used, self.cost or 0), self._now())
         self._sequences, self._loan, self._held = 0, Loan(), (0, 0)
         if used:
-            unpriced = used if self.cost is None else 0
-            key = standing.account.id if standing is not None else ""
-            amounts = Amounts(1, prompt, cached, answer, self.cost or 0, unpriced)
-            self._ledger.add(key, self._tenant, self._served, amounts)
+            found = Used(model=self._served, prompt=prompt, cached=cached, answer=answer)
+            if self._job:
+                self.used = found.plus(self.used)
+            else:
+                key = standing.account.id if standing is not None else ""
+                self._ledger.add(key, self._tenant, self._served, amounts_of(found, self._prices))
         self._part()
+
+    def forgive(self) -> None:
+        """Nobody gets what a job has made: it costs nothing."""
+        used, self.used = self.used, None
+        if used is not None and self._standing is not None:
+            cost = amounts_of(used, self._prices).cost
+            self._standing.spend((0, 0), (-used.prompt - used.answer, -cost), self._now())
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What to tell the client of its limits, and of the cost if that is known."""

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from ropeway.accounts.account import NANO
+from ropeway.config.yaml_file import read_yaml
 from ropeway.errors import ConfigError
 
 _MILLION = 10**6
@@ -48,18 +49,11 @@ class Prices(Struct, frozen=True, forbid_unknown_fields=True):
 
 def read_prices(path: Path) -> Prices:
     """The prices of a YAML file. Raises ConfigError."""
-    import yaml
-
+    data = read_yaml(path, "The file of prices", "--prices")
     try:
-        found = msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, Prices)
-    except OSError as error:
-        raise ConfigError(
-            f"The prices {path} cannot be read: {error.strerror}. Check --prices.", param="prices"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The prices {path} are not valid YAML: {error}", param="prices") from None
+        found = msgspec.convert(data or {}, Prices)
     except msgspec.ValidationError as error:
-        message = f"The prices {path} are not as they should be: {error}. See docs/cost.md for their shape."
+        message = f"The file of prices {path} is not as it should be: {error}. See docs/cost.md for its shape."
         raise ConfigError(message, param="prices") from None
     numbers = [("machine", found.machine)]
     for model, price in found.models.items():

@@ -125,6 +125,11 @@ class Standing:
         self.turn(at)
         self._spent = (max(self._spent[0], spent[0]), max(self._spent[1], spent[1]))
 
+    def so_far(self, at: float) -> tuple[str, tuple[int, int]]:
+        """The period, and what has been spent in it."""
+        self.turn(at)
+        return self._period, self._spent
+
     def turn(self, at: float) -> None:
         """Begin a new period if the old one is over."""
         period = name_of(self.account.limits.budget_period, at)

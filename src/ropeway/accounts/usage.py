@@ -24,6 +24,9 @@ FLUSH_SECONDS: Final = 0.5
 _AGAIN_SECONDS = 5.0
 HOUR: Final = 3600
 
+Place = tuple[str, int, str, str]
+"""Where usage is added up: key, hour, tenant, model."""
+
 COLUMNS: Final = {
     "month": "strftime('%Y-%m', usage.hour * 3600, 'unixepoch')",
     "day": "strftime('%Y-%m-%d', usage.hour * 3600, 'unixepoch')",
@@ -88,6 +91,18 @@ class Amounts:
             setattr(self, name, getattr(self, name) + value)
 
 
+@dataclass
+class _Work:
+    """What this machine has done: seconds in which it computed something, and tokens."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def add(self, other: _Work) -> None:
+        self.seconds += other.seconds
+        self.tokens += other.tokens
+
+
 def ask(connection: sqlite3.Connection, query: Query) -> list[UsageRow]:
     """The rows that answer, sorted by their columns, at most `limit` + 1 of them."""
     names = [name for name in COLUMNS if name in query.by]
@@ -137,10 +152,9 @@ def best_pace(connection: sqlite3.Connection, since: int, model: str | None = No
     """Tokens a second of the hour in which most were computed for each busy second, and its busy seconds, of hours with
     at least a minute of work. None if there was none."""
     row = connection.execute(
-        "SELECT pace.busy_ms / 1000.0 AS busy, SUM(usage.prompt - usage.cached + usage.answer) AS tokens FROM pace "
-        "JOIN usage ON usage.hour = pace.hour AND usage.model = pace.model "
-        "WHERE pace.hour >= ? AND pace.busy_ms >= 60000 AND (? IS NULL OR pace.model = ?) "
-        "GROUP BY pace.hour, pace.model ORDER BY tokens / busy DESC LIMIT 1",
+        "SELECT busy_ms / 1000.0 AS busy, tokens FROM pace "
+        "WHERE hour >= ? AND busy_ms >= 60000 AND tokens > 0 AND (? IS NULL OR model = ?) "
+        "ORDER BY tokens / busy DESC LIMIT 1",
         (since // HOUR, model, model),
     ).fetchone()
     return None if row is None else (row["tokens"] / row["busy"], row["busy"])
@@ -162,8 +176,8 @@ class Ledger:
     def __init__(self, open: Callable[[], Awaitable[Database]], now: Callable[[], float] = time.time) -> None:
         self._open = open
         self._now = now
-        self._pending: dict[tuple[str, int, str, str], Amounts] = {}
-        self._busy: dict[tuple[int, str], float] = {}
+        self._pending: dict[Place, Amounts] = {}
+        self._work: dict[tuple[int, str], _Work] = {}
         self._running: dict[str, tuple[int, float]] = {}  # by model: answers in the making, and since when it was told
         self._writing: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -175,8 +189,12 @@ class Ledger:
         """An answer of `model` is in the making: it works until as many have ended."""
         self._tell(model, 1)
 
-    def stop(self, model: str) -> None:
+    def stop(self, model: str, tokens: int) -> None:
+        """One has ended, for which this machine has computed so many tokens."""
         self._tell(model, -1)
+        self._at(model).tokens += tokens
+        if tokens:
+            self._later(FLUSH_SECONDS)
 
     def add(self, key: str, tenant: str, model: str, amounts: Amounts) -> None:
         """Something was used just now."""
@@ -188,7 +206,7 @@ class Ledger:
         """Return when all that was added before is on the disk. Raises StorageError."""
         if self._writing is not None:  # which may have begun before what was added last
             await asyncio.wait([self._writing])
-        if self._writing is None and self._pending:
+        if self._writing is None and (self._pending or self._work):
             self._begin()
         if self._writing is not None:
             await asyncio.shield(self._writing)
@@ -213,15 +231,20 @@ class Ledger:
         for model in list(self._running):
             self._tell(model, 0)
         pending, self._pending = self._pending, {}
-        busy, self._busy = self._busy, {}
+        work, self._work = self._work, {}
+
+        def both(connection: sqlite3.Connection) -> None:
+            write(connection, pending)
+            _write_work(connection, work)
+
         try:
             database = await self._open()
-            await database.write(lambda connection: _add(connection, pending, busy))
+            await database.write(both)
         except BaseException:
             for where, amounts in pending.items():
                 self._pending.setdefault(where, Amounts()).add(amounts)
-            for place, seconds in busy.items():
-                self._busy[place] = self._busy.get(place, 0.0) + seconds
+            for place, done in work.items():
+                self._work.setdefault(place, _Work()).add(done)
             raise
 
     def _written(self, task: asyncio.Task[None]) -> None:
@@ -230,7 +253,7 @@ class Ledger:
         if error is not None and not self._failing:
             _log.error("usage cannot be written, and is kept in memory meanwhile: %s", error)
         self._failing = error is not None
-        if self._pending:
+        if self._pending or self._work:
             self._later(_AGAIN_SECONDS if self._failing else FLUSH_SECONDS)
 
     def _later(self, seconds: float) -> None:
@@ -239,7 +262,7 @@ class Ledger:
 
     def _start(self) -> None:
         self._timer = None
-        if self._writing is None and self._pending:
+        if self._writing is None and (self._pending or self._work):
             self._begin()
 
     def _tell(self, model: str, change: int) -> None:
@@ -247,28 +270,31 @@ class Ledger:
         now = self._now()
         count, since = self._running.get(model, (0, now))
         if count:
-            place = int(now) // HOUR, model
-            self._busy[place] = self._busy.get(place, 0.0) + max(0.0, now - since)
+            self._at(model).seconds += max(0.0, now - since)
         if count + change:
             self._running[model] = count + change, now
         else:
             self._running.pop(model, None)
 
+    def _at(self, model: str) -> _Work:
+        """What `model` has done in this hour and is not written."""
+        return self._work.setdefault((int(self._now()) // HOUR, model), _Work())
 
-def _add(
-    connection: sqlite3.Connection,
-    pending: dict[tuple[str, int, str, str], Amounts],
-    busy: dict[tuple[int, str], float],
-) -> None:
+
+def write(connection: sqlite3.Connection, sums: dict[Place, Amounts]) -> None:
+    """Add `sums` to the usage."""
     connection.executemany(
         "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key, hour, tenant, model) DO UPDATE SET "
         "requests = requests + excluded.requests, prompt = prompt + excluded.prompt, "
         "cached = cached + excluded.cached, answer = answer + excluded.answer, cost = cost + excluded.cost, "
         "unpriced = unpriced + excluded.unpriced",
-        [(*where, *vars(amounts).values()) for where, amounts in pending.items()],
+        [(*where, *vars(amounts).values()) for where, amounts in sums.items()],
     )
+
+
+def _write_work(connection: sqlite3.Connection, work: dict[tuple[int, str], _Work]) -> None:
     connection.executemany(
-        "INSERT INTO pace VALUES (?, ?, ?) ON CONFLICT (hour, model) DO UPDATE SET "
-        "busy_ms = busy_ms + excluded.busy_ms",
-        [(hour, model, round(seconds * 1000)) for (hour, model), seconds in busy.items()],
+        "INSERT INTO pace VALUES (?, ?, ?, ?) ON CONFLICT (hour, model) DO UPDATE SET "
+        "busy_ms = busy_ms + excluded.busy_ms, tokens = tokens + excluded.tokens",
+        [(hour, model, round(done.seconds * 1000), done.tokens) for (hour, model), done in work.items()],
     )

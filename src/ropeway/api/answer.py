@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from ropeway.api import sse
 from ropeway.api.making import Choice, Making, stop_all
+from ropeway.api.parse import IGNORED_HEADER
 from ropeway.api.schema import UsageBody
 from ropeway.api.speech import Said
 from ropeway.api.state import Api, disconnected
@@ -99,7 +100,8 @@ class Answer(Response):
         self._api.check_open()
         if scope["state"].get(CHECK_ONLY):
             self._making.check()
-            await Response(status_code=204)(scope, receive, send)
+            ignored = {IGNORED_HEADER: self.headers[IGNORED_HEADER]} if IGNORED_HEADER in self.headers else None
+            await Response(status_code=204, headers=ignored)(scope, receive, send)
             return
         out = _Output(send)
         self._api.enter()

@@ -20,6 +20,7 @@ REFUSED: Final = {
     "container": (_NULL, "Containers are not supported."),
     "mcp_servers": ((b"null", b"[]"), "MCP servers are not supported; call tools from your own code."),
     "speed": ((b"null", b'"standard"'), "There is one speed; use priority."),
+    "service_tier": ((b"null", b'"auto"', b'"standard_only"'), "There is one tier, the standard one; use priority."),
     "inference_geo": (_NULL, "This server is where it is."),
     "diagnostics": (_NULL, "Diagnostics are not supported."),
 }

@@ -145,9 +145,6 @@ class MessageRequest(CountRequest, frozen=True, kw_only=True):
         Annotated[float, Meta(ge=0, le=1)] | None,
         Meta(description="Draw from the fewest tokens that have this probability together."),
     ] = None
-    service_tier: Annotated[
-        Literal["auto", "standard_only"] | None, Meta(description="There is one tier, `standard`.")
-    ] = None
 
 
 class TextBlock(Struct, kw_only=True, tag_field="type", tag="text"):

@@ -87,6 +87,7 @@ def create_app(
         app.state.api = front.state.api.beside(service, metrics, config)
         app.state.responses = front.state.responses
         app.state.accounts = front.state.accounts
+        app.state.jobs = front.state.jobs
         app.add_middleware(Refusals)
     else:
         app.state.api = Api(service, config, metrics)
@@ -101,11 +102,11 @@ def create_app(
             ttl=config.response_store_ttl,
         )
         longest = int(config.max_body_mib * 1024 * 1024)
-        app.state.jobs = Jobs(config, longest=longest, serves=app.state.api.serves)
-        metrics.include(app.state.jobs.families)
-        app.add_middleware(Deferring)
         prices = read_prices(Path(config.prices)) if config.prices else None
         app.state.accounts = Accounts(config.data_path, prices)
+        app.state.jobs = Jobs(config, app.state.accounts, longest=longest, serves=app.state.api.serves)
+        metrics.include(app.state.jobs.families)
+        app.add_middleware(Deferring)
         metrics.include(app.state.accounts.families)
         app.add_middleware(Gate, config=config, metrics=metrics, accounts=app.state.accounts)
     app.add_exception_handler(HTTPException, _not_here)
@@ -194,7 +195,8 @@ def _add_routes(app: FastAPI) -> None:
     app.add_api_route("/openapi.json", _openapi, methods=["GET"], include_in_schema=False)
     app.add_api_route("/docs", _docs, methods=["GET"], include_in_schema=False)
     app.add_api_route("/ui/compare", compare.compare, methods=["POST"], include_in_schema=False)
-    app.add_api_route(ui.HOME, ui.home, methods=["GET", "HEAD"], include_in_schema=False)
+    for path in ui.HOMES:
+        app.add_api_route(path, ui.home, methods=["GET", "HEAD"], include_in_schema=False)
     for path in ui.ASSETS:
         app.add_api_route(path, ui.asset, methods=["GET", "HEAD"], include_in_schema=False)
 

@@ -10,6 +10,7 @@ import math
 from typing import Final, Literal
 
 from msgspec import Raw, Struct
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,10 +20,11 @@ from ropeway.api.answer import CHECK_ONLY
 from ropeway.api.errors import HttpError, shown
 from ropeway.api.health import json_response
 from ropeway.api.inside import CALL, URLS, Asked, asked
+from ropeway.api.parse import IGNORED_HEADER
 from ropeway.api.state import jobs_of, read_body, replayed, tenant_of
 from ropeway.api.urgency import Word, in_background
 from ropeway.errors import RequestError
-from ropeway.jobs.records import Item
+from ropeway.jobs.records import Item, is_id
 from ropeway.jobs.work import Call
 
 PATH: Final = "/v1/jobs"
@@ -103,18 +105,19 @@ class Deferring:
             return
         # Every other field has been checked when the endpoint has nothing to say against it.
         scope["state"][CHECK_ONLY] = True
-        fine = False
+        fine: list[Headers] = []
 
         async def tell(message: Message) -> None:
-            nonlocal fine
             if message["type"] == "http.response.start" and message["status"] == 204:
-                fine = True
+                fine.append(Headers(raw=message["headers"]))
             if not fine:
                 await send(message)
 
         await self._app(scope, replayed(body, receive), tell)
         if fine:
             response = await _accept(request, body, said)
+            if IGNORED_HEADER in fine[0]:
+                response.headers[IGNORED_HEADER] = fine[0][IGNORED_HEADER]
             await response(scope, receive, send)
 
 
@@ -128,9 +131,11 @@ def _concerns(scope: Scope) -> bool:
 def deferral(path: str, said: Asked) -> bool:
     """Whether a request is to be deferred. Raises RequestError for what cannot be deferred.
 
-    A response in the background is another thing: it begins at once and is kept in memory.
+    A response in the background is another thing: it begins at once.
     """
     if said.deferred is not True and (path in _OTHER_BACKGROUND or said.background is not True):
+        if path == "/v1/responses" and said.background is True:
+            return False
         if said.callback_url is not None:
             message = "callback_url is called when a job has ended; send it together with deferred: true."
             raise RequestError(message, param="callback_url")
@@ -138,16 +143,14 @@ def deferral(path: str, said: Asked) -> bool:
     if said.stream is True:
         raise RequestError("A deferred request has nobody to read a stream; leave stream out.", param="stream")
     if path == "/v1/responses" and said.background is True:
-        message = "deferred and background exclude each other: deferred outlives the server, background begins at once."
+        message = "deferred and background exclude each other: deferred waits for its turn, background begins at once."
         raise RequestError(message, param="background")
-    if said.callback_url is not None and not isinstance(said.callback_url, str):
-        raise RequestError("callback_url must be a string.", param="callback_url")
     return True
 
 
 async def get_job(request: Request) -> Response:
     """A deferred request: where it stands, or what was answered."""
-    name = str(request.path_params["job_id"])
+    name = _asked_for(request)
     item = await jobs_of(request).store.items.get(tenant_of(request), name)
     if item is None:
         raise _unknown(name)
@@ -166,7 +169,7 @@ async def list_jobs(request: Request) -> Response:
 
 async def cancel_job(request: Request) -> Response:
     """End a deferred request. One that has ended stays as it is."""
-    name = str(request.path_params["job_id"])
+    name = _asked_for(request)
     item = await jobs_of(request).store.items.cancel(tenant_of(request), name)
     if item is None:
         raise _unknown(name)
@@ -175,7 +178,7 @@ async def cancel_job(request: Request) -> Response:
 
 async def delete_job(request: Request) -> Response:
     """Forget a deferred request and its answer; one that has not ended is cancelled."""
-    name = str(request.path_params["job_id"])
+    name = _asked_for(request)
     if not await jobs_of(request).store.items.delete(tenant_of(request), name):
         raise _unknown(name)
     return json_response(DeletedJob(name))
@@ -194,8 +197,7 @@ def in_words(seconds: float | None) -> str | None:
 
 async def _accept(request: Request, body: bytes, said: Asked) -> Response:
     state = request.state
-    if said.callback_url is not None:
-        jobs_of(request).rules.check_url(said.callback_url)
+    callback_url = callback_of(request, body)
     call = Call(
         url=str(request.scope["path"]),
         body=body,
@@ -203,7 +205,7 @@ async def _accept(request: Request, body: bytes, said: Asked) -> Response:
         tenant=str(state.tenant),
         key=key_of(request),
     )
-    item = await jobs_of(request).defer(call, callback_url=said.callback_url or "")
+    item = await jobs_of(request).defer(call, callback_url=callback_url)
     job = await _job(request, item)
     response = json_response(job, 202)
     response.headers["location"] = f"{PATH}/{job.id}"
@@ -238,10 +240,29 @@ def _described(item: Item, position: int | None = None, eta: float | None = None
     )
 
 
+def callback_of(request: Request, body: bytes) -> str:
+    """Who is to be told of the end of a request; empty if nobody. Raises RequestError for where nothing may be sent."""
+    url = asked(body).callback_url
+    if url is None:
+        return ""
+    if not isinstance(url, str):
+        raise RequestError("callback_url must be a string.", param="callback_url")
+    jobs_of(request).rules.check_url(url)
+    return url
+
+
 def key_of(request: Request) -> str:
     """The id of the key that a job is accounted to; empty where keys have no accounts."""
     account = getattr(request.state, "account", None)
     return str(account.id) if account is not None else ""
+
+
+def _asked_for(request: Request) -> str:
+    """Raises HttpError (404) for the id of something else, such as a response."""
+    name = str(request.path_params["job_id"])
+    if not is_id("job_", name):
+        raise _unknown(name)
+    return name
 
 
 def _whole(seconds: float | None) -> int | None:
@@ -249,5 +270,5 @@ def _whole(seconds: float | None) -> int | None:
 
 
 def _unknown(name: str) -> HttpError:
-    message = f"There is no job {shown(name)}, or no more: those that have ended are kept for --job-retention hours."
+    message = f"There is no job {shown(name)}, or no more (--job-retention). GET /v1/jobs lists those there are."
     return HttpError(404, message, code="job_not_found", param="id")

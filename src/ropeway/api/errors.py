@@ -39,8 +39,8 @@ MAX_RETRY_AFTER = 120.0
 _log = logging.getLogger(__name__)
 
 _NOT_KEPT = (
-    "The server cannot write down what must last, so it has not accepted this. Send it again later. "
-    "Its log says what is wrong with the disk."
+    "The server cannot write down what must last, so it has not accepted this; its log says what is wrong with "
+    "the disk. Send it again later."
 )
 _SERVER_FAILED = (
     "The server failed while it answered this request. Nothing is wrong with the request: send it again. "

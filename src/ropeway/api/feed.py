@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from ropeway._version import __version__
 from ropeway.api import sse
-from ropeway.api.feed_schema import Hello, Names, frame, nothing
+from ropeway.api.feed_schema import Hello, Names, engine, frame, nothing
 from ropeway.api.making import stop_all
 from ropeway.api.state import Api, api_of, disconnected
 from ropeway.contract.scene import Scene
@@ -102,16 +102,8 @@ class Hub:
         return self._made[tenant]
 
     def hello(self, operator: bool) -> Hello:
-        info = next((one.info for one in self._api.engines if one.info is not None), None)
-        return Hello(
-            version=__version__,
-            models=self._api.models,
-            slots=info.max_slots if info is not None else 0,
-            block_size=info.block_size if info is not None else 0,
-            max_model_len=info.max_model_len if info is not None else 0,
-            device=info.device if info is not None else "",
-            operator=operator,
-        )
+        engines = [engine(service.model_name, service.info) for service in self._api.engines]
+        return Hello(version=__version__, engines=engines, operator=operator)
 
     async def _run(self) -> None:
         now = asyncio.get_running_loop().time

@@ -7,22 +7,28 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
-from ropeway.contract import Urgency
+from ropeway.contract import ExecutorInfo, Urgency
 from ropeway.contract.scene import Happening, Rates, Scene, Seat, Waiting
 
 Names = Mapping[int, tuple[str, str]]
 """The request id and the tenant of an engine's sequences."""
 
 
+class EngineView(Struct, frozen=True, kw_only=True):
+    """A model in memory. Its numbers are 0, and `device` is empty, until its engine is ready."""
+
+    model: str
+    device: str = ""
+    slots: int = 0
+    block_size: int = 0
+    max_model_len: int = 0
+
+
 class Hello(Struct, frozen=True, kw_only=True):
-    """The server. Numbers are those of the first engine that is ready, 0 before. An `operator` sees everybody's ids."""
+    """The server, and the engines that frames tell of. An `operator` sees everybody's ids."""
 
     version: str
-    models: list[str]
-    slots: int
-    block_size: int
-    max_model_len: int
-    device: str
+    engines: list[EngineView]
     operator: bool
 
 
@@ -115,6 +121,16 @@ def frame(model: str, state: str, scene: Scene, blocks: int, names: Names, tenan
         rates=scene.rates,
         events=[_event(one, *name(one.rid)) for one in scene.happenings],
     )
+
+
+def engine(model: str, info: ExecutorInfo | None) -> EngineView:
+    """What does not change of an engine while it lives."""
+    if info is None:
+        return EngineView(model=model)
+    return EngineView(
+        model=model, device=info.device, slots=info.max_slots, block_size=info.block_size,
+        max_model_len=info.max_model_len,
+    )  # fmt: skip
 
 
 def nothing(at: float) -> Scene:

@@ -31,6 +31,9 @@ URLS: Final[frozenset[str]] = frozenset(get_args(Endpoint))
 CALL: Final = "ropeway.call"
 """Where a scope has the `Call` that it was made of."""
 
+USED: Final = "used"
+"""Where the state of its scope has in the end what the answer costs, if anybody counts that."""
+
 
 class Asked(Struct, frozen=True):
     """What a body says about how it is to be answered, unchecked."""
@@ -61,9 +64,9 @@ class Inside:
         refused = _refused(call)
         if refused is not None:
             return _reply_of(refused, call)
-        answer = _Collected()
+        answer, scope = _Collected(), _scope(call)
         try:
-            await self._app(_scope(call), _receive(call.body), answer.send)
+            await self._app(scope, _receive(call.body), answer.send)
         except RopewayError as error:
             return _reply_of(error, call)
         except Exception as error:
@@ -76,6 +79,7 @@ class Inside:
             body=b"".join(answer.parts),
             request_id=answer.headers.get(b"x-request-id", b"").decode("latin-1") or call.request_id,
             retry_after=seconds_of(answer.headers),
+            used=scope["state"].get(USED),
         )
 
 

@@ -75,4 +75,6 @@ def check_shape(body: bytes) -> None:
     try:
         body.isascii() or body.decode()
     except UnicodeDecodeError as error:
-        raise HttpError(400, f"The body is not valid UTF-8: byte {error.start} is {body[error.start]:#x}.") from None
+        raise HttpError(
+            400, f"The body is not valid UTF-8: byte {error.start} is {body[error.start]:#x}. Encode it so."
+        ) from None

@@ -22,6 +22,7 @@ from ropeway.contract import FinishReason, Usage
 from ropeway.errors import DeadlineError, EngineError, RopewayError
 from ropeway.service.params import FIT
 from ropeway.service.request import Meter, TextChunk, TextRequest, TextStream
+from ropeway.service.stream import Joined
 from ropeway.service.stream import collect as collect_text
 
 _ENDS = (FinishReason.STOP, FinishReason.LENGTH)
@@ -238,32 +239,18 @@ class Making:
 async def paced(stream: TextStream, tokens: int) -> AsyncIterator[TextChunk]:
     """The stream in chunks of at least so many tokens, but for the first and the last. Nothing is lost before a
     failure."""
-    held: TextChunk | None = None
-    begun = False
+    held, begun = Joined(), False
     try:
         async for chunk in stream:
-            held = chunk if held is None else _both(held, chunk)
-            if not begun or len(held.tokens) >= tokens or held.finish is not None:
-                begun = begun or bool(held.tokens)
-                yield held
-                held = None
+            held.add(chunk)
+            if not begun or len(held) >= tokens or chunk.finish is not None:
+                begun = begun or len(held) > 0
+                yield held.chunk(chunk)
+                held = Joined()
     except RopewayError:
-        if held is not None:
-            yield held
+        if held:
+            yield held.chunk()
         raise
-
-
-def _both(first: TextChunk, second: TextChunk) -> TextChunk:
-    return TextChunk(
-        text=first.text + second.text,
-        tokens=first.tokens + second.tokens,
-        logprobs=first.logprobs + second.logprobs,
-        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
-        vector=first.vector + second.vector,
-        finish=second.finish,
-        stop_reason=second.stop_reason,
-        usage=second.usage,
-    )
 
 
 def check_finish(choice: Choice, finish: FinishReason | None) -> None:

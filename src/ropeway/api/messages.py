@@ -72,7 +72,9 @@ def _text(content: Any, where: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("text", "refusal"):
             shown = f"'{kind}'" if isinstance(kind, str) and len(kind) <= 32 else "unknown"
-            raise RequestError(f"{at} is of type {shown}; this model reads only text parts.", param=f"{at}.type")
+            raise RequestError(
+                f"{at} is of type {shown}; it must be text: this model reads nothing else.", param=f"{at}.type"
+            )
         if not isinstance(part.get(kind), str):
             raise RequestError(f"{at}.{kind} must be a string.", param=f"{at}.{kind}")
         texts.append(part[kind])

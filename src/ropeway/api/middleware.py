@@ -30,7 +30,7 @@ from ropeway.api.feed import PATH as FEED
 from ropeway.api.files import FORM_BYTES
 from ropeway.api.files import PATH as FILES
 from ropeway.api.files import too_large as file_too_large
-from ropeway.api.inside import CALL
+from ropeway.api.inside import CALL, USED
 from ropeway.api.limits import BODY_SECONDS, FILE_SECONDS
 from ropeway.api.urgency import HEADER, from_header
 from ropeway.config import ServerConfig
@@ -113,11 +113,16 @@ class Gate:
 
         try:
             if call is not None:
-                account = await self._accounts.account(call.key) if call.key else None
-                meter = self._accounts.meter(account, tenant=call.tenant, limited=False)
-                state.update(tenant=call.tenant, urgency=call.urgency, account=account, meter=meter)
-                await self._app(scope, receive, tell)
-                await self._accounts.flush()  # work that is done is paid for, whatever happens next
+                counted = await self._accounts.meter_of_job(call.key, call.tenant, call.terms)
+                account = counted.account if counted is not None else None
+                state.update(tenant=call.tenant, urgency=call.urgency, account=account, meter=counted)
+                try:
+                    await self._app(scope, receive, tell)
+                finally:
+                    if counted is not None:
+                        if not 0 < status < 500:
+                            counted.forgive()
+                        state[USED] = counted.used
                 return
             self._check_sender(scope, headers)
             await self._identify(scope, headers)
@@ -177,7 +182,7 @@ class Gate:
         if tenant is None:
             account = await self._accounts.find(presented)
             if account is None:
-                raise _wrong_key()
+                raise _wrong_key(presented)
             state["account"], tenant = account, account.tenant
         state["tenant"] = tenant
 
@@ -188,9 +193,9 @@ class Gate:
         if admin is not None:
             return
         if self._keys.tenant(presented) is not None or await self._accounts.find(presented) is not None:
-            message = "This key is a client's. The paths below /admin/ take the administrator's key alone."
+            message = "This key is a client's. Send the administrator's: the paths below /admin/ take no other."
             raise HttpError(403, message, code="insufficient_permissions")
-        raise _wrong_key()
+        raise _wrong_key(presented)
 
     @contextmanager
     def _counted(self, scope: Scope) -> Generator[None, None, None]:
@@ -318,9 +323,9 @@ def refusal(scope: Scope, error: RopewayError) -> Response:
     return error_response(error)
 
 
-def _wrong_key() -> HttpError:
-    message = "Incorrect or missing API key. Send it as 'Authorization: Bearer KEY'."
-    return HttpError(401, message, code="invalid_api_key")
+def _wrong_key(presented: bytes) -> HttpError:
+    said = "This API key is unknown, expired or revoked" if presented else "This server wants an API key"
+    return HttpError(401, f"{said}. Send a valid one as 'Authorization: Bearer KEY'.", code="invalid_api_key")
 
 
 def _is_shared(path: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -64,6 +64,7 @@ IGNORED: Mapping[str, str] = {
 }
 """Fields that are known and change nothing, which the header says like of unknown ones."""
 
+IGNORED_HEADER: Final = "x-ropeway-ignored-params"
 _HARMLESS_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _MAX_NAMED = 32
 _AT = re.compile(r" - at `(?:key` in `)?\$\.?([^`]*)`$")
@@ -78,7 +79,7 @@ def complaint(error: msgspec.MsgspecError, where: str = "") -> RequestError:
     """A decoding error as a sentence. `where` is the field that the decoded bytes were found in."""
     text = str(error)
     if not isinstance(error, msgspec.ValidationError):
-        return RequestError(f"The body is not valid JSON: {text}.", param=where or None)
+        return RequestError(f"The body is not valid JSON: {text}. Let a library write it.", param=where or None)
     found = _AT.search(text)
     path = where + (("." if where and not found[1].startswith("[") else "") + found[1] if found else "")
     path = path.replace("[...]", "")
@@ -90,7 +91,8 @@ def complaint(error: msgspec.MsgspecError, where: str = "") -> RequestError:
     for technical, plain in _WORDS.items():
         text = text.replace(technical, plain)
     text = text.replace("`", "").replace("Expected", "expected").replace("Invalid enum value", "not a known value:")
-    return RequestError(f"Invalid value for '{path or 'body'}': {text}.", param=path or None)
+    step = " See /docs for those there are." if "not a known value" in text else ""
+    return RequestError(f"Invalid value for '{path or 'body'}': {text}.{step}", param=path or None)
 
 
 def fields_of(body: bytes) -> dict[str, msgspec.Raw]:
@@ -153,7 +155,7 @@ def ignored_header(names: list[str]) -> dict[str, str]:
     shown = [name if _HARMLESS_NAME.fullmatch(name) else "?" for name in names[:_MAX_NAMED]]
     if len(names) > _MAX_NAMED:
         shown.append("...")
-    return {"x-ropeway-ignored-params": ", ".join(shown)}
+    return {IGNORED_HEADER: ", ".join(shown)}
 
 
 def _compact(raw: msgspec.Raw) -> bytes:

@@ -67,7 +67,7 @@ class RequestList(Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Traced:
     """What traces tell of a request: the W3C traceparent that it came with, what is to be done, and how."""
 
     trace: str = ""
@@ -75,7 +75,7 @@ class Asked:
     sampling: SamplingParams | None = None
 
     @classmethod
-    def of(cls, request: TextRequest) -> Asked:
+    def of(cls, request: TextRequest) -> Traced:
         operation = "embeddings" if request.pooling else "text_completion" if request.messages is None else "chat"
         return cls(request.trace, operation, request.sampling)
 
@@ -92,7 +92,7 @@ class Tracked:
         self.tenant = tenant
         self.over = asyncio.Event()
         self.service = service
-        self.asked = Asked()
+        self.traced = Traced()
         self.sequences: list[int] = []
         self.begun_at = time.time()
         self._forget = forget
@@ -106,7 +106,7 @@ class Tracked:
     ) -> TextStream:
         """Submit one of its sequences, to the text service or another `door`. Those of the same `prompt` read it once
         in the account."""
-        self.asked = Asked.of(request)
+        self.traced = Traced.of(request)
         stream = await (door or self.service.submit)(request)
         self._parts.append((prompt, stream))
         self.sequences.append(stream.rid)

@@ -117,6 +117,6 @@ def _wanted(request: Request) -> Tracked:
     name = str(request.path_params["id"])
     found = api_of(request).requests.find(name, _tenant(request))
     if found is None:
-        message = f"There is no request {shown(name)}, or no more: those that have ended are known for ten minutes."
+        message = f"There is no request {shown(name)}, or no more. GET /v1/requests lists those of ten minutes."
         raise HttpError(404, message, code="request_not_found", param="id")
     return found

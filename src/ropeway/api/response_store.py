@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -24,6 +24,10 @@ OVERHEAD: Final = 2048
 """Bytes that are counted for an entry besides its JSON: its objects, and its place in the tables."""
 
 _EVENT_OVERHEAD: Final = 64
+
+
+async def _nothing() -> None:
+    """There is nothing left to cancel."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Entry:
     background: bool = False
     streamed: bool = False
     render: Callable[[], bytes] = bytes
-    cancel: Callable[[], None] = lambda: None
+    cancel: Callable[[], Awaitable[None]] = _nothing
     body: bytes | None = None
     events: list[bytes] = field(default_factory=list)
     cost: int = 0
@@ -141,7 +145,7 @@ class ResponseStore:
         self._expire()
         entry = self._entries.get((tenant, name))
         if entry is None:
-            known = f"Responses are kept for {self._ttl:g} s at most."
+            known = f"They are kept for {self._ttl:g} s at most: send all of the conversation."
             message = f"There is no response {shown(name)}, or no more. {known}"
             raise HttpError(404, message, code="response_not_found", param=param)
         if entry.final:
@@ -264,7 +268,3 @@ class ResponseStore:
             if not idle:
                 del self._idle[entry.tenant]
         self._count_in(entry, -entry.cost)
-
-
-def _nothing() -> None:
-    """There is nothing left to cancel."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,11 +15,15 @@ from ropeway.api import translate
 from ropeway.api.answer import Plan
 from ropeway.api.background import Background
 from ropeway.api.build import service_tier
+from ropeway.api.deferred import callback_of, key_of
+from ropeway.api.errors import HttpError
 from ropeway.api.health import json_response
+from ropeway.api.inside import CALL
+from ropeway.api.lasting import Note, find
 from ropeway.api.logprobs import chat_logprobs
 from ropeway.api.making import Choice
 from ropeway.api.messages import parse_messages
-from ropeway.api.parse import ignored_header, left_out
+from ropeway.api.parse import fields_of, ignored_header, left_out
 from ropeway.api.replay import Replay
 from ropeway.api.response_store import Entry, ResponseStore, Turn
 from ropeway.api.responses_events import ResponseEvents, encode
@@ -33,9 +36,11 @@ from ropeway.api.responses_schema import (
     ResponseRequest,
     TokenCount,
 )
-from ropeway.api.state import Api, api_of, read_body
+from ropeway.api.state import Api, api_of, jobs_of, read_body, tenant_of
 from ropeway.api.translate import Translated, choices_of, decode_request, named
 from ropeway.errors import OverloadedError, RequestError
+from ropeway.jobs.records import is_id, new_id
+from ropeway.jobs.work import Call
 
 GET_PARAMETERS = (
     {"name": "stream", "in": "query", "schema": {"type": "boolean"}},
@@ -47,6 +52,9 @@ ITEM_PARAMETERS = (
     {"name": "after", "in": "query", "schema": {"type": "string"}},
 )
 _NO_STORE = "This server keeps no responses. Start it with --response-store-count above 0."
+_OF_CLIENT = frozenset({"background", "stream", "stream_options", "previous_response_id", "callback_url"})
+"""Fields about who waits for the answer, and what it continues."""
+
 _PAGE = 20
 _MAX_PAGE = 100
 
@@ -72,11 +80,12 @@ async def create_response(request: Request) -> Response:
     """Answer text or items: at once, as a stream, or in the background."""
     api, store = api_of(request), store_of(request)
     api.check_open()
-    asked = _understand(request, await read_body(request))
+    data = await read_body(request)
+    asked = await _understand(request, data)
     body = asked.request.body
     choice, tier, headers = await _choice(request, asked)
     entry = Entry(
-        id=f"resp_{secrets.token_hex(16)}",
+        id=_name(request),
         tenant=str(request.state.tenant),
         input=encode(asked.items),
         before=asked.before,
@@ -93,7 +102,19 @@ async def create_response(request: Request) -> Response:
     answer = Translated(api, plan, headers, NAMES)
     if not body.background:
         return answer
-    await Background(store, entry, answer, events).start()
+    callback_url = callback_of(request, data)
+    head = msgspec.json.decode(events.snapshot())
+    note = Note(head, asked.items, asked.before.items() if asked.before else [])
+    call = Call(
+        url=request.scope["path"],
+        body=_again(data, asked, getattr(request.state, "route", None)),
+        urgency=choice.request.urgency,
+        tenant=entry.tenant,
+        key=key_of(request),
+        request_id=entry.id,
+    )
+    background = Background(api, store, entry, answer, events)
+    await background.start(jobs_of(request), call, note=encode(note), callback_url=callback_url)
     if body.stream:
         return Replay(entry, api.config, headers=headers)
     return Response(entry.now(), headers=headers, media_type="application/json")
@@ -102,7 +123,7 @@ async def create_response(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """How many tokens a request's input has, as the model would read it."""
     api = api_of(request)
-    asked = _understand(request, await read_body(request))
+    asked = await _understand(request, await read_body(request))
     choice, _, headers = await _choice(request, asked)
     with named(NAMES):
         tokens = await api.service.tokenize(choice.request)
@@ -113,36 +134,43 @@ async def count_tokens(request: Request) -> Response:
 
 async def get_response(request: Request) -> Response:
     """A response as it is now, or with `stream=true` the events of one that was asked for as a background stream."""
-    entry = _entry(request)
+    entry = await _entry(request)
     if request.query_params.get("stream", "false").lower() not in ("true", "1"):
         return Response(entry.now(), media_type="application/json")
     if not (entry.background and entry.streamed):
-        message = "Only a response that was created with background: true and stream: true can be streamed again."
+        message = (
+            "Only a response that was created with background: true and stream: true can be streamed again, while the "
+            "server that began it runs."
+        )
         raise RequestError(message, param="stream")
     return Replay(entry, api_of(request).config, start=_number(request, "starting_after", -1, -1, 2**31) + 1)
 
 
 async def cancel_response(request: Request) -> Response:
     """End a response that runs in the background. One that has ended stays as it is."""
-    entry = _entry(request)
+    entry = await _entry(request)
     if not entry.background:
         message = "Only a response that was created with background: true can be cancelled; leave the others."
         raise RequestError(message, param="response_id")
-    entry.cancel()
+    if not entry.final:
+        await entry.cancel()
+        entry = await _entry(request)
     return Response(entry.now(), media_type="application/json")
 
 
 async def delete_response(request: Request) -> Response:
     """Forget a response; one that runs is cancelled. What continues it keeps its own copy of the conversation."""
-    entry = _entry(request)
+    entry, jobs = await _entry(request), jobs_of(request)
     store_of(request).discard(entry)
-    entry.cancel()
+    await entry.cancel()
+    if entry.background:
+        await jobs.store.items.delete(entry.tenant, entry.id)
     return json_response(DeletedResponse(entry.id))
 
 
 async def list_input_items(request: Request) -> Response:
     """The input of a response, the last item first. That of responses which it continues is theirs."""
-    items = msgspec.json.decode(_entry(request).input)
+    items = msgspec.json.decode((await _entry(request)).input)
     order = request.query_params.get("order", "desc")
     if order not in ("asc", "desc"):
         raise RequestError("order must be asc or desc.", param="order")
@@ -165,8 +193,36 @@ def store_of(request: Request) -> ResponseStore:
     return store
 
 
-def _entry(request: Request) -> Entry:
-    return store_of(request).get(str(request.state.tenant), str(request.path_params["response_id"]))
+async def _entry(request: Request) -> Entry:
+    return await _find(request, str(request.path_params["response_id"]))
+
+
+async def _find(request: Request, name: str, param: str | None = None) -> Entry:
+    """The response of that id, in memory or on the disk. Raises HttpError (404)."""
+    try:
+        return store_of(request).get(tenant_of(request), name, param)
+    except HttpError:
+        found = await find(jobs_of(request), tenant_of(request), name)
+        if found is None:
+            raise
+        return found
+
+
+def _name(request: Request) -> str:
+    """A new id, or that under which the response was taken by a server that has ended since."""
+    call: Call | None = request.scope.get(CALL)
+    if call is not None and is_id("resp_", call.request_id):
+        return call.request_id
+    return new_id("resp_")
+
+
+def _again(data: bytes, asked: _Asked, route: str | None) -> bytes:
+    """The request as it can be made again when nothing is left of this server but its disk: with the conversation that
+    it continues, and for somebody who waits. `route` is the public name of its model, if that is another one."""
+    fields: dict[str, Any] = {name: raw for name, raw in fields_of(data).items() if name not in _OF_CLIENT}
+    if route is not None:
+        fields["model"] = route
+    return encode({**fields, "input": asked.all, "store": False})
 
 
 def _number(request: Request, name: str, default: int, low: int, high: int) -> int:
@@ -182,7 +238,7 @@ def _number(request: Request, name: str, default: int, low: int, high: int) -> i
     return number
 
 
-def _understand(request: Request, data: bytes) -> _Asked:
+async def _understand(request: Request, data: bytes) -> _Asked:
     """Raises RequestError, or HttpError (404) if it continues what is not there."""
     found = decode_request(ResponseRequest, data, REFUSED)
     api_of(request).check_model(found.body.model)
@@ -191,7 +247,7 @@ def _understand(request: Request, data: bytes) -> _Asked:
         raise RequestError(_NO_STORE, param="previous_response_id")
     tenant = str(request.state.tenant)
     items = parse_input(found.body.input, lambda item, param: store.item(tenant, item, param))
-    before = store.get(tenant, name, "previous_response_id").turn if name is not None else None
+    before = (await _find(request, name, "previous_response_id")).turn if name is not None else None
     return _Asked(found, items, before)
 
 

@@ -26,6 +26,10 @@ REFUSED: Final = {
     "moderation": (_NULL, "Moderation is not supported."),
     "access_programs": (_NULL, "Access programs are not supported."),
     "image": (_NULL, "This model reads only text."),
+    "stream_options": (
+        (*_NULL, b"{}", b'{"include_obfuscation":false}', b'{"include_obfuscation":null}'),
+        "Events are never padded, and the last one always has the usage; leave stream_options out.",
+    ),
 }
 IGNORED: Final = {
     "prompt_cache_retention": "What stays cached is the operator's to say (`/admin/pins`).",

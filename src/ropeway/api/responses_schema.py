@@ -118,10 +118,6 @@ class Reasoning(Struct, frozen=True, kw_only=True):
     generate_summary: Literal["auto"] | None = None
 
 
-class ResponseStreamOptions(Struct, frozen=True, kw_only=True):
-    include_obfuscation: Annotated[Literal[False] | None, Meta(description="Events are never padded.")] = None
-
-
 class ResponseRequest(Struct, frozen=True, kw_only=True):
     """Body of POST /v1/responses."""
 
@@ -130,9 +126,6 @@ class ResponseRequest(Struct, frozen=True, kw_only=True):
     instructions: Annotated[str | None, Meta(description="A system message for this response alone.")] = None
     previous_response_id: Annotated[Label | None, Meta(description="The response that this one continues.")] = None
     stream: Annotated[bool | None, Meta(description="Send the response as events while it is made.")] = None
-    stream_options: Annotated[
-        ResponseStreamOptions | None, Meta(description="`include_obfuscation` must be false: events are never padded.")
-    ] = None
     background: Annotated[bool | None, Meta(description="Answer at once and work on; needs the store.")] = None
     store: Annotated[bool | None, Meta(description="Keep it in memory for later requests (default: true).")] = None
     max_output_tokens: Annotated[Count | None, Meta(description="Default: as many as the context allows.")] = None

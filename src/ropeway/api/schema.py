@@ -48,7 +48,7 @@ Priority = Annotated[int, Meta(ge=-_INT32, lt=_INT32)] | Word
 PRIORITY = "A class: `high` (somebody waits), `medium` or `low`; or a number: inside a class, lower is served earlier."
 DEFERRED = "Answer 202 with a job at once, and compute it in the background: see `/v1/jobs`."
 CallbackUrl = Annotated[str, Meta(max_length=2048)]
-CALLBACK = "Where the end of a deferred request is announced."
+CALLBACK = "Where the end of a deferred request, or of a response in the background, is announced."
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
@@ -113,7 +113,7 @@ class CommonFields(Struct, frozen=True, kw_only=True):
         Penalty | None, Meta(description="Subtracted from a token's logit for each time that the answer has it.")
     ] = None
     repetition_penalty: Annotated[
-        Annotated[float, Meta(gt=0, le=100)] | None,
+        Annotated[float, Meta(gt=0, le=10)] | None,
         Meta(description="Divides the logits of tokens in prompt or answer (multiplies negative ones)."),
     ] = None
     logit_bias: Annotated[

@@ -46,7 +46,7 @@ class Tracing:
 
     def ended(self, tracked: Tracked) -> None:
         """A request is over. It is told of later, unless too many wait for that, or its caller wants no spans."""
-        parent = parent_of(tracked.asked.trace)
+        parent = parent_of(tracked.traced.trace)
         if parent is not None and not parent.sampled:
             return
         if len(self._ended) >= QUEUE:
@@ -103,11 +103,11 @@ async def _recall(service: TextService, rids: list[int]) -> list[Life]:
 
 def spans_of(tracked: Tracked, state: RequestState, lives: list[Life]) -> Iterator[Span]:
     """The span of a request that is over, and those of its sequences' lives below it."""
-    parent = parent_of(tracked.asked.trace)
+    parent = parent_of(tracked.traced.trace)
     root = Span(
         trace_id=parent.trace_id if parent is not None else new_trace(),
         parent_id=parent.span_id if parent is not None else "",
-        name=f"{tracked.asked.operation} {state.model}",
+        name=f"{tracked.traced.operation} {state.model}",
         kind=SERVER,
         begin=tracked.begun_at,
         end=tracked.begun_at + state.seconds,
@@ -134,14 +134,14 @@ def spans_of(tracked: Tracked, state: RequestState, lives: list[Life]) -> Iterat
 
 
 def _attributes(tracked: Tracked, state: RequestState, lives: list[Life]) -> Iterator[tuple[str, Value]]:
-    yield "gen_ai.operation.name", tracked.asked.operation
+    yield "gen_ai.operation.name", tracked.traced.operation
     yield "gen_ai.provider.name", "ropeway"
     yield "gen_ai.request.model", state.model
     yield "gen_ai.response.model", state.model
     if state.answer_id is not None:
         yield "gen_ai.response.id", state.answer_id
-    if tracked.asked.sampling is not None and tracked.asked.operation != "embeddings":
-        yield from _asked(tracked.asked.sampling)
+    if tracked.traced.sampling is not None and tracked.traced.operation != "embeddings":
+        yield from _asked(tracked.traced.sampling)
     if state.sequences > 1:
         yield "gen_ai.request.choice.count", state.sequences
     finishes = [life.finish for life in lives if life.finish is not None]

@@ -70,8 +70,10 @@ def _read() -> dict[str, Asset]:
 
 
 ASSETS: Final = _read()
-HOME: Final = ROOT.rstrip("/")
-PATHS: Final = frozenset({HOME, *ASSETS})
+HOMES: Final = ("/", ROOT.rstrip("/"))
+"""What leads to it: the address that a server prints, opened as it is."""
+
+PATHS: Final = frozenset({*HOMES, *ASSETS})
 """What anybody may ask for without a key."""
 
 

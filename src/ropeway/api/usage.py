@@ -15,6 +15,7 @@ from ropeway.accounts.table import as_csv
 from ropeway.accounts.usage import COLUMNS, Query, UsageRow, day
 from ropeway.api import lists
 from ropeway.api.health import json_response
+from ropeway.api.state import jobs_of
 from ropeway.errors import RequestError
 
 MAX_ROWS: Final = 10_000
@@ -64,6 +65,7 @@ async def get_usage(request: Request) -> Response:
     )
     accounts = request.app.state.accounts
     assert isinstance(accounts, Accounts)
+    await jobs_of(request).entered()
     rows = await accounts.usage(_own(request, query))
     if shape == "csv":
         return Response(as_csv(rows[: query.limit], query.by), media_type="text/csv")

@@ -139,13 +139,17 @@ def served(api: Api) -> tuple[ExecutorInfo, Pooling]:
     if info is None:
         raise NotReadyError("The engine is starting. Retry shortly.", retry_after=5.0)
     if info.pooling is None:
-        message = f"{api.service.model_name} is served for generating text alone: it makes no vectors."
+        message = f"{api.service.model_name} makes no vectors: it is served for generating text. Ask another model."
         raise RequestError(message, param="model")
     return info, info.pooling
 
 
 def common(request: Request, api: Api, body: PooledFields) -> dict[str, Any]:
-    """The fields of a `TextRequest` that all inputs of a body share."""
+    """The fields of a `TextRequest` that all inputs of a body share. Raises RequestError."""
+    cuts = ("truncate_prompt_tokens", "max_tokens_per_query", "max_tokens_per_doc")
+    if body.truncation_side is not None and all(getattr(body, cut, None) is None for cut in cuts):
+        message = "truncation_side can only be given together with truncate_prompt_tokens."
+        raise RequestError(message, param="truncation_side")
     urgency = urgency_of(request, body.priority)
     return {
         "request_id": str(request.state.request_id),

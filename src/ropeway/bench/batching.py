@@ -89,11 +89,11 @@ def run_jobs(
     progress: Callable[[int], None] | None = None,
 ) -> tuple[BatchingRun, ExecutorInfo]:
     """Run all jobs, which arrive together, on an executor of their own. Answers have exactly the lengths asked for."""
-    config = dataclasses.replace(config, batching=batching)
+    config = dataclasses.replace(config, batching=batching, max_queue=len(jobs))
     recorder = RecordingExecutor(make_executor(config), *([clock.now] if clock else []))
     try:
         _check(recorder.info, config, jobs)
-        engine = Engine(recorder, config, clock=clock, max_queue=len(jobs))
+        engine = Engine(recorder, config, clock=clock)
         # One short request first, so that neither side pays for what happens once: page faults, packing, caches.
         _run(engine, [Job(prompt=[0] * 8, output_len=4)], None)
         recorder.steps.clear()
@@ -137,7 +137,7 @@ def _check(info: ExecutorInfo, config: EngineConfig, jobs: Sequence[Job]) -> Non
             "Ask for shorter answers with --lengths, a shorter prompt with --input-len, or choose another model."
         )
     if config.max_num_seqs > info.max_slots:
-        raise ConfigError(f"max-num-seqs is {config.max_num_seqs}, but the executor has {info.max_slots} slots.")
+        raise ConfigError(f"--max-num-seqs is {config.max_num_seqs}, but there are {info.max_slots} seats. Lower it.")
 
 
 def table(static: BatchingRun, continuous: BatchingRun) -> str:

@@ -62,7 +62,8 @@ class DatasetConfig:
                 seed=seed,
             )
         if self.dataset_path is None:
-            raise ConfigError(f"The dataset {self.dataset_name} needs --dataset-path.", param="dataset_path")
+            message = f"The dataset {self.dataset_name} is read from a file. Give --dataset-path."
+            raise ConfigError(message, param="dataset_path")
         path = Path(self.dataset_path)
         if self.dataset_name == "sharegpt":
             return datasets.sharegpt(tokens, count, path, output_len=self.sharegpt_output_len, seed=seed)

@@ -167,7 +167,7 @@ def custom(tokens: Tokens, count: int, path: Path, *, output_len: int = 256) -> 
 
 def _enough(samples: list[Sample], count: int, path: Path) -> list[Sample]:
     if not samples:
-        raise ConfigError(f"{path} has no usable prompt.", param="dataset_path")
+        raise ConfigError(f"{path} has no usable prompt. Check --dataset-name.", param="dataset_path")
     return [samples[i % len(samples)] for i in range(count)]
 
 

@@ -36,7 +36,9 @@ class HttpClient:
     def __init__(self, base_url: str, headers: Mapping[str, str] | None = None) -> None:
         parts = urlsplit(base_url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ConfigError(f"{base_url!r} is not an http:// or https:// address.", param="base_url")
+            raise ConfigError(
+                f"{base_url!r} is not an http:// or https:// address. Check --base-url.", param="base_url"
+            )
         self._host = parts.hostname
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)

@@ -52,7 +52,7 @@ async def bench_serve(
         for i in range(config.num_warmups):
             outcome = await measure(client, call, samples[i % len(samples)])
             if not outcome.ok:
-                raise ConfigError(f"The warm-up request failed: {outcome.error}")
+                raise ConfigError(f"The warm-up request failed ({outcome.error}). Look into the server's log.")
         due = arrival_times(len(samples), config.request_rate, config.burstiness, seed)
         run = await run_load(client, call, samples, due, max_concurrency=config.max_concurrency, progress=progress)
     finally:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ropeway._version import __version__
@@ -49,7 +52,7 @@ def banner(
     `phases` are seconds since the start at which the text side, the HTTP side and everything was ready.
     """
     what = f"{model} ({info.model})" if info.model != model else model
-    chat = "ropeway chat" if url == "http://127.0.0.1:8000" else f"ropeway chat --url {url}"
+    chat = f"{program()} chat" + ("" if url == "http://127.0.0.1:8000" else f" --url {url}")
     lines = [
         f"Ropeway {__version__} serves {what} at {url}",
         "",
@@ -63,6 +66,12 @@ def banner(
         f"  {f'or: {chat}    ' if info.generates else ''}See it work: {url}/ui/    API: {url}/docs    Ctrl-C stops.",
     ]
     return "\n".join(lines)
+
+
+def program() -> str:
+    """What to type for this program: its path where no shell would find it, as after `make serve`."""
+    here = Path(sys.argv[0])
+    return str(here) if here.name == "ropeway" and shutil.which("ropeway") is None else "ropeway"
 
 
 def table_banner(

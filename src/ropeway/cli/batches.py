@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from urllib.parse import quote
 
 import typer
 
-from ropeway.cli.common import URL, Json, Key, Url, key_from, print_json
+from ropeway.cli.common import URL, Json, Key, Url, ask, connected, print_json
 from ropeway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def create(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Requests as JSON lines, in OpenAI's format.")],
     endpoint: Annotated[str | None, typer.Option(help="Where they go (default: the url of the first one).")] = None,
     window: Annotated[str, typer.Option(help="Time for all of it, such as 30m, 24h or 7d.")] = "24h",
-    priority: Annotated[str, typer.Option(help="medium: within minutes, if possible; low.")] = "low",
+    priority: Annotated[str, typer.Option(help="medium (within minutes, if possible) or low.")] = "low",
     callback_url: Annotated[str | None, typer.Option(help="Where to announce the end.")] = None,
     wait: Wait = False,
     url: Url = URL,
@@ -44,20 +43,20 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Upload a file and let it be worked off in the background."""
-    client = _client(url, api_key)
     wanted = {
         "endpoint": endpoint or _endpoint_of(file),
         "completion_window": window,
         "priority": priority,
         "callback_url": callback_url,
     }
-    try:
-        with file.open("rb") as opened:
-            uploaded = client.upload("/v1/files", file.name, opened, {"purpose": "batch"})
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
-    batch = client.call("POST", "/v1/batches", body={"input_file_id": uploaded["id"], **wanted})
-    _show(_waited(client, batch) if wait else batch, as_json)
+    with connected(url, api_key) as client:
+        try:
+            with file.open("rb") as opened:
+                uploaded = client.upload("/v1/files", file.name, opened, {"purpose": "batch"})
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read: {error.strerror}. Check the path.") from None
+        batch = client.call("POST", "/v1/batches", body={"input_file_id": uploaded["id"], **wanted})
+        _show(_waited(client, batch) if wait else batch, as_json)
 
 
 @batches.command("list")
@@ -68,7 +67,7 @@ def list_batches(
     as_json: Json = False,
 ) -> None:
     """The newest first."""
-    answer = _client(url, api_key).call("GET", f"/v1/batches?limit={limit}")
+    answer = ask("GET", f"/v1/batches?limit={limit}", url, api_key)
     if as_json:
         return print_json(answer)
     typer.echo(f"{'id':38} {'status':12} {'done':>7} {'failed':>7} {'total':>7}  endpoint")
@@ -83,9 +82,9 @@ def list_batches(
 @batches.command("get")
 def get(id: Id, wait: Wait = False, url: Url = URL, api_key: Key = None, as_json: Json = False) -> None:
     """How a batch stands."""
-    client = _client(url, api_key)
-    batch = client.call("GET", _path(id))
-    _show(_waited(client, batch) if wait else batch, as_json)
+    with connected(url, api_key) as client:
+        batch = client.call("GET", _path(id))
+        _show(_waited(client, batch) if wait else batch, as_json)
 
 
 @batches.command("output")
@@ -97,33 +96,26 @@ def output(
     api_key: Key = None,
 ) -> None:
     """The answers of a batch that has ended, a line for each."""
-    client = _client(url, api_key)
-    batch = client.call("GET", _path(id))
-    name = batch["error_file_id" if errors else "output_file_id"]
-    if name is None:
-        what = "no errors" if errors else "no answers"
-        raise ConfigError(f"The batch {id} is {batch['status']} and has {what} to read.")
-    path = f"/v1/files/{quote(name, safe='')}/content"
-    if to is None:
-        client.download(path, sys.stdout.buffer)
-        return
-    try:
-        with to.open("wb") as opened:
-            client.download(path, opened)
-    except OSError as error:
-        raise ConfigError(f"{to} cannot be written: {error.strerror}.") from None
+    with connected(url, api_key) as client:
+        batch = client.call("GET", _path(id))
+        name = batch["error_file_id" if errors else "output_file_id"]
+        if name is None:
+            what = "no errors" if errors else "no answers"
+            raise ConfigError(f"The batch {id} is {batch['status']} and has {what}. See `ropeway batches get {id}`.")
+        path = f"/v1/files/{quote(name, safe='')}/content"
+        if to is None:
+            return client.download(path, sys.stdout.buffer)
+        try:
+            with to.open("wb") as opened:
+                client.download(path, opened)
+        except OSError as error:
+            raise ConfigError(f"{to} cannot be written: {error.strerror}. Name another file.") from None
 
 
 @batches.command("cancel")
 def cancel(id: Id, url: Url = URL, api_key: Key = None, as_json: Json = False) -> None:
     """End a batch. Answers that are there already can still be read."""
-    _show(_client(url, api_key).call("POST", _path(id) + "/cancel"), as_json)
-
-
-def _client(url: str, api_key: str | None) -> Client:
-    from ropeway.cli.client import Client
-
-    return Client(url, api_key=api_key or key_from(os.environ))
+    _show(ask("POST", _path(id) + "/cancel", url, api_key), as_json)
 
 
 def _path(id: str) -> str:
@@ -139,7 +131,7 @@ def _endpoint_of(file: Path) -> str:
             first = next((line for line in lines if line.strip()), "")
             return str(json.loads(first)["url"])
     except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"{file} cannot be read: {error.strerror}. Check the path.") from None
     except (ValueError, LookupError, TypeError):
         raise ConfigError(f"The first line of {file} names no url. Give --endpoint.", param="endpoint") from None
 

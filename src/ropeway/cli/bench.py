@@ -9,7 +9,13 @@ import typer
 
 from ropeway.bench.config import DatasetConfig, LoadConfig
 from ropeway.cli.options import with_settings
-from ropeway.config import EngineConfig, check, load
+from ropeway.config import SHOWN, EngineConfig, check, load
+
+_OF_CROWDS = (
+    "max_queue", "max_logprobs", "default_priority", "promote_after", "tenant_weights", "fair_quantum",
+    "kv_tenant_quota", "reserved_seats", "background_gap_ms", "promote_medium_after", "promote_low_after",
+)  # fmt: skip
+"""Settings that tell requests apart, or turn them away: here all are alike, and all are answered."""
 
 bench = typer.Typer(help="Measure: a server, offline throughput, or static against continuous batching.")
 
@@ -44,26 +50,28 @@ def bench_serve(
 
 
 @bench.command("throughput")
-@with_settings(DatasetConfig, EngineConfig, without=("model", "seed"))
+@with_settings(DatasetConfig, EngineConfig, without=("model", *_OF_CROWDS, *SHOWN))
 def bench_throughput(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name.")] = "bundled",
-    seed: Annotated[int, typer.Option(help="Seed of prompts and lengths.", min=0)] = 0,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory or hub name.")] = "bundled",
     output_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON.")] = None,
     *,
     flags: dict[str, Any],
 ) -> None:
     """Tokens per second of the engine in this process, without a server."""
-    dataset, _ = load(DatasetConfig, {**flags, "seed": seed}, environ={})
-    config, _ = load(EngineConfig, {**flags, "model": model})
+    dataset, _ = load(DatasetConfig, flags, environ={})
+    config, _ = load(EngineConfig, {**flags, "model": model, "max_queue": dataset.num_prompts})
     from ropeway.cli.bench_throughput import run
 
     run(check(config), dataset, output_json)
 
 
 @bench.command("batching")
-@with_settings(EngineConfig, without=("model", "batching", "max_num_seqs", "journal", "journal_mb"))
+@with_settings(
+    EngineConfig,
+    without=("model", "tokenizer", "seed", "batching", "max_num_seqs", "journal", "journal_mb", *_OF_CROWDS, *SHOWN),
+)
 def bench_batching(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name.")] = "bundled",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory or hub name.")] = "bundled",
     seats: Annotated[int, typer.Option("--max-num-seqs", help="Seats.", min=1)] = 4,
     lengths: Annotated[str, typer.Option(help="Answer lengths, in tokens.")] = "50,100,200,500",
     num_prompts: Annotated[int, typer.Option(help="Requests in the long queue.", min=1)] = 24,

@@ -52,7 +52,9 @@ def _lengths(text: str) -> list[int]:
     except ValueError:
         found = []
     if not found or min(found) < 1:
-        raise ConfigError(f"lengths {text!r} must be whole numbers above 0, separated by commas.", param="lengths")
+        raise ConfigError(
+            f"--lengths is {text!r}; it must be whole numbers above 0 with commas between them.", param="lengths"
+        )
     return found
 
 

@@ -59,7 +59,7 @@ def _headers(items: Sequence[str]) -> dict[str, str]:
     for item in items:
         name, separator, value = item.partition("=")
         if not separator or not name.strip():
-            raise ConfigError(f"header {item!r} is not NAME=VALUE.", param="header")
+            raise ConfigError(f"--header is {item!r}; it must be NAME=VALUE.", param="header")
         headers[name.strip().lower()] = value
     return headers
 

@@ -54,5 +54,6 @@ def run(config: EngineConfig, dataset: DatasetConfig, output: Path | None) -> No
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(result.fields()) + "\n", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"The result cannot be written to {output}: {error.strerror}.") from None
+            message = f"The result cannot be written to {output}: {error.strerror}. Check --output-json."
+            raise ConfigError(message) from None
         print(f"Saved to {output}", file=sys.stderr)

@@ -30,9 +30,7 @@ def calibrate(
     serve: Annotated[
         bool, typer.Option("--serve/--no-serve", help="Also load a server, to measure what HTTP and text add.")
     ] = True,
-    price_per_hour: Annotated[
-        float | None, typer.Option(metavar="NUMBER", help="What such a machine costs in an hour.", min=0)
-    ] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="What such a machine costs in an hour.", min=0)] = None,
     *,
     flags: dict[str, Any],
 ) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
 
-from ropeway.cli.common import URL, Key, Url, key_from
+from ropeway.cli.common import URL, Key, Url, connected
 
 
 def register(app: typer.Typer) -> None:
@@ -24,15 +23,12 @@ def chat(
     api_key: Key = None,
 ) -> None:
     """Talk to a running server. /help lists what can be typed; Ctrl-C stops an answer, Ctrl-D leaves."""
-    from ropeway.cli.client import Client
     from ropeway.cli.repl import ChatSession, converse
 
-    session = ChatSession(
-        Client(url, api_key=api_key or key_from(os.environ), model=model),
-        system=system,
-        options={"temperature": temperature, "max_completion_tokens": max_tokens},
-    )
-    if quick is not None:
-        session.ask(quick)
-        raise typer.Exit(0 if session.last is not None else 1)
-    converse(session)
+    with connected(url, api_key, model) as client:
+        options = {"temperature": temperature, "max_completion_tokens": max_tokens}
+        session = ChatSession(client, system=system, options=options)
+        if quick is not None:
+            session.ask(quick)
+            raise typer.Exit(0 if session.last is not None else 1)
+        converse(session)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -14,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ropeway._version import __version__
-from ropeway.errors import KernelError
+from ropeway.errors import ConfigError, KernelError
 from ropeway.runtime import cpu_info
 from ropeway.runtime.kernels import build
 from ropeway.runtime.memory import GIB, cpu_memory, gib
+from ropeway.runtime.torch_version import check_torch as check_version
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 LITTLE_MEMORY = 2 * GIB
@@ -55,9 +55,9 @@ def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Check:
 def check_torch() -> Check:
     """The version by its metadata: importing torch takes seconds and is not needed to know."""
     try:
-        return Check("torch", importlib.metadata.version("torch"))
-    except importlib.metadata.PackageNotFoundError:
-        return Check("torch", "not installed", False, "pip install -c constraints.txt torch")
+        return Check("torch", check_version())
+    except ConfigError as error:
+        return Check("torch", "not good enough", False, error.message)
 
 
 def check_cpu(cpu: cpu_info.CpuInfo | None = None) -> Check:
@@ -134,7 +134,8 @@ def check_cuda() -> Check:
         return Check("CUDA", f"nvidia-smi fails ({error})", False, "Check the NVIDIA driver.")
     version = check_torch().found
     if "+cpu" in version:
-        return Check("CUDA", gpus, False, f"torch {version} cannot use it: install a CUDA build of torch (see README).")
+        advice = f"torch {version} cannot use it: install a CUDA build (PyTorch's installation page names its index)."
+        return Check("CUDA", gpus, False, advice)
     return Check("CUDA", gpus)
 
 

@@ -61,6 +61,10 @@ class Client:
         self._http = httpx2.Client(headers=headers, timeout=httpx2.Timeout(None, connect=10.0), trust_env=trust)
         self._model = model
 
+    def close(self) -> None:
+        """End the connections. Idempotent."""
+        self._http.close()
+
     @property
     def model(self) -> str:
         """The model that is asked for; the server's first unless one was named. Raises RopewayError."""

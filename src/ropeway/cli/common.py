@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ropeway.cli.client import Client
 
 URL = "http://127.0.0.1:8000"
 
 Url = Annotated[str, typer.Option(help="Address of the server.")]
 Key = Annotated[str | None, typer.Option(help="Key of the server (or ROPEWAY_API_KEY, OPENAI_API_KEY).")]
+AnyKey = Annotated[
+    str | None, typer.Option(help="A client's key, or the admin key to see all (or ROPEWAY_API_KEY, OPENAI_API_KEY).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -27,8 +34,16 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def ask(method: str, path: str, url: str, api_key: str | None, body: Any = None) -> Any:
-    """The JSON at `path` of the server at `url`. Raises RopewayError."""
+@contextmanager
+def connected(url: str, api_key: str | None, model: str | None = None) -> Iterator[Client]:
+    """A client of the server at `url`, whose connections end with the block. Raises RopewayError."""
     from ropeway.cli.client import Client
 
-    return Client(url, api_key=api_key or key_from(os.environ)).call(method, path, body)
+    with closing(Client(url, api_key=api_key or key_from(os.environ), model=model)) as client:
+        yield client
+
+
+def ask(method: str, path: str, url: str, api_key: str | None, body: Any = None) -> Any:
+    """The JSON at `path` of the server at `url`. Raises RopewayError."""
+    with connected(url, api_key) as client:
+        return client.call(method, path, body)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
 
-from ropeway.cli.common import URL, Key, Url, key_from
+from ropeway.cli.common import URL, Key, Url, connected
 
 
 def register(app: typer.Typer) -> None:
@@ -23,14 +22,11 @@ def complete(
     api_key: Key = None,
 ) -> None:
     """Let a running server continue a text. /help lists what can be typed; Ctrl-D leaves."""
-    from ropeway.cli.client import Client
     from ropeway.cli.repl import CompletionSession, converse
 
-    session = CompletionSession(
-        Client(url, api_key=api_key or key_from(os.environ), model=model),
-        options={"temperature": temperature, "max_tokens": max_tokens},
-    )
-    if quick is not None:
-        session.ask(quick)
-        raise typer.Exit(0 if session.last is not None else 1)
-    converse(session)
+    with connected(url, api_key, model) as client:
+        session = CompletionSession(client, options={"temperature": temperature, "max_tokens": max_tokens})
+        if quick is not None:
+            session.ask(quick)
+            raise typer.Exit(0 if session.last is not None else 1)
+        converse(session)

@@ -65,8 +65,11 @@ def cost(
     data_dir: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Compare what a day's tokens cost at a provider and on machines of one's own: all streamed, all as batches, and
-    mixed. What is not given is taken from what the server in --data-dir has measured. Every assumption is shown."""
+    """Compare what a day's tokens cost at a provider and on machines of one's own.
+
+    All streamed, all as batches, and mixed. What is not given is taken from what the server in --data-dir has measured.
+    Every assumption is shown.
+    """
     from ropeway.accounts.cost import Assumptions, report
     from ropeway.accounts.prices import Prices, read_prices
 

@@ -13,9 +13,9 @@ COMMAND = (sys.executable, "-m", "ropeway.cli.engine")
 
 
 def make_executor(config: EngineConfig) -> Executor:
-    from ropeway.runtime.open import open_executor  # torch loads here, in this process alone
+    from ropeway.runtime.open import open_executor
 
-    return open_executor(config)
+    return open_executor(config)  # torch loads there, in this process alone
 
 
 if __name__ == "__main__":

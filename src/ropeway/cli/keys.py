@@ -50,8 +50,10 @@ def create(
     as_json: Json = False,
     flags: dict[str, Any],
 ) -> None:
-    """Make a key and print it, this once. A running server knows it within a second, and from then on lets nobody in
-    without a key."""
+    """Make a key and print it, this once.
+
+    A running server knows it within a second, and from then on lets nobody in without a key.
+    """
     from ropeway.accounts import Limits
     from ropeway.accounts import keys as table
 
@@ -87,7 +89,10 @@ def list_keys(
 
 @keys.command()
 def revoke(key: Which, data_dir: Data = None) -> None:
-    """End a key for good. A running server lets it in for at most a second more; what it has under way goes on."""
+    """End a key for good.
+
+    A running server lets it in for at most a second more; what it has under way goes on.
+    """
     from ropeway.accounts import keys as table
 
     with _opened(data_dir) as store:

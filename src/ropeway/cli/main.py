@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import typer
+from typer.models import CommandInfo, TyperInfo
 
+from ropeway._version import __version__
 from ropeway.cli import (
     batches,
     bench,
     calibrate,
     canary,
     chat,
+    collect_env,
     complete,
     cost,
     doctor,
@@ -29,9 +33,9 @@ from ropeway.cli import (
     top,
     trace,
     usage,
-    version,
     webhooks,
 )
+from ropeway.cli.misuse import Misuse, explain
 from ropeway.cli.options import show_settings
 from ropeway.config import EngineConfig, ServerConfig
 from ropeway.errors import ConfigError, KernelError, MemoryBudgetError, ModelError, RopewayError
@@ -45,31 +49,38 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (
-    serve,
-    chat,
-    complete,
-    requests,
-    batches,
-    run_batch,
-    webhooks,
-    canary,
-    keys,
-    usage,
-    cost,
-    bench,
-    sim,
-    calibrate,
-    top,
-    replay,
-    trace,
-    plan,
-    quantize,
-    perplexity,
-    doctor,
-    version,
-):
-    verb.register(app)
+VERBS = {
+    "Serving": (serve, run_batch),
+    "A running server": (chat, complete, top, requests, batches, canary),
+    "Keys, costs and events": (keys, usage, cost, webhooks),
+    "Models": (plan, quantize, perplexity),
+    "Measuring and looking back": (bench, sim, calibrate, replay, trace),
+    "This machine": (doctor, collect_env),
+}
+"""All commands, under the headings of the help."""
+
+for panel, verbs in VERBS.items():
+    for verb in verbs:
+        verb.register(app)
+    made: list[CommandInfo | TyperInfo] = [*app.registered_commands, *app.registered_groups]
+    for one in made:
+        if not isinstance(one.rich_help_panel, str):
+            one.rich_help_panel = panel
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """What stands before the verb."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,12 +91,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if asked is not None:
             print(show_settings(asked, EngineConfig, ServerConfig))
             return
-        app(arguments, prog_name="ropeway")
+        code = app(arguments, prog_name="ropeway", standalone_mode=False)
+    except Misuse as error:
+        told = explain(error, arguments)
+        if told is not None:
+            print(describe(told), file=sys.stderr)
+        code = 2
+    except typer.Abort:
+        code = 1
     except RopewayError as error:
         if _wants_tracebacks(arguments, os.environ):
             raise
         print(describe(error), file=sys.stderr)
-        sys.exit(exit_code(error))
+        code = exit_code(error)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def describe(error: RopewayError) -> str:

@@ -72,7 +72,10 @@ def measure(config: EngineConfig, start: list[int], tokens: list[int], context: 
     try:
         info = executor.info
         if max(tokens) >= info.vocab_size:
-            raise ModelError(f"The tokenizer of {info.model} knows tokens beyond the model's {info.vocab_size}.")
+            raise ModelError(
+                f"The tokenizer of {info.model} knows tokens beyond the model's {info.vocab_size}. Check that "
+                "tokenizer.json belongs to these weights."
+            )
         total = len(list(windows(len(tokens), context - len(start))))
         with counting("windows", total) as done:
             found = score(

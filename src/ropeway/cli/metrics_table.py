@@ -9,33 +9,44 @@ from tempfile import TemporaryDirectory
 
 from prometheus_client.core import Metric
 
+from ropeway.accounts import Accounts
 from ropeway.accounts.families import families as of_keys
 from ropeway.accounts.usage import Amounts
 from ropeway.config import ServerConfig
 from ropeway.contract import EngineStats, ExecutorInfo, Ready, Step, TierStats
 from ropeway.jobs.running import Jobs
+from ropeway.observe.gpu import Reading
 from ropeway.observe.metrics import Metrics
 
 BEGIN, END = "<!-- metrics: begin -->", "<!-- metrics: end -->"
 _ALWAYS = ("model_name", "engine")
 
 
+class _Gpu:
+    """One that says everything."""
+
+    def read(self, uuid: str) -> Reading:
+        return Reading(0.5, 2, 1, 100.0)
+
+
 def shown(folder: Path) -> list[Metric]:
-    """The families of a server with a model, tiers, a key and jobs in `folder`."""
+    """The families of a server with a model on a GPU, all that can be asked for, tiers, a key and jobs in `folder`."""
     info = ExecutorInfo(
-        model="m", device="cpu", dtype="float32", num_blocks=9, block_size=16, max_slots=8, max_model_len=64,
-        vocab_size=9,
+        model="m", device="cuda", dtype="float32", num_blocks=9, block_size=16, max_slots=8, max_model_len=64,
+        vocab_size=9, device_id="GPU-1",
     )  # fmt: skip
     stats = EngineStats(
         step=1, running=1, waiting=0, slots=8, blocks_total=9, blocks_used=1, blocks_cached=0, rows=1, step_tokens=3,
         step_seconds=0.1, prompt_tokens=3, generation_tokens=0, cache_queries=3, cache_hits=0, preemptions=0,
         tiers=[TierStats("host", 5, 1, 1)],
     )  # fmt: skip
-    metrics = Metrics("m")
+    metrics = Metrics("m", blocks=True, gpus=_Gpu())
     metrics.on_report(Ready(info))
     metrics.on_report(Step([], stats))
     metrics.http_request("GET", "/metrics", 200, 0.1)
-    metrics.include(Jobs(ServerConfig(data_dir=str(folder)), longest=1000, serves=lambda name: True).families)
+    metrics.include(
+        Jobs(ServerConfig(data_dir=str(folder)), Accounts(folder), longest=1000, serves=lambda name: True).families
+    )
     metrics.include(lambda: of_keys({"k": Amounts(requests=1, prompt=1)}, {"k": "app"}))
     return list(metrics.all_families())
 

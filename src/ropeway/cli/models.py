@@ -55,7 +55,11 @@ class OneModel:
 
     @classmethod
     async def open(cls, engine: EngineConfig, server: ServerConfig) -> OneModel:
-        metrics = Metrics(server.served_model_name or engine.model, hidden_names=server.show_hidden_metrics)
+        metrics = Metrics(
+            server.served_model_name or engine.model,
+            hidden_names=server.show_hidden_metrics,
+            blocks=engine.kv_cache_metrics,
+        )
         return cls(await LocalModel.begin(engine, server, COMMAND, metrics), metrics, server)
 
     @property

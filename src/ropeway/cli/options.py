@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -14,10 +15,15 @@ from ropeway.errors import ConfigError
 
 ENVIRONMENT_NOTE = (
     "Each option is also a variable (--max-num-seqs is ROPEWAY_MAX_NUM_SEQS) and a line of a --config file "
-    "(max-num-seqs: 64). Order: flag, variable, file, default. Numbers may end in k, K, m or M (2K is 2048)."
+    "(max-num-seqs: 64). Order: flag, variable, file, preset, default. Whole numbers may end in k, K, m or M (2K is "
+    "2048)."
 )
 
 _OFF = "no_"
+_FAR = 10**6
+"""Upper bounds from here on are there against slips of the hand, and nobody wants to read them."""
+
+_OTHER_VARIABLES = {"ROPEWAY_CACHE_DIR", "ROPEWAY_FAILPOINT"}
 
 
 def limits(setting: Setting) -> str:
@@ -25,14 +31,14 @@ def limits(setting: Setting) -> str:
     if setting.choices or setting.low is None:
         return ""
     low = f"{setting.low:g}"
-    return f"at least {low}" if setting.high is None else f"{low} to {setting.high:g}"
+    return f"at least {low}" if setting.high is None or setting.high >= _FAR else f"{low} to {setting.high:g}"
 
 
 def value_name(setting: Setting) -> str:
     """What stands for the value in the help."""
     if setting.choices:
-        return "|".join(setting.choices)
-    return {int: "INT", float: "NUMBER"}.get(setting.kind, "TEXT")
+        return "|".join(map(str, setting.choices))
+    return {int: "<int>", float: "<float>"}.get(setting.kind, "<str>")  # as typer calls them
 
 
 def default_text(setting: Setting) -> str:
@@ -61,9 +67,12 @@ def with_settings(
     """Give a command one option for each setting of `classes`.
 
     The command receives those that were on the command line as a mapping `flags`, as `config.load` takes it. Values
-    stay text here, so that a wrong one gets the same message whether it came from a flag, a variable or a file.
+    stay text here, so that a wrong one gets the same message whether it came from a flag, a variable or a file. One
+    that several classes have is said as in the first of them, and is for all of them.
     """
-    chosen = [s for s in settings(*classes) if s.name not in without and (only is None or s.name in only)]
+    wanted = [s for s in settings(*classes) if s.name not in without and (only is None or s.name in only)]
+    first = {s.name: s for s in reversed(wanted)}
+    chosen = [s for s in wanted if first[s.name] is s]
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -88,7 +97,8 @@ def with_settings(
 def _parameters(setting: Setting) -> list[inspect.Parameter]:
     """The option of a setting. A switch also gets its opposite, named in the help rather than in a column of its own,
     which would leave no room for either on a terminal of 80 columns."""
-    notes = [" or ".join(setting.choices)] if setting.choices else []
+    words = list(map(str, setting.choices))
+    notes = [" or ".join(words)] if words else []
     if default_text(setting):
         notes.append(f"default: {default_text(setting)}")
     if limits(setting):
@@ -99,10 +109,10 @@ def _parameters(setting: Setting) -> list[inspect.Parameter]:
     option = typer.Option(
         setting.flag,
         help=setting.help.replace("[", r"\[") + tail,
-        metavar=None if setting.kind is bool else "NAME" if setting.choices else value_name(setting),
+        metavar=None if setting.kind is bool else "NAME" if words else value_name(setting),
         rich_help_panel=setting.group,
         show_default=False,
-        autocompletion=(lambda: list(setting.choices)) if setting.choices else None,
+        autocompletion=(lambda: words) if words else None,
     )
     kind = bool | None if setting.kind is bool else str | None
     own = [(setting.name, option)]
@@ -112,6 +122,15 @@ def _parameters(setting: Setting) -> list[inspect.Parameter]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, made])
         for name, made in own
     ]
+
+
+def unknown_variables(environ: Mapping[str, str], *classes: type) -> Iterator[str]:
+    """One warning for each `ROPEWAY_*` variable that nothing reads: a misspelt one would else be silently ignored."""
+    known = {setting.variable for setting in settings(*classes)} | _OTHER_VARIABLES
+    for name in environ:
+        if name.startswith("ROPEWAY_") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            yield f"{name} is set, but there is no such setting." + (f" Did you mean {close[0]}?" if close else "")
 
 
 def show_settings(word: str, *classes: type) -> str:

@@ -25,7 +25,9 @@ def register(app: typer.Typer) -> None:
 
 @with_settings(EngineConfig, only=ASKED)
 def perplexity(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name, or 'bundled'.")] = "bundled",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hugging Face directory or hub name, or 'bundled'.")
+    ] = "bundled",
     *,
     text: Annotated[
         Path | None,

@@ -11,8 +11,8 @@ from ropeway.config import EngineConfig, load
 
 PLANNED = (
     "revision", "download_dir", "model_impl", "dtype", "quantization", "quantization_group", "max_model_len",
-    "block_size", "kv_cache_gib", "num_kv_blocks", "gpu_memory_utilization", "kv_host_gib", "kv_disk_gib",
-    "max_num_seqs", "max_num_batched_tokens",
+    "block_size", "kv_cache_gib", "kv_cache_dtype", "num_kv_blocks", "gpu_memory_utilization", "kv_host_gib",
+    "kv_disk_gib", "max_num_seqs", "max_num_batched_tokens",
 )  # fmt: skip
 
 
@@ -22,7 +22,9 @@ def register(app: typer.Typer) -> None:
 
 @with_settings(EngineConfig, only=PLANNED)
 def plan(
-    model: Annotated[str, typer.Argument(help="Hugging Face directory or hub name, or 'bundled'.")] = "bundled",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hugging Face directory or hub name, or 'bundled'.")
+    ] = "bundled",
     *,
     device: Annotated[
         str, typer.Option(help="'cpu' or 'cuda' of this machine, or a name from `--device list`.", metavar="NAME")

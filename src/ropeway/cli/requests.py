@@ -7,13 +7,10 @@ from urllib.parse import quote
 
 import typer
 
-from ropeway.cli.common import URL, Json, Url, ask, print_json
+from ropeway.cli.common import URL, AnyKey, Json, Url, ask, print_json
 
 requests = typer.Typer(help="The requests of a running server: list them, look at one, cancel one.")
 
-Key = Annotated[
-    str | None, typer.Option(help="A client's key, or the admin key to see all (or ROPEWAY_API_KEY, OPENAI_API_KEY).")
-]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The x-request-id, or the id of the answer.")]
 
 
@@ -28,7 +25,7 @@ def list_requests(
     ] = None,
     limit: Annotated[int, typer.Option(help="The most to list.", min=1, max=1000)] = 100,
     url: Url = URL,
-    api_key: Key = None,
+    api_key: AnyKey = None,
     as_json: Json = False,
 ) -> None:
     """Those under way and those that ended in the last ten minutes, the newest first."""
@@ -47,13 +44,13 @@ def list_requests(
 
 
 @requests.command("show")
-def show(id: Id, url: Url = URL, api_key: Key = None, as_json: Json = False) -> None:
+def show(id: Id, url: Url = URL, api_key: AnyKey = None, as_json: Json = False) -> None:
     """One request: its state, why it waits and where it stands in the line, and what it has cost."""
     _show(ask("GET", f"/v1/requests/{quote(id, safe='')}", url, api_key), as_json)
 
 
 @requests.command("cancel")
-def cancel(id: Id, url: Url = URL, api_key: Key = None, as_json: Json = False) -> None:
+def cancel(id: Id, url: Url = URL, api_key: AnyKey = None, as_json: Json = False) -> None:
     """End a request. Its client is told so; one that is over already stays as it is."""
     _show(ask("DELETE", f"/v1/requests/{quote(id, safe='')}", url, api_key), as_json)
 

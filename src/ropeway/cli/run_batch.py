@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ropeway.cli.options import ENVIRONMENT_NOTE, with_settings
-from ropeway.config import EngineConfig, ServerConfig, check, load, settings
+from ropeway.cli.options import ENVIRONMENT_NOTE, unknown_variables, with_settings
+from ropeway.config import SHOWN, EngineConfig, ServerConfig, check, load, settings
 
 _OF_SERVER = {
     "served_model_name", "chat_template", "tool_call_parser", "reasoning_parser", "max_restarts", "engine_timeout",
@@ -22,7 +23,7 @@ def register(app: typer.Typer) -> None:
     app.command("run-batch", epilog=ENVIRONMENT_NOTE)(run_batch)
 
 
-@with_settings(EngineConfig, ServerConfig, only={s.name for s in settings(EngineConfig)} | _OF_SERVER)
+@with_settings(EngineConfig, ServerConfig, only={s.name for s in settings(EngineConfig)} - {*SHOWN} | _OF_SERVER)
 def run_batch(
     input_file: Annotated[
         Path, typer.Option("--input-file", "-i", metavar="FILE", help="Requests as JSON lines, in OpenAI's format.")
@@ -43,6 +44,8 @@ def run_batch(
     flags: dict[str, Any],
 ) -> None:
     """Answer a file of requests without a server. A run that was interrupted goes on where it was."""
+    for warning in unknown_variables(os.environ, EngineConfig, ServerConfig):
+        typer.echo(warning, err=True)
     engine, origins = load(EngineConfig, flags, file=config, also=(ServerConfig,))
     server, more = load(ServerConfig, flags, file=config, also=(EngineConfig,))
     if more.get("log_level", "default") == "default":

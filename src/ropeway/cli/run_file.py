@@ -24,7 +24,7 @@ from ropeway.cli.offline import offline
 from ropeway.cli.progress import counting
 from ropeway.config import EngineConfig, ServerConfig
 from ropeway.contract import Urgency
-from ropeway.errors import ConfigError
+from ropeway.errors import ConfigError, EngineError
 from ropeway.jobs.records import ItemError, OutputLine, OutputResponse, derived_id
 from ropeway.jobs.work import NOT_JSON, Call, Caller, Reply
 from ropeway.observe.logs import configure
@@ -32,6 +32,7 @@ from ropeway.observe.logs import configure
 _AGAIN: Final = (429, 500, 503)
 _ATTEMPTS: Final = 6
 _TELL_SECONDS: Final = 10.0
+_ENDED: Final = "The engine has ended before the last answer. Its log says why; the same command goes on from there."
 _MARK: Final = b"ropeway run-batch 1 "
 
 
@@ -168,7 +169,7 @@ def run(
             raise ConfigError(f"{output} is a directory; name a file.", param="output_file")
         partial = Partial((folder or output.parent) / f"{output.name}.partial", name, restart=restart)
     except OSError as error:
-        raise ConfigError(f"{error.filename} cannot be used: {error.strerror}.") from None
+        raise ConfigError(f"{error.filename} cannot be used: {error.strerror}. Check the paths.") from None
     if partial:
         print(f"going on after {len(partial)} of {total} requests", file=sys.stderr)
     try:
@@ -179,7 +180,9 @@ def run(
         print(f"interrupted: {progress}. The same command goes on from there.", file=sys.stderr)
         raise
     except OSError as error:
-        raise ConfigError(f"{error.filename} cannot be written: {error.strerror}.") from None
+        raise ConfigError(
+            f"{error.filename} cannot be written: {error.strerror}. Make room; the same command goes on from there."
+        ) from None
     finally:
         partial.close()
     print(f"{progress}, {progress.rate:.1f}/s. Written to {output}", file=sys.stderr)
@@ -194,18 +197,27 @@ async def _run(
     progress: Progress,
 ) -> None:
     async with offline(engine, server) as found:
+        inside, accounts = Inside(found.app), found.app.state.accounts
+
+        async def counted(call: Call) -> Reply:
+            reply = await inside(call)
+            if reply.used is not None:
+                accounts.count(reply.used)
+            return reply
+
         answering = asyncio.ensure_future(
-            answer_all(Inside(found.app), source, partial, inflight or max(2 * found.seats, 1), progress)
+            answer_all(counted, source, partial, inflight or max(2 * found.seats, 1), progress)
         )
         try:
             watched: list[asyncio.Future[Any]] = [answering, found.gone]
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
-                raise found.gone.result() or ConfigError("The engine has ended before the last answer.")
+                raise found.gone.result() or EngineError(_ENDED)
             await answering
         finally:
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)
+            await accounts.close()
 
 
 async def answer_all(caller: Caller, source: Path, partial: Partial, inflight: int, progress: Progress) -> None:
@@ -269,7 +281,7 @@ def _look_at(source: Path, model: str) -> tuple[str, int]:
             digest.update(line)
             total += 1
     if not total:
-        raise ConfigError(f"{source} has no requests.", param="input_file")
+        raise ConfigError(f"{source} has no requests. Give one as JSON in each line.", param="input_file")
     return digest.hexdigest(), total
 
 

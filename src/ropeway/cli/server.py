@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import replace
@@ -13,12 +14,13 @@ from typing import Any
 
 from ropeway.accounts.accounts import weights_in
 from ropeway.cli.models import Models, open_models
-from ropeway.config import EngineConfig, ServerConfig, preset_notes, weights_of
+from ropeway.config import EngineConfig, ServerConfig, preset_notes, settings, weights_of
 from ropeway.errors import RopewayError
 from ropeway.observe.logs import configure
 
 _log = logging.getLogger(__name__)
-_SECRET = {"api_key", "admin_key", "redis_url", "webhook_secret", "otlp_headers"}
+INTERRUPTED = 130
+"""Exit code after Ctrl-C while the server starts, as shells have it. Later, Ctrl-C ends a server in good order."""
 
 
 def run_server(engine: EngineConfig, server: ServerConfig, origins: Mapping[str, str]) -> None:
@@ -28,11 +30,17 @@ def run_server(engine: EngineConfig, server: ServerConfig, origins: Mapping[str,
     chosen = {name: origin for name, origin in origins.items() if origin != "default"}
     if chosen:
         values = {**vars(engine), **vars(server)}
-        shown = (f"{n}={'(hidden)' if n in _SECRET else values[n]} by {origin}" for n, origin in chosen.items())
+        values |= {s.name: "(hidden)" for s in settings(EngineConfig, ServerConfig) if s.secret}
+        shown = (f"{name}={values[name]} by {origin}" for name, origin in chosen.items())
         _log.info("settings: %s", ", ".join(shown))
     for note in preset_notes(engine, origins):
         _log.info("%s", note)
-    _run(_serve(*with_weights(engine, origins, server.data_path), server, begun))
+    try:
+        _run(_serve(*with_weights(engine, origins, server.data_path), server, begun))
+    except KeyboardInterrupt:
+        # Before it serves, and all is ended; but the interpreter would wait for the threads of a download.
+        logging.shutdown()
+        os._exit(INTERRUPTED)
 
 
 def with_weights(

@@ -17,12 +17,13 @@ def register(app: typer.Typer) -> None:
     app.command()(sim)
 
 
-@with_settings(SimConfig, EngineConfig, only=(*SimConfig.__dataclass_fields__, *OBEYED), without=("seed",))
+@with_settings(SimConfig, EngineConfig, only=(*SimConfig.__dataclass_fields__, *OBEYED))
 def sim(
-    seed: Annotated[int, typer.Option(help="Seed of the synthetic traffic.", min=0)] = 0,
     sweep: Annotated[
         list[str] | None,
-        typer.Option(metavar="SETTING=V,V", help="Values to try of a setting, e.g. policy=fcfs,priority; repeatable."),
+        typer.Option(
+            metavar="SETTING=V,V", help="Values to try of a setting, e.g. scheduling_policy=fcfs,sjf; repeatable."
+        ),
     ] = None,
     recommend: Annotated[
         bool, typer.Option("--recommend", help="Say which settings and how many replicas meet the targets.")
@@ -40,7 +41,7 @@ def sim(
     minutes of traffic take seconds.
     """
     # No environment: variables configure the server, and would silently change what is simulated.
-    config, _ = load(SimConfig, {**flags, "seed": seed}, environ={})
+    config, _ = load(SimConfig, flags, environ={})
     engine, _ = load(EngineConfig, flags, environ={})
     from ropeway.cli.run_sim import run
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ropeway.cli.common import URL, Json, Url, key_from
+from ropeway.cli.common import URL, AnyKey, Json, Url, connected
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -24,19 +24,18 @@ def register(app: typer.Typer) -> None:
 
 def top(
     url: Url = URL,
-    api_key: Annotated[
-        str | None,
-        typer.Option(help="A client's key, or the admin key to see all (or ROPEWAY_API_KEY, OPENAI_API_KEY)."),
-    ] = None,
+    api_key: AnyKey = None,
     every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1, max=60)] = 0.5,
     once: Annotated[bool, typer.Option("--once", help="Look once and leave, for scripts.")] = False,
     as_json: Json = False,
 ) -> None:
     """Watch seats, the line with its reasons, memory and rates. Ctrl-C leaves."""
-    from ropeway.cli.client import Client
+    path = f"/ui/feed?every={every}" + ("&frames=1" if once else "")
+    with connected(url, api_key) as client, closing(client.follow(path)) as looks:
+        _show(looks, once, as_json)
 
-    client = Client(url, api_key=api_key or key_from(os.environ))
-    looks = client.follow(f"/ui/feed?every={every}" + ("&frames=1" if once else ""))
+
+def _show(looks: Iterator[Any], once: bool, as_json: bool) -> None:
     if as_json:
         for found in looks:
             if "seats" in found:
@@ -70,6 +69,8 @@ def _grouped(looks: Iterator[Any]) -> Iterator[tuple[dict[str, Any], list[dict[s
             yield hello, list(frames.values())
         else:
             hello = found
+            served = {engine["model"] for engine in hello["engines"]}
+            frames = {model: frame for model, frame in frames.items() if model in served}
 
 
 def view(hello: dict[str, Any], frames: list[dict[str, Any]], height: int | None = None) -> Group:
@@ -78,23 +79,25 @@ def view(hello: dict[str, Any], frames: list[dict[str, Any]], height: int | None
     from rich.text import Text
 
     parts: list[Any] = []
+    engines: list[dict[str, Any]] = hello.get("engines", [])
     for frame in frames:
-        parts += [*_head(hello, frame), _seats(frame, height), _line(frame), Text()]
+        engine = next((one for one in engines if one["model"] == frame["model"]), {})
+        parts += [*_head(engine, frame), _seats(frame, height), _line(frame), Text()]
     return Group(*parts)
 
 
-def _head(hello: dict[str, Any], frame: dict[str, Any]) -> list[Any]:
+def _head(engine: dict[str, Any], frame: dict[str, Any]) -> list[Any]:
     from rich.text import Text
 
     kv, rates, seats = frame["kv"], frame["rates"], len(frame["seats"])
     used = kv["used"] / kv["total"] if kv["total"] else 0.0
     tiers = "".join(f"  {tier['name']} {tier['used']:,}/{tier['blocks']:,}" for tier in kv["tiers"])
     first = Text.assemble(
-        (frame["model"], "bold"), f" on {hello.get('device', '')}, {frame['state']}, step {frame['step']:,}"
+        (frame["model"], "bold"), f" on {engine.get('device', '')}, {frame['state']}, step {frame['step']:,}"
     )
     return [
         first,
-        Text(f"seats    {_bar(seats / max(hello.get('slots', 0), 1))} {seats} of {hello.get('slots', 0)}"),
+        Text(f"seats    {_bar(seats / max(engine.get('slots', 0), 1))} {seats} of {engine.get('slots', 0)}"),
         Text(f"kv cache {_bar(used)} {kv['used']:,} of {kv['total']:,} blocks, {kv['cached']:,} remembered{tiers}"),
         Text(
             f"prompt {_number(rates['prompt_tps'])} tokens/s   answers {_number(rates['generation_tps'])} tokens/s   "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ropeway.cli.common import ask
+from ropeway.cli.common import AnyKey, ask
 from ropeway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,24 +21,21 @@ def register(app: typer.Typer) -> None:
 
 def trace(
     journal: Annotated[
-        Path | None, typer.Argument(metavar="[JOURNAL]", help="What --journal wrote, or one file of it.")
+        Path | None, typer.Argument(metavar="JOURNAL", help="What --journal wrote, or one file of it.")
     ] = None,
     *,
-    server: Annotated[
+    url: Annotated[
         str | None, typer.Option(metavar="URL", help="Instead of a journal: ask this server what it remembers.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("trace.json"),
-    api_key: Annotated[
-        str | None,
-        typer.Option(help="A client's key, or the admin key to see all (or ROPEWAY_API_KEY, OPENAI_API_KEY)."),
-    ] = None,
+    api_key: AnyKey = None,
 ) -> None:
     """Write the lives of requests as a trace: a track for each seat, one for the line, and counters."""
-    if (journal is None) == (server is None):
-        raise ConfigError("Give either a journal or --server: the trace is made of one of them.")
+    if (journal is None) == (url is None):
+        raise ConfigError("Give either a journal or --url: the trace is made of one of them.")
     from ropeway.scene.trace import trace as made
 
-    stories = _recorded(journal) if journal is not None else _remembered(str(server), api_key)
+    stories = _recorded(journal) if journal is not None else _remembered(str(url), api_key)
     found = made(stories)
     try:
         output.write_text(json.dumps(found, separators=(",", ":")), encoding="utf-8")

@@ -26,8 +26,10 @@ def usage(
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     data_dir: Data = None,
 ) -> None:
-    """Requests, tokens and cost by key, model and time, from the server's data directory. A running server adds what
-    happened in the last second a moment later."""
+    """Requests, tokens and cost by key, model and time, from the server's data directory.
+
+    A running server adds what happened in the last second a moment later.
+    """
     from contextlib import closing
 
     from ropeway.accounts import keys as table
@@ -41,7 +43,7 @@ def usage(
     folder = folder_of(data_dir)
     if not (folder / FILE).exists():
         message = (
-            f"Nothing has been counted in {folder}. Servers count where there are keys or --prices; see --data-dir."
+            f"Nothing has been counted in {folder}. Create keys or start the server with --prices, or check --data-dir."
         )
         raise ConfigError(message, param="data_dir")
     with closing(open_accounts(folder)) as store:

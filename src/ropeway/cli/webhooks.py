@@ -85,14 +85,16 @@ def list_events(
 @webhooks.command("retry")
 @with_settings(JobsConfig, only=("data_dir",))
 def retry(
-    event: Annotated[str | None, typer.Argument(metavar="[EVENT]", help="The event's id, evt_...")] = None,
+    event: Annotated[str | None, typer.Argument(metavar="EVENT", help="The event's id, evt_...")] = None,
     *,
     config: Config = None,
     failed: Annotated[bool, typer.Option("--failed", help="All that have failed.")] = False,
     flags: dict[str, Any],
 ) -> None:
-    """Send an event again, with all attempts that the schedule has; also one that was delivered. A running server does
-    it at once, otherwise the next one does. A receiver that answered 410 is sent events again."""
+    """Send an event again, with all attempts that the schedule has; also one that was delivered.
+
+    A running server does it at once, otherwise the next one does. A receiver that answered 410 is sent events again.
+    """
     from ropeway.jobs import outbox
 
     if (event is None) != failed:

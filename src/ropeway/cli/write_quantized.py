@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ropeway.cli.progress import counting
-from ropeway.errors import ConfigError
+from ropeway.config import EngineConfig
 from ropeway.hub import locate
 from ropeway.modelspec import load_spec
 from ropeway.runtime.memory import gib
@@ -14,11 +14,10 @@ from ropeway.runtime.weights import export
 from ropeway.runtime.weights.quant import rounding
 
 
-def run(model: str, out: Path, format: str, group: int, *, revision: str | None, download_dir: str | None) -> None:
-    if group not in (32, 64, 128):
-        raise ConfigError(f"group is {group}; it must be 32, 64 or 128.", param="group")
-    begun = time.perf_counter()
-    spec = load_spec(locate(model, revision=revision, download_dir=download_dir), model, "native")
+def run(config: EngineConfig, out: Path, format: str) -> None:
+    """Write the model of `config` to `out` in `format`: int8, int4 or fp8. Raises RopewayError."""
+    model, group, begun = config.model, config.quantization_group, time.perf_counter()
+    spec = load_spec(locate(model, revision=config.revision, download_dir=config.download_dir), model, "native")
 
     with counting("layers", len(spec.modules)) as done:
         files = export.write_quantized(spec, out, format, group, rounding(format, group), done)

@@ -4,13 +4,23 @@ A setting is a dataclass field with its help beside it. The command line, `ROPEW
 documentation are all made from these fields, so none of them can drift. Order: flags > environment > file > default.
 """
 
-from ropeway.config.engine import PRESETS, EngineConfig, check, preset_notes, preset_values, weights_of, whole_prompts
+from ropeway.config.engine import (
+    PRESETS,
+    SHOWN,
+    EngineConfig,
+    check,
+    preset_notes,
+    preset_values,
+    weights_of,
+    whole_prompts,
+)
 from ropeway.config.load import load
 from ropeway.config.option import Setting, settings
 from ropeway.config.server import ServerConfig
 
 __all__ = [
     "PRESETS",
+    "SHOWN",
     "EngineConfig",
     "ServerConfig",
     "Setting",

@@ -31,8 +31,8 @@ class EngineConfig:
     quantization: Literal["auto", "int8", "int4", "fp8"] = option(
         "auto", "Model", "Quantize linear layers while loading; 'auto' takes the checkpoint as it is, fp8 needs a GPU."
     )
-    quantization_group: int = option(
-        64, "Model", "Inputs of a linear layer that share a scale in int4: 32, 64 or 128.", low=32, high=128
+    quantization_group: Literal[32, 64, 128] = option(
+        64, "Model", "The most inputs of a linear layer that share a scale in int4."
     )
     max_model_len: int | None = option(
         None, "Model", "Longest prompt plus answer, in tokens (default: the model's own limit).", low=1
@@ -62,9 +62,8 @@ class EngineConfig:
     enforce_eager: bool = option(
         False, "Device", "Launch every step kernel by kernel, without CUDA graphs of decoding steps (GPU only)."
     )
-    tensor_parallel_size: int = option(1, "Device", "Number of devices to split the model over (1 for now).", low=1)
 
-    block_size: int = option(16, "Memory", "Tokens in one KV block: 8, 16, 32 or 64.", low=8, high=64)
+    block_size: Literal[8, 16, 32, 64] = option(16, "Memory", "Tokens in one KV block.")
     kv_cache_gib: float | None = option(
         None, "Memory", "GiB for the KV cache (default: from free memory, see gpu-memory-utilization).", low=0.0001
     )
@@ -105,6 +104,13 @@ class EngineConfig:
         "GiB for weights, workspace and KV cache together, which then takes all that the others leave (default: what "
         "the device has).",
         low=0.001,
+    )
+
+    kv_cache_metrics: bool = option(
+        False, "Memory", "Show how long KV blocks keep what they hold, in the metrics vllm:kv_block_*."
+    )
+    kv_cache_metrics_sample: float = option(
+        0.01, "Memory", "Share of KV blocks that kv-cache-metrics follows.", low=0.0001, high=1.0
     )
 
     preset: Literal["balanced", "latency", "throughput"] = option(
@@ -176,6 +182,9 @@ class EngineConfig:
     )
 
 
+SHOWN = ("kv_cache_metrics", "kv_cache_metrics_sample")
+"""What changes only what a server shows of itself."""
+
 PRESETS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     "latency": (
         "few at a time, each at a steady pace; who would have to wait long hears so at once.",
@@ -241,8 +250,6 @@ def weights_of(text: str | None) -> dict[str, float]:
 
 def check(engine: EngineConfig) -> EngineConfig:
     """Refuse combinations that no single setting can see. Returns the config. Raises ConfigError."""
-    if engine.block_size & (engine.block_size - 1):
-        raise ConfigError(f"block_size is {engine.block_size}; it must be 8, 16, 32 or 64.", param="block_size")
     weights_of(engine.tenant_weights)
     if (engine.kv_disk_gib is None) != (engine.kv_disk_path is None):
         given, missing = ("gib", "path") if engine.kv_disk_path is None else ("path", "gib")
@@ -254,11 +261,6 @@ def check(engine: EngineConfig) -> EngineConfig:
             "kv_host_gib and kv_disk_gib keep cached blocks, but prefix caching is off. Leave them out, or do not "
             "switch it off.",
             param="enable_prefix_caching",
-        )
-    if engine.tensor_parallel_size != 1:
-        raise ConfigError(
-            f"tensor_parallel_size is {engine.tensor_parallel_size}, but this version runs on one device. Use 1.",
-            param="tensor_parallel_size",
         )
     if engine.reserved_seats >= engine.max_num_seqs:
         raise ConfigError(

@@ -33,6 +33,7 @@ class JobsConfig:
         "Redis",
         "Redis over which servers share their jobs, such as redis://host:6379/0, rediss://... or unix://path. With a "
         "password, better in ROPEWAY_REDIS_URL.",
+        secret=True,
     )
     redis_prefix: str = option(
         "ropeway", "Redis", "What the keys in Redis begin with: servers share what has the same prefix."
@@ -42,13 +43,17 @@ class JobsConfig:
     )
 
     webhook_url: str | None = option(
-        None, "Webhooks", "URL that hears of everything that ends, besides the callback_url of requests and batches."
+        None,
+        "Webhooks",
+        "URL that hears of everything that ends, besides the callback_url of requests and batches.",
+        secret=True,
     )
     webhook_secret: str | None = option(
         None,
         "Webhooks",
         "Secrets to sign events with (whsec_...), the newest first, by commas (default: one in --data-dir, made at the "
         "first need).",
+        secret=True,
     )
     webhook_allow: str | None = option(
         None, "Webhooks", "Host names, addresses and networks that events may go to though they are not public."

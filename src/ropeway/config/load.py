@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from ropeway.config.engine import preset_values
 from ropeway.config.option import settings
+from ropeway.config.yaml_file import read_yaml
 from ropeway.errors import ConfigError
 
 T = TypeVar("T")
@@ -35,15 +36,15 @@ def load(
     origins: dict[str, str] = {}
     for name, setting in known.items():
         if flags and flags.get(name) is not None:
-            raw, origin = flags[name], setting.flag
+            raw, said, origin = flags[name], setting.flag, setting.flag
         elif setting.variable in environ:
-            raw, origin = environ[setting.variable], setting.variable
+            raw, said, origin = environ[setting.variable], setting.variable, setting.variable
         elif name in from_file:
-            raw, origin = from_file[name], str(file)
+            raw, said, origin = from_file[name], f"{name} in {file}", str(file)
         else:
             values[name], origins[name] = setting.default, "default"
             continue
-        values[name], origins[name] = setting.parse(raw, origin), origin
+        values[name], origins[name] = setting.parse(raw, said), origin
     given = [name for name, origin in origins.items() if origin != "default"]
     for name, value in preset_values(values.get("preset"), given).items():
         values[name], origins[name] = value, f"preset {values['preset']}"
@@ -53,18 +54,15 @@ def load(
 def _read_file(file: Path, allowed: set[str]) -> dict[str, Any]:
     import difflib
 
-    import yaml
-
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"The configuration file {file} cannot be read: {error.strerror}. Check --config.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration file {file} is not valid YAML: {error}") from None
+    data = read_yaml(file, "The configuration file", "--config")
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"The configuration file {file} must be a mapping of settings, not a {type(data).__name__}.")
+        raise ConfigError(
+            f"The configuration file {file} is a {type(data).__name__}; it must be a mapping of settings, such as "
+            "max-num-seqs: 64.",
+            param="config",
+        )
     flat: dict[str, Any] = {}
     for key, value in data.items():
         name = str(key).replace("-", "_")

@@ -12,10 +12,19 @@ from ropeway.errors import ConfigError
 
 T = TypeVar("T")
 
+_UNITS = {"Seconds", "Milliseconds", "Hours", "Megabytes"}
+"""First words of a help that are a unit."""
 
-def option(default: T, group: str, help: str, *, low: float | None = None, high: float | None = None) -> T:
-    """A setting with its help, the heading it is listed under, and inclusive bounds."""
-    return field(default=default, metadata={"group": group, "help": help, "low": low, "high": high})
+_SUFFIXES = {"gib": "GiB", "mib": "MiB", "_ms": "milliseconds"}
+"""The same as the end of a name."""
+
+
+def option(
+    default: T, group: str, help: str, *, low: float | None = None, high: float | None = None, secret: bool = False
+) -> T:
+    """A setting with its help, the heading it is listed under, and inclusive bounds. The value of a `secret` one is
+    never shown."""
+    return field(default=default, metadata={"group": group, "help": help, "low": low, "high": high, "secret": secret})
 
 
 @dataclass(frozen=True)
@@ -24,12 +33,13 @@ class Setting:
 
     name: str
     kind: type
-    choices: tuple[str, ...]
+    choices: tuple[Any, ...]
     default: Any
     group: str
     help: str
     low: float | None
     high: float | None
+    secret: bool
 
     @property
     def flag(self) -> str:
@@ -40,14 +50,14 @@ class Setting:
         return "ROPEWAY_" + self.name.upper()
 
     def parse(self, value: Any, origin: str) -> Any:
-        """`value` (text from a flag or variable, or a YAML scalar) as this setting's type. Raises ConfigError."""
+        """`value` (text from a flag or variable, or a YAML scalar) as this setting's type. `origin` is what the user
+        calls it: the flag, the variable, or the place in a file. Raises ConfigError."""
         if value is None:
             return self.default
         try:
             parsed = self._convert(value)
-        except (TypeError, ValueError):
-            what = f"one of {', '.join(self.choices)}" if self.choices else f"of type {self.kind.__name__}"
-            raise ConfigError(f"{self.name} from {origin} is {value!r}; it must be {what}.", param=self.name) from None
+        except (LookupError, TypeError, ValueError):
+            raise ConfigError(f"{origin} is {value!r}; it must be {self._wanted()}.", param=self.name) from None
         if isinstance(parsed, int | float) and not isinstance(parsed, bool):
             # `not >=` rather than `<`, so that NaN is refused too.
             if self.low is not None and not parsed >= self.low:
@@ -57,13 +67,20 @@ class Setting:
         return parsed
 
     def _refuse(self, value: Any, origin: str, bound: str) -> NoReturn:
-        raise ConfigError(f"{self.name} from {origin} is {value}; it must be {bound}.", param=self.name)
+        raise ConfigError(f"{origin} is {value}; it must be {bound}.", param=self.name)
+
+    def _wanted(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(map(str, self.choices))}"
+        if self.kind not in (int, float):
+            return "true or false" if self.kind is bool else "a text"
+        unit = self.help.split()[0].lower() if self.help.split()[0] in _UNITS else _SUFFIXES.get(self.name[-3:])
+        number = "a whole number" if self.kind is int else "a number"
+        return f"{number} of {unit}, without the unit" if unit else number
 
     def _convert(self, value: Any) -> Any:
         if self.choices:
-            if str(value) not in self.choices:
-                raise ValueError
-            return str(value)
+            return {str(choice): choice for choice in self.choices}[str(value)]
         if self.kind is bool:
             text = str(value).strip().lower()
             if text not in {"1", "0", "true", "false", "yes", "no", "on", "off"}:
@@ -96,9 +113,7 @@ def settings(*classes: type) -> list[Setting]:
             if get_origin(hint) in (Union, types.UnionType):
                 hint = next(arg for arg in get_args(hint) if arg is not type(None))
             choices = get_args(hint) if get_origin(hint) is Literal else ()
-            kind = str if choices else hint
+            kind = type(choices[0]) if choices else hint
             meta = f.metadata
-            found.append(
-                Setting(f.name, kind, choices, f.default, meta["group"], meta["help"], meta["low"], meta["high"])
-            )
+            found.append(Setting(name=f.name, kind=kind, choices=choices, default=f.default, **meta))
     return found

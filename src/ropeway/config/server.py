@@ -17,9 +17,11 @@ class ServerConfig(JobsConfig, AccountsConfig, RoutesConfig):
 
     host: str = option("127.0.0.1", "Server", "Address to bind; anything but loopback needs an API key.")
     port: int = option(8000, "Server", "Port to bind; 0 takes a free one and prints it.", low=0, high=65535)
-    api_key: str | None = option(None, "Server", "Bearer key that clients must send (several: separated by commas).")
+    api_key: str | None = option(
+        None, "Server", "Bearer key that clients must send (several: separated by commas).", secret=True
+    )
     admin_key: str | None = option(
-        None, "Server", "Bearer key for the paths below /admin/, which are closed without one."
+        None, "Server", "Bearer key for the paths below /admin/, which are closed without one.", secret=True
     )
     tenant_header: str | None = option(
         None,
@@ -72,7 +74,7 @@ class ServerConfig(JobsConfig, AccountsConfig, RoutesConfig):
         "OpenTelemetry collector that is sent the spans of each request, OTLP over HTTP, such as http://127.0.0.1:4318.",
     )
     otlp_headers: str | None = option(
-        None, "Server", "Headers that the collector wants, such as a key: NAME=VALUE, several by commas."
+        None, "Server", "Headers that the collector wants, such as a key: NAME=VALUE, several by commas.", secret=True
     )
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "Server", "How much to log.")
     log_format: Literal["text", "json"] = option("text", "Server", "Shape of log lines.")

@@ -7,7 +7,7 @@ from msgspec import Struct
 from ropeway.contract.event import EngineStats, ErrorInfo, Pinned, TokenEvent, Why
 from ropeway.contract.request import GenerateRequest
 from ropeway.contract.result import ExecutorInfo
-from ropeway.contract.scene import Look, Recall, Recalled, Scene
+from ropeway.contract.scene import Look, Noted, Recall, Recalled, Scene
 
 
 class Submit(Struct, frozen=True, tag="submit"):
@@ -90,4 +90,4 @@ class Stopped(Struct, frozen=True, tag="stopped"):
 
 
 Command = Submit | Cancel | Explain | Pin | Reorder | Drain | Look | Recall
-Report = Ready | Step | Explained | Pins | Ordered | Stopped | Scene | Recalled
+Report = Ready | Step | Explained | Pins | Ordered | Stopped | Scene | Recalled | Noted

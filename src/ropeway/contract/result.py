@@ -80,7 +80,7 @@ class ExecutorInfo(Struct, frozen=True, kw_only=True):
     device, dtype, attention back end, number of blocks. `tiers` are the memory beneath the device's, nearest first;
     `secret` keys the names of what they have kept, and is empty if there is none. Both stay inside the engine.
     `pooling` is None if the model makes no vectors. One that `generates` nothing looks at all of a prompt at once, so a
-    prompt has to run whole, in one step.
+    prompt has to run whole, in one step. `device_id` is a GPU's UUID, by which its driver knows it.
     """
 
     model: str
@@ -101,6 +101,7 @@ class ExecutorInfo(Struct, frozen=True, kw_only=True):
     secret: bytes = b""
     pooling: Pooling | None = None
     generates: bool = True
+    device_id: str = ""
 
     def public(self) -> ExecutorInfo:
         """Without what only the engine needs to know."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from msgspec import Struct
 
@@ -151,6 +151,32 @@ class Life(Struct, frozen=True, kw_only=True):
     finish: str | None
     seconds: Phases
     spans: list[Span]
+
+
+Part = Literal["listen", "plan", "submit", "collect", "commit", "tell"]
+PARTS: tuple[Part, ...] = get_args(Part)
+"""What an engine's thread does, in the order of a step: read commands and answer those who look; let requests in and
+plan; hand the plan to the executor; get its answer; take that in; tell the service. On a CPU the model is computed in
+`submit` and tokens are chosen in `collect`; a GPU goes on by itself, is given its work in `submit`, and waited for in
+`collect`."""
+
+
+class BlockLife(Struct, frozen=True, array_like=True, gc=False):
+    """The life of what a KV block held, from being handed out to being handed out again, in seconds: all of it, what
+    passed since it was last found in the prefix cache (or since its beginning), and between times at which it was
+    found."""
+
+    lifetime: float
+    idle: float
+    gaps: list[float] = []
+
+
+class Noted(Struct, frozen=True, tag="noted"):
+    """What was seen of an engine at work since the last of these: seconds of its thread, one number for each of
+    `PARTS`; and of KV blocks that were handed out anew those whose lives were followed."""
+
+    seconds: list[float]
+    blocks: list[BlockLife] = []
 
 
 class Recall(Struct, frozen=True, tag="recall"):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ropeway.config import EngineConfig, weights_of, whole_prompts
-from ropeway.contract import Explained, Ordered, Pins, Ready, Report, Step, StepPlan, Stopped, Urgency
+from ropeway.contract import Explained, Ordered, Pins, Ready, Report, Step, StepPlan, Stopped
 from ropeway.contract.channel import Channel
 from ropeway.contract.clock import Clock, SystemClock
 from ropeway.contract.event import EngineStats, ErrorInfo, FinishReason, TokenEvent, with_extras
@@ -60,20 +60,13 @@ class Engine:
     """
 
     def __init__(
-        self,
-        executor: Executor,
-        config: EngineConfig,
-        *,
-        clock: Clock | None = None,
-        secret: bytes | None = None,
-        max_queue: int | None = None,
+        self, executor: Executor, config: EngineConfig, *, clock: Clock | None = None, secret: bytes | None = None
     ) -> None:
-        """`secret` keys the prefix cache (random unless a tier has kept one). `max_queue` overrides the configured
-        bound of the queue."""
+        """`secret` keys the prefix cache (random unless a tier has kept one)."""
         self.executor = executor
         self._config = config
         self.scheduler = make_scheduler(config, executor, secret or executor.info.secret or os.urandom(32))
-        self.intake = Intake(self.scheduler, config.max_queue if max_queue is None else max_queue)
+        self.intake = Intake(self.scheduler, config.max_queue)
         self._clock = clock or SystemClock()
         self._under_way: deque[tuple[StepPlan, Any]] = deque()
         self._news: list[TokenEvent] = []
@@ -178,5 +171,5 @@ class Engine:
             blocks_cached=pool.remembered, rows=rows, step_tokens=tokens, step_seconds=seconds,
             prompt_tokens=counters.prompt_tokens, generation_tokens=counters.generation_tokens,
             cache_queries=counters.cache_queries, cache_hits=counters.cache_hits, preemptions=counters.preemptions,
-            tiers=scheduler.memory.stats(), urgencies=[(aboard.count(n), waiting[n]) for n in Urgency],
+            tiers=scheduler.memory.stats(), urgencies=[(aboard.count(n), count) for n, count in enumerate(waiting)],
         )  # fmt: skip

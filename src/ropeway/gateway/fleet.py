@@ -189,7 +189,8 @@ class Fleet:
         )
 
     def _place(self, name: str, spec: Local, number: int) -> Place:
-        metrics = Metrics(name, hidden_names=spec.server.show_hidden_metrics)  # of all its lives
+        old, blocks = spec.server.show_hidden_metrics, spec.engine.kv_cache_metrics
+        metrics = Metrics(name, hidden_names=old, blocks=blocks)  # of all its lives
         self.metrics.include(metrics.families)
 
         async def start() -> Engine:

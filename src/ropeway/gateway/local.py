@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from ropeway.config import EngineConfig, ServerConfig
 from ropeway.contract import Ready, Report, SamplingParams, Stopped
@@ -16,6 +19,8 @@ from ropeway.remote.host import EngineHost
 from ropeway.service.loader import ModelText, load_text
 from ropeway.service.request import TextRequest
 from ropeway.service.service import EngineTextService
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 _STOP_SECONDS = 5.0
@@ -44,18 +49,7 @@ class LocalModel:
         host = EngineHost(engine, command, max_restarts=server.max_restarts, timeout=server.engine_timeout)
         starting = asyncio.create_task(host.start())
         try:
-            text = await asyncio.to_thread(
-                load_text,
-                engine.model,
-                revision=engine.revision,
-                download_dir=engine.download_dir,
-                model_impl=engine.model_impl,
-                tokenizer=engine.tokenizer,
-                chat_template=server.chat_template,
-                max_model_len=engine.max_model_len,
-                tool_call_parser=server.tool_call_parser,
-                reasoning_parser=server.reasoning_parser,
-            )
+            text = await _aside(lambda: _text(engine, server))
             service = EngineTextService(
                 host,
                 text,
@@ -95,6 +89,47 @@ class LocalModel:
         """End it, and what it was doing."""
         self.service.close()
         await _end(self.host, self.ready)
+
+
+def _text(engine: EngineConfig, server: ServerConfig) -> ModelText:
+    """What the service needs of the model. Raises RopewayError, also for a chat template that no chat could use."""
+    text = load_text(
+        engine.model,
+        revision=engine.revision,
+        download_dir=engine.download_dir,
+        model_impl=engine.model_impl,
+        tokenizer=engine.tokenizer,
+        chat_template=server.chat_template,
+        max_model_len=engine.max_model_len,
+        tool_call_parser=server.tool_call_parser,
+        reasoning_parser=server.reasoning_parser,
+    )
+    if text.template is not None:
+        text.template.check()
+    return text
+
+
+async def _aside(work: Callable[[], T]) -> T:
+    """`work` on a thread that nobody waits for when the server is ended: it may download for minutes."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(outcome: Callable[[], None]) -> None:
+        if not future.done():
+            outcome()
+
+    def run() -> None:
+        try:
+            result = work()
+        except Exception as error:
+            outcome = functools.partial(future.set_exception, error)
+        else:
+            outcome = functools.partial(future.set_result, result)
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=run, name="load-text", daemon=True).start()
+    return await future
 
 
 async def _end(host: EngineHost, starting: asyncio.Task[None]) -> None:

@@ -124,7 +124,13 @@ class Proxy:
 
     def _headers(self, scope: Scope) -> dict[str, str]:
         state = scope["state"]
-        passed = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _TO_SERVER}
+        passed: dict[str, str] = {}
+        for name, value in scope["headers"]:
+            if name in _TO_SERVER:  # a list may come in several headers (RFC 9110, 5.3): tracestate often does
+                before = passed.get(name.decode())
+                passed[name.decode()] = (
+                    value.decode("latin-1") if before is None else f"{before}, {value.decode('latin-1')}"
+                )
         urgency = state.get("urgency")
         headers = {
             "accept": "*/*",

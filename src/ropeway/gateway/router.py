@@ -94,6 +94,7 @@ class Router:
         scope["route"] = _Named(scope["path"])
         asked = Asked.of(await read_body(Request(scope, receive)), state["tenant"])
         route = self._table.route(asked.model)
+        state["route"] = route.name
         if state.get("meter") is not None:
             state["meter"].model = route.name
         self._api.check_open()

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from ropeway.config import EngineConfig, ServerConfig, check, preset_values, settings
+from ropeway.config.yaml_file import read_yaml
 from ropeway.errors import ConfigError
 from ropeway.gateway.table import Local, Remote, Route, Rule, Spec, Table, Weights
 
@@ -42,7 +43,7 @@ def read_table(
     Keys of remote servers come from variables of `environ` (default: the process's). Raises ConfigError.
     """
     environ = os.environ if environ is None else environ
-    top = _mapping(_load(path), str(path), _TOP)
+    top = _mapping(read_yaml(path, "The table of routes", "--routes", _Loader), str(path), _TOP)
     deployments = {
         name: _deployment(spec, f"deployments.{name}", name, server, engine, environ)
         for name, spec in _named(top.get("deployments"), "deployments").items()
@@ -57,15 +58,6 @@ def read_table(
         memory_gib=memory,
         start_timeout=_number(top, "start_timeout", "", 0.001, 86400) or 120.0,
     )
-
-
-def _load(path: Path) -> Any:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  a safe loader, and a strict one
-    except OSError as error:
-        raise ConfigError(f"The table of routes {path} cannot be read: {error.strerror}. Check --routes.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The table of routes {path} is not valid YAML: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -129,7 +121,8 @@ def _remote(given: dict[str, Any], where: str, environ: Mapping[str, str]) -> Re
         key = environ.get(variable, "").strip()
         if not key or not key.isascii() or not key.isprintable():
             state = "holds no usable key" if key else "is not set"
-            raise ConfigError(f"{where}.api_key_env names the variable {variable}, which {state}.", param="api_key_env")
+            message = f"{where}.api_key_env names the variable {variable}, which {state}. Put the key into it."
+            raise ConfigError(message, param="api_key_env")
     numbers = {
         name: _number(given, name, where, 0.001, 86400)
         for name in ("timeout", "connect_timeout", "first_byte_timeout", "idle_timeout")

@@ -1,266 +1,417 @@
-"""What happens to a batch besides its requests: its input is checked and taken in, its time ends, its files are made.
+"""The table of batches: OpenAI's life of a batch, each step of it one conditional change.
 
-Every step may be cut off anywhere and is begun again from what the tables say, by whoever comes first: what has been
-taken in is not taken in twice, and the files of a batch always get the same names and the same bytes.
+validating -> in_progress -> finalizing -> completed or expired; cancelling -> cancelled; failed is an input that cannot
+be read. What a batch becomes in the end is read off its items, and its counts are too, until its files are made.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import sqlite3
-import threading
-import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from ropeway.errors import RopewayError
-from ropeway.jobs import inputs
-from ropeway.jobs.failpoints import failpoint
-from ropeway.jobs.files import Draft
-from ropeway.jobs.groups import output_lives
-from ropeway.jobs.items import request_name
+from ropeway.contract import Urgency
+from ropeway.errors import RequestError
+from ropeway.jobs.files import KEEP_SECONDS, OPEN, find, insert, page
 from ropeway.jobs.records import (
+    MOVES,
     Batch,
     BatchState,
     Counts,
     FileRecord,
-    ItemError,
     ItemState,
     LineError,
-    OutputLine,
-    OutputResponse,
+    Page,
     Usage,
-    derived_id,
+    new_id,
+    window_seconds,
 )
-from ropeway.jobs.store import JobStore
-from ropeway.jobs.work import NOT_JSON
 
-log = logging.getLogger("ropeway.jobs")
-
-_LOOK_SECONDS: Final = 60.0
-"""How often the tables are looked through for what another process left or put there."""
-
-_TROUBLE_SECONDS: Final = 5.0
-_ROWS: Final = 64
+if TYPE_CHECKING:
+    from ropeway.jobs.store import JobStore
 
 
-class _Details(msgspec.Struct):
-    cached_tokens: int = 0
-    reasoning_tokens: int = 0
+class Line(msgspec.Struct, frozen=True):
+    """A request of a batch, as its input file has it in line `number`."""
+
+    number: int
+    custom_id: str
+    body: bytes
 
 
-class _Tokens(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
-    input_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
-    output_tokens_details: _Details | None = None
+class Progress(msgspec.Struct, frozen=True):
+    """How far the input of a batch has been taken in: `lines` of `total` requests, which end at byte `loaded` with the
+    file's line `line`."""
+
+    lines: int
+    total: int
+    loaded: int
+    line: int
 
 
-class _Used(msgspec.Struct):
-    usage: _Tokens | None = None
+class Batches:
+    """What clients ask of batches, and the steps that `ropeway.jobs.keeper` takes with them."""
 
-
-class Assembled(msgspec.Struct):
-    """What the rows of a batch came to."""
-
-    files: list[FileRecord]
-    counts: Counts
-    usage: Usage
-    expired: bool
-
-
-class Keeper:
-    """Carries the batches of `store` on, and drops what is kept no longer.
-
-    `most` requests may be in a batch, of `longest` bytes each; `serves` knows the models; deferred requests are kept
-    `keep_s` seconds after they have ended.
-    """
-
-    def __init__(
-        self,
-        store: JobStore,
-        *,
-        most: int = 50_000,
-        longest: int = 16 << 20,
-        keep_s: float = 72 * 3600.0,
-        serves: Callable[[str], bool] = lambda model: True,
-    ) -> None:
+    def __init__(self, store: JobStore) -> None:
         self._store = store
-        self._most = most
-        self._longest = longest
-        self._keep_s = keep_s
-        self._serves = serves
-        self._task: asyncio.Task[None] | None = None
-        self._trouble = ""
-        self._ending = threading.Event()
 
-    def start(self) -> None:
-        """Begin, on the running event loop."""
-        self._task = asyncio.create_task(self._run())
+    # Clients
 
-    async def stop(self) -> None:
-        """Leave everything as it is. Idempotent."""
-        self._ending.set()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+    async def create(
+        self,
+        *,
+        tenant: str,
+        endpoint: str,
+        input_file_id: str,
+        window: str = "24h",
+        key: str = "",
+        urgency: Urgency = Urgency.LOW,
+        metadata: dict[str, str] | None = None,
+        callback_url: str = "",
+        output_expires_after: int | None = None,
+    ) -> Batch:
+        """Accept a batch over an uploaded file; it is validated afterwards. Raises RequestError for a window that is
+        none, and for a file that this tenant does not have or that is not meant for batches."""
+        now = self._store.clock()
+        expires = now + window_seconds(window)
 
-    async def _run(self) -> None:
-        progress = self._store.progress
-        while True:
-            seen = progress.count
-            pause = _LOOK_SECONDS
-            if self._store.exists:
-                try:
-                    following = await self.round()
-                    pause = min(_LOOK_SECONDS, max(0.05, following - self._store.clock()))
-                    self._trouble = ""
-                except Exception as error:  # a full disk, or a fault of ours: both are tried again
-                    pause = _TROUBLE_SECONDS
-                    self._say(error)
-            await progress.wait(seen, pause)
+        def work(c: sqlite3.Connection) -> Batch:
+            file = find(c, tenant, input_file_id, now)
+            if file is None:
+                message = "There is no file with the id given as input_file_id. Upload it at /v1/files first."
+                raise RequestError(message, param="input_file_id")
+            if file.purpose != "batch":
+                message = f"The file was uploaded for the purpose {file.purpose!r}; upload it for 'batch'."
+                raise RequestError(message, param="input_file_id")
+            encoded = None if metadata is None else msgspec.json.encode(metadata).decode()
+            number = c.execute(
+                "INSERT INTO batches (id, tenant, key, endpoint, input_file_id, \"window\", urgency, metadata, "
+                "callback_url, output_expires_after, status, created_at, expires_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'validating', ?, ?)",
+                (
+                    new_id("batch_"), tenant, key, endpoint, input_file_id, window, urgency, encoded, callback_url,
+                    output_expires_after, int(now), int(expires),
+                ),
+            ).lastrowid  # fmt: skip
+            return _get(c, number or 0)
 
-    async def round(self) -> float:
-        """Do everything that is due. Returns when there is more of it, in seconds of the wall clock. Raises the first
-        of what went wrong, after everything else was done."""
-        store = self._store
-        now = store.clock()
-        following = [await store.batches.expire(), await store.items.sweep(self._keep_s), await store.files.sweep()]
-        await store.files.sweep_orphans(asyncio.get_running_loop().time())
-        troubles: list[Exception] = []
-        for batch in await store.batches.todo():
-            try:
-                await self._carry_on(batch)
-            except Exception as error:  # one whose file cannot be read must not hold up the others
-                troubles.append(error)
-        if await store.batches.clear():
-            following.append(now)
-        if troubles:
-            raise troubles[0]
-        return min((time for time in following if time is not None), default=now + _LOOK_SECONDS)
-
-    async def _carry_on(self, batch: Batch) -> None:
-        progress = await self._store.batches.progress(batch)
-        if batch.status is BatchState.VALIDATING:
-            await self._validate(batch)
-        elif progress.lines < progress.total:
-            await self._load(batch)
-        else:
-            await self._finalise(batch)
-
-    async def _validate(self, batch: Batch) -> None:
-        batches = self._store.batches
-        try:
-            checked = await asyncio.to_thread(
-                inputs.check, self._store.files.path(batch.input_file_id), endpoint=batch.endpoint, most=self._most,
-                longest=self._longest, serves=self._serves, wanted=lambda: not self._ending.is_set(),
-            )  # fmt: skip
-        except FileNotFoundError:
-            await batches.reject(batch, [LineError("input_file_not_found", "The input file is not there any more.")])
-            return
-        if self._ending.is_set():
-            return
-        if checked.errors:
-            await batches.reject(batch, checked.errors)
-        elif await batches.accept(batch, total=checked.total, model=checked.model):
-            await self._load(batch)
-
-    async def _load(self, batch: Batch) -> None:
-        at = await self._store.batches.progress(batch)
-        path = self._store.files.path(batch.input_file_id)
-        portions = inputs.portions(path, endpoint=batch.endpoint, longest=self._longest, begin=at.loaded, line=at.line)
-        while (portion := await asyncio.to_thread(next, portions, None)) is not None:
-            lines, ends = portion
-            now_at = await self._store.batches.load(batch, at, lines, ends)
-            if now_at.loaded != ends:
-                return  # another process takes it in; the next round sees how far
-            at = now_at
-            failpoint("load")
-        # What was cancelled meanwhile has no item left to end it.
+        batch = await self._store.write(work)
         self._store.progress.tell()
+        return batch
 
-    async def _finalise(self, batch: Batch) -> None:
-        failpoint("finalise")
-        owner = await self._store.owner()
-        made = await self._store.read(lambda c: assemble(self._store, c, batch, owner))
-        if await self._store.batches.complete(
-            batch, made.files, counts=made.counts, usage=made.usage, expired=made.expired
-        ):
-            total = made.counts.total
-            log.info("%s has ended: %d of %d requests went well.", batch.id, made.counts.completed, total)
+    async def get(self, tenant: str, batch_id: str) -> Batch | None:
+        return await self._store.read(lambda c: _find(c, tenant, batch_id))
 
-    def _say(self, error: Exception) -> None:
-        if self._trouble != str(error):
-            self._trouble = str(error)
-            log.warning("Batches wait: %s", error, exc_info=None if isinstance(error, RopewayError) else error)
+    async def cancel(self, tenant: str, batch_id: str) -> Batch | None:
+        """Run nothing more of a batch, and say how it stands. One that is past running stays as it is."""
+        now = self._store.clock()
+
+        def work(c: sqlite3.Connection) -> Batch | None:
+            batch = _find(c, tenant, batch_id)
+            if batch is not None and _move(c, batch.number, BatchState.CANCELLING, int(now)):
+                _end_open(c, batch.number, ItemState.CANCELLED, now)
+            return _find(c, tenant, batch_id)
+
+        batch = await self._store.write(work)
+        self._store.progress.tell()
+        return batch
+
+    async def ahead(self, batch: Batch) -> int:
+        """Open items that are served before the last one of `batch`, itself included; 0 unless it is in progress."""
+
+        def work(c: sqlite3.Connection) -> int:
+            if batch.status is not BatchState.IN_PROGRESS:
+                return 0
+            at = _progress(c, batch.number)
+            if at.lines < at.total:
+                return in_line(c, batch.urgency, 2**62, 0) + at.total - at.lines
+            sql = "SELECT rank, id FROM items WHERE batch = ? ORDER BY line DESC LIMIT 1"
+            last = c.execute(sql, (batch.number,)).fetchone()
+            return in_line(c, batch.urgency, last["rank"], last["id"])
+
+        return await self._store.read(work)
+
+    # Steps
+
+    async def todo(self) -> list[Batch]:
+        """Batches that are not merely waiting for their items, the oldest first."""
+
+        def work(c: sqlite3.Connection) -> list[Batch]:
+            rows = c.execute(
+                f"SELECT * FROM batches WHERE {OPEN} AND (status <> 'in_progress' OR lines < total)"
+            ).fetchall()
+            return [_record(c, row) for row in sorted(rows, key=lambda row: int(row["number"]))]
+
+        return await self._store.read(work)
+
+    async def progress(self, batch: Batch) -> Progress:
+        """How far the input has been taken in."""
+        return await self._store.read(lambda c: _progress(c, batch.number))
+
+    async def reject(self, batch: Batch, errors: Sequence[LineError]) -> bool:
+        """The input cannot be run: nothing of it will be. False if the batch is not being validated any more."""
+
+        def work(c: sqlite3.Connection) -> bool:
+            if not _move(c, batch.number, BatchState.FAILED, int(self._store.clock())):
+                return False
+            encoded = msgspec.json.encode(errors).decode()
+            c.execute("UPDATE batches SET errors = ? WHERE number = ?", (encoded, batch.number))
+            self._told(c, batch, BatchState.FAILED)
+            return True
+
+        return await self._done(work)
+
+    async def accept(self, batch: Batch, *, total: int, model: str | None) -> bool:
+        """The input has `total` requests and can be run. False if the batch is not being validated any more."""
+
+        def work(c: sqlite3.Connection) -> bool:
+            if not _move(c, batch.number, BatchState.IN_PROGRESS, int(self._store.clock())):
+                return False
+            c.execute("UPDATE batches SET total = ?, model = ? WHERE number = ?", (total, model, batch.number))
+            return True
+
+        return await self._store.write(work)
+
+    async def load(self, batch: Batch, at: Progress, lines: Sequence[Line], loaded: int) -> Progress:
+        """Take in `lines`, which follow `at` and end at byte `loaded` of the file. Returns where the batch is then,
+        which is somewhere else if another process took them in. A batch that has been cancelled or whose time is over
+        takes them in as ended."""
+        now = self._store.clock()
+
+        def work(c: sqlite3.Connection) -> Progress:
+            if _progress(c, batch.number) != at:
+                return _progress(c, batch.number)
+            row = c.execute("SELECT * FROM batches WHERE number = ?", (batch.number,)).fetchone()
+            state, code, message = ItemState.WAITING, None, None
+            if row["status"] == BatchState.CANCELLING:
+                state = ItemState.CANCELLED
+            elif row["expires_at"] <= now:
+                state = ItemState.EXPIRED
+            if state.ended:
+                code, message = NOT_RUN[state]
+            for rank, line in enumerate(lines, next_rank(c, batch.tenant, batch.urgency, now)):
+                number = c.execute(
+                    "INSERT INTO items (batch, line, custom_id, tenant, key, url, urgency, rank, state, created_at, "
+                    "ended_at, expires_at, code, message) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        batch.number, line.number, line.custom_id, batch.tenant, batch.key, batch.endpoint,
+                        batch.urgency, rank, state, now, now if state.ended else None, batch.expires_at, code, message,
+                    ),
+                ).lastrowid  # fmt: skip
+                if not state.ended:
+                    c.execute("INSERT INTO bodies VALUES (?, ?)", (number, line.body))
+            taken = at.lines + len(lines)
+            c.execute("UPDATE batches SET lines = ?, loaded = ? WHERE number = ?", (taken, loaded, batch.number))
+            settle(c, batch.number, int(now))
+            return Progress(taken, at.total, loaded, lines[-1].number)
+
+        progress = await self._store.write(work)
+        self._store.work.tell()
+        return progress
+
+    async def complete(
+        self, batch: Batch, files: Sequence[FileRecord], *, counts: Counts, usage: Usage, expired: bool
+    ) -> bool:
+        """The batch has ended, and these are its files: what went well (`batch_output`), and what did not
+        (`batch_error`). False if another process was faster."""
+
+        def work(c: sqlite3.Connection) -> bool:
+            status = c.execute("SELECT status FROM batches WHERE number = ?", (batch.number,)).fetchone()["status"]
+            end = BatchState.EXPIRED if expired else BatchState.COMPLETED
+            if status == BatchState.CANCELLING:
+                end = BatchState.CANCELLED
+            if not _move(c, batch.number, end, int(self._store.clock())):
+                return False
+            names = {file.purpose: file.id for file in files}
+            for file in files:
+                insert(c, msgspec.structs.replace(file, purpose="batch_output"))
+            c.execute(
+                "UPDATE batches SET output_file_id = ?, error_file_id = ?, completed = ?, failed = ?, usage = ? "
+                "WHERE number = ?",
+                (
+                    names.get("batch_output"), names.get("batch_error"), counts.completed, counts.failed,
+                    msgspec.json.encode(usage).decode(), batch.number,
+                ),
+            )  # fmt: skip
+            self._told(c, batch, end)
+            return True
+
+        return await self._done(work)
+
+    async def expire(self) -> float | None:
+        """End what is open of batches whose window is over. Returns when the next one's is."""
+        now = self._store.clock()
+
+        def work(c: sqlite3.Connection) -> tuple[int, float | None]:
+            running = f"{OPEN} AND status IN ('validating', 'in_progress')"
+            rows = c.execute(f"SELECT * FROM batches WHERE {running} AND expires_at <= ?", (now,)).fetchall()
+            for row in rows:
+                if row["status"] == BatchState.IN_PROGRESS:
+                    _end_open(c, row["number"], ItemState.EXPIRED, now)
+                    settle(c, row["number"], int(now))
+                elif _move(c, row["number"], BatchState.EXPIRED, int(now)):
+                    self._told(c, _record(c, row), BatchState.EXPIRED)
+            following: float | None = c.execute(
+                f"SELECT min(expires_at) FROM batches WHERE {running} AND expires_at > ?", (now,)
+            ).fetchone()[0]
+            return len(rows), following
+
+        ended, following = await self._store.write(work)
+        if ended:
+            self._store.ended.tell()
+        return following
+
+    async def clear(self, most: int = 2000) -> bool:
+        """Drop up to `most` items of batches that have ended: their files have all of it. True if there are more."""
+
+        def work(c: sqlite3.Connection) -> bool:
+            ended = "status IN ('completed', 'expired', 'cancelled')"
+            row = c.execute(f"SELECT number FROM batches WHERE cleared = 0 AND {ended} LIMIT 1").fetchone()
+            if row is None:
+                return False
+            chosen = "SELECT id FROM items WHERE batch = ? LIMIT ?"
+            if c.execute(f"DELETE FROM items WHERE id IN ({chosen})", (row["number"], most)).rowcount < most:
+                c.execute("UPDATE batches SET cleared = 1 WHERE number = ?", (row["number"],))
+            return True
+
+        return await self._store.write(work)
+
+    async def _done(self, work: Callable[[sqlite3.Connection], bool]) -> bool:
+        changed = await self._store.write(work)
+        self._store.ended.tell()
+        return changed
+
+    def _told(self, c: sqlite3.Connection, batch: Batch, state: BatchState) -> None:
+        self._store.tell(c, f"batch.{state}", batch.id, tenant=batch.tenant, url=batch.callback_url)
+
+    # Last, because from here on `list` is this method in annotations of the class.
+
+    async def list(
+        self, tenant: str, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
+    ) -> Page[Batch]:
+        """Batches by creation. Raises RequestError if there is no batch `after`."""
+
+        def work(c: sqlite3.Connection) -> Page[Batch]:
+            return page(
+                c, "batches", ["tenant = ?"], [tenant], after=after, limit=limit, order=order,
+                read=lambda row: _record(c, row),
+            )  # fmt: skip
+
+        return await self._store.read(work)
 
 
-def assemble(store: JobStore, c: sqlite3.Connection, batch: Batch, owner: str) -> Assembled:
-    """Write the files of a batch all of whose items have ended, in the order of its lines: answers, and errors."""
-    counts = dict.fromkeys(ItemState, 0)
-    usage = Usage()
-    files: list[FileRecord] = []
-    rows = c.execute(
-        "SELECT items.*, replies.status, replies.request_id, replies.body FROM items "
-        "LEFT JOIN replies ON replies.item = items.id WHERE batch = ? ORDER BY line",
-        (batch.number,),
+NOT_RUN: Final = {
+    ItemState.EXPIRED: (
+        "batch_expired",
+        "This request could not be executed before the completion window expired.",
+    ),
+    ItemState.CANCELLED: ("batch_cancelled", "This request was not executed because the batch was cancelled."),
+}
+"""Code and message of requests of a batch that never ran; OpenAI's where it has them."""
+
+
+def settle(c: sqlite3.Connection, number: int, now: int) -> bool:
+    """A running batch all of whose requests have ended goes on to its files, in the transaction that ended the last."""
+    return (
+        c.execute(
+            "UPDATE batches SET status = 'finalizing', finalizing_at = ? WHERE number = ? AND status = 'in_progress' "
+            "AND lines = total AND NOT EXISTS (SELECT 1 FROM items WHERE batch = ? AND state IN (0, 1))",
+            (now, number, number),
+        ).rowcount
+        > 0
     )
-    with store.files.draft() as output, store.files.draft() as errors:
-        for number, row in enumerate(rows):
-            if number % _ROWS == 0:
-                time.sleep(0.0005)  # let those go on who stream to people
-            state = ItemState(row["state"])
-            counts[state] += 1
-            (output if state is ItemState.DONE else errors).write(_line(row, request_name(row, owner)))
-            if row["body"] is not None:
-                usage = _more(usage, row["body"])
-        for draft, purpose, name in ((output, "batch_output", "output"), (errors, "batch_error", "error")):
-            if draft.size:
-                files.append(_keep(store, draft, batch, purpose, name))
-    total = sum(counts.values())
-    return Assembled(
-        files, Counts(total, counts[ItemState.DONE], counts[ItemState.FAILED]), usage, counts[ItemState.EXPIRED] > 0
+
+
+def next_rank(c: sqlite3.Connection, tenant: str, urgency: Urgency, now: float) -> int:
+    """The rank of the next item of `tenant` among those of `urgency`: behind its own, and beside those that are served
+    now, so that tenants take turns and nobody waits for all that another one has brought.
+
+    Start-time fair queueing (Goyal, Vin, Cheng, 1996) with all items taken for equally large.
+    """
+    served = c.execute(
+        "SELECT max(rank) AS rank, max(CASE WHEN tenant = ? THEN rank END) AS own FROM items "
+        "WHERE state = 1 AND urgency = ?",
+        (tenant, urgency),
+    ).fetchone()
+    first = served["rank"]
+    if first is None:
+        sql = "SELECT min(rank) FROM items WHERE state = 0 AND urgency = ? AND due <= ?"
+        first = c.execute(sql, (urgency, now)).fetchone()[0]
+    sql = "SELECT max(rank) FROM items WHERE state = 0 AND tenant = ? AND urgency = ?"
+    waiting = c.execute(sql, (tenant, urgency)).fetchone()[0]
+    own = [int(rank) + 1 for rank in (served["own"], waiting) if rank is not None]
+    return max(int(first or 0), *own, 0)
+
+
+def in_line(c: sqlite3.Connection, urgency: Urgency, rank: int, item: int) -> int:
+    """Open items up to the one of that rank and id, in the order in which items of that urgency are served."""
+    row = c.execute(
+        "SELECT (SELECT count(*) FROM items WHERE state = 1) + (SELECT count(*) FROM items WHERE state = 0 "
+        "AND urgency < ?) + (SELECT count(*) FROM items WHERE state = 0 AND urgency = ? AND (rank, id) <= (?, ?))",
+        (urgency, urgency, rank, item),
+    ).fetchone()
+    return int(row[0])
+
+
+def output_lives(batch: Batch) -> int:
+    """Seconds that the files of a batch are kept."""
+    return KEEP_SECONDS if batch.output_expires_after is None else batch.output_expires_after
+
+
+def _end_open(c: sqlite3.Connection, number: int, state: ItemState, now: float) -> None:
+    c.execute(
+        "UPDATE items SET state = ?, ended_at = ?, code = ?, message = ? WHERE batch = ? AND state IN (0, 1)",
+        (state, now, *NOT_RUN[state], number),
     )
 
 
-def _keep(store: JobStore, draft: Draft, batch: Batch, purpose: str, name: str) -> FileRecord:
-    file_id = derived_id("file-", batch.id, name)
-    draft.keep(file_id)
-    now = int(store.clock())
-    return FileRecord(
-        id=file_id, tenant=batch.tenant, filename=f"{batch.id}_{name}.jsonl", purpose=purpose, bytes=draft.size,
-        created_at=now, expires_at=now + output_lives(batch),
-    )  # fmt: skip
+def _move(c: sqlite3.Connection, number: int, state: BatchState, now: int) -> bool:
+    """Go to `state` if that may follow the present one."""
+    before = [one for one, after in MOVES.items() if state in after]
+    return (
+        c.execute(
+            f"UPDATE batches SET status = ?, {state}_at = ? WHERE number = ? "
+            f"AND status IN ({', '.join('?' * len(before))})",
+            (state, now, number, *before),
+        ).rowcount
+        > 0
+    )
 
 
-def _line(row: sqlite3.Row, name: str) -> bytes:
-    answer = None
-    if row["body"] is not None:
-        answer = OutputResponse(row["status"], row["request_id"], msgspec.Raw(row["body"]))
-    error = ItemError(row["code"], row["message"]) if answer is None else None
-    return msgspec.json.encode(OutputLine(name, row["custom_id"], answer, error)) + b"\n"
+def _progress(c: sqlite3.Connection, number: int) -> Progress:
+    row = c.execute(
+        "SELECT lines, total, loaded, (SELECT max(line) FROM items WHERE batch = number) AS line FROM batches "
+        "WHERE number = ?",
+        (number,),
+    ).fetchone()
+    return Progress(row["lines"], row["total"], row["loaded"], row["line"] or 0)
 
 
-def _more(usage: Usage, body: bytes) -> Usage:
-    try:
-        found = msgspec.json.decode(body, type=_Used).usage
-    except NOT_JSON:
-        return usage  # usage of another shape is not counted
-    if found is None:
-        return usage
-    read = found.prompt_tokens_details or found.input_tokens_details
-    written = found.completion_tokens_details or found.output_tokens_details
-    return Usage(
-        usage.input_tokens + found.prompt_tokens + found.input_tokens,
-        usage.output_tokens + found.completion_tokens + found.output_tokens,
-        usage.cached_tokens + (read.cached_tokens if read else 0),
-        usage.reasoning_tokens + (written.reasoning_tokens if written else 0),
+def _get(c: sqlite3.Connection, number: int) -> Batch:
+    return _record(c, c.execute("SELECT * FROM batches WHERE number = ?", (number,)).fetchone())
+
+
+def _find(c: sqlite3.Connection, tenant: str, batch_id: str) -> Batch | None:
+    row = c.execute("SELECT * FROM batches WHERE id = ? AND tenant = ?", (batch_id, tenant)).fetchone()
+    return None if row is None else _record(c, row)
+
+
+def _record(c: sqlite3.Connection, row: sqlite3.Row) -> Batch:
+    values = {name: row[name] for name in Batch.__struct_fields__ if name not in ("counts", "status", "urgency")}
+    for name, kind in (("metadata", dict[str, str]), ("errors", list[LineError]), ("usage", Usage)):
+        if values[name] is not None:
+            values[name] = msgspec.json.decode(values[name], type=kind)
+    done, failed = row["completed"], row["failed"]
+    if done is None:
+        # Counted, not kept up to date beside the items: so the two cannot part ways.
+        states = c.execute("SELECT state, count(*) FROM items WHERE batch = ? GROUP BY state", (row["number"],))
+        counted = {state: int(n) for state, n in states}
+        done, failed = counted.get(ItemState.DONE, 0), counted.get(ItemState.FAILED, 0)
+    return Batch(
+        **values,
+        status=BatchState(row["status"]),
+        urgency=Urgency(row["urgency"]),
+        counts=Counts(row["total"], done, failed),
     )

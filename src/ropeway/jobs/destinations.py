@@ -121,8 +121,8 @@ class Rules:
             except ValueError:
                 if take_apart(f"http://{entry}/") != Target("http", entry.lower(), 80, "/"):
                     raise ConfigError(
-                        f"--webhook-allow has {entry!r}, which is neither a host name nor an address nor a network "
-                        "such as 10.0.0.0/8.",
+                        f"--webhook-allow has {entry!r}; it must be host names, addresses, and networks such as "
+                        "10.0.0.0/8, with commas between them.",
                         param="webhook_allow",
                     ) from None
                 names.add(entry.lower())
@@ -199,6 +199,6 @@ def _port_range(text: str) -> range:
         ports = range(0)
     if not ports or ports[0] < 1 or ports[-1] > 65535:
         raise ConfigError(
-            f"--webhook-ports has {text!r}; give ports and ranges such as 443,8000-8999.", param="webhook_ports"
+            f"--webhook-ports has {text!r}; it must be ports and ranges such as 443,8000-8999.", param="webhook_ports"
         )
     return ports

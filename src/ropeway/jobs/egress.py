@@ -68,12 +68,10 @@ class Egress:
                 target = self.rules.check_url(url, param="The URL")
                 where = httpcore2.URL(scheme=target.scheme, host=target.host, port=target.port, target=target.path)
                 sent = [("Host", target.header), *headers.items(), ("Connection", "close")]
+                rules = None if url in self.rules.trusted else self.rules
                 async with (
-                    httpcore2.AsyncHTTPConnection(
-                        where.origin,
-                        ssl_context=self._tls,
-                        network_backend=_Way(self._resolver, target, None if url in self.rules.trusted else self.rules),
-                    ) as connection,
+                    aclosing(_Way(self._resolver, target, rules)) as way,
+                    httpcore2.AsyncHTTPConnection(where.origin, self._tls, network_backend=way) as connection,
                     connection.stream("POST", where, headers=sent, content=body) as response,
                 ):
                     answer = Answer(response.status, _header(response.headers, b"retry-after"))
@@ -98,6 +96,7 @@ class _Way(httpcore2.AsyncNetworkBackend):
     def __init__(self, resolver: Resolver, target: Target, rules: Rules | None) -> None:
         self._resolver, self._target, self._rules = resolver, target, rules
         self._plain = httpcore2.AnyIOBackend()
+        self._made: httpcore2.AsyncNetworkStream | None = None
 
     async def connect_tcp(
         self,
@@ -110,10 +109,18 @@ class _Way(httpcore2.AsyncNetworkBackend):
         failure: Exception = OSError(f"{self._target.host} has no address.")
         for address in await self._addresses():
             try:
-                return await self._plain.connect_tcp(str(address), self._target.port, timeout=_CONNECT_SECONDS)
+                made = await self._plain.connect_tcp(str(address), self._target.port, timeout=_CONNECT_SECONDS)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
+            else:
+                self._made = made
+                return made
         raise failure
+
+    async def aclose(self) -> None:
+        """End the connection; httpcore leaves it open where the time is up in the middle of a handshake."""
+        if self._made is not None:
+            await self._made.aclose()
 
     async def _addresses(self) -> list[Address]:
         """Those of the host. One that is not allowed rules out all, lest the order in which a stranger's name server

@@ -18,10 +18,12 @@ from typing import Final
 
 from ropeway.errors import ConfigError
 
-NAMES: Final = frozenset({"claim", "dispatch", "result", "committed", "load", "finalise", "rename", "webhook"})
+NAMES: Final = frozenset(
+    {"claim", "dispatch", "result", "committed", "load", "finalise", "rename", "webhook", "charge"}
+)
 """After a lease is on the disk; before the call is made; with an answer that is not committed yet; after it is; between
 two portions of a batch's lines; before a batch's files are written; before a file gets its name; between a webhook's
-delivery and the record of it."""
+delivery and the record of it; between the entry of charges in the usage of keys and the record of that."""
 
 
 def armed(setting: str) -> Callable[[str], None]:

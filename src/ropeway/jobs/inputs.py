@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ropeway.jobs.groups import Line
+from ropeway.jobs.batches import Line
 from ropeway.jobs.records import LineError
 from ropeway.jobs.work import NOT_JSON
 
@@ -116,7 +116,7 @@ def check(
             seen[mark] = raw.number
             model = model or _model(body, serves)
             if body.model != model:
-                message = f"This line asks for another model than the lines before it, which ask for {model[:64]!r}."
+                message = f"This line asks for another model than those before it, {model[:64]!r}. Use one in a file."
                 raise _Wrong("model_mismatch", message, "body.model")
         except _Wrong as wrong:
             errors.append(LineError(wrong.code, wrong.message, raw.number, wrong.param))
@@ -125,7 +125,7 @@ def check(
         if total % 256 == 0 and not wanted():
             break
     if total == 0:
-        errors.append(LineError("empty_file", "The file has no requests."))
+        errors.append(LineError("empty_file", "The file has no requests. Put one in each line, as a JSON object."))
     return Checked(total, model, errors)
 
 
@@ -158,13 +158,15 @@ def _parsed(raw: Raw, endpoint: str, longest: int) -> tuple[str, _Body, bytes]:
         # As a text, because what the body says is passed over here, and would be found to be no UTF-8 too late.
         request = msgspec.json.decode(raw.data.decode(), type=_Request)
     except NOT_JSON as error:
-        raise _Wrong("invalid_json_line", f"This line is not a JSON object: {error}.") from None
+        raise _Wrong(
+            "invalid_json_line", f"This line is not a JSON object: {error}. Write each request in a line of its own."
+        ) from None
     if not isinstance(request.custom_id, str) or not request.custom_id:
         raise _Wrong("missing_required_parameter", "This line needs a custom_id that is a text.", "custom_id")
     if request.method != "POST":
         raise _Wrong("invalid_method", "The method of a request must be POST.", "method")
     if request.url != endpoint:
-        raise _Wrong("url_mismatch", f"The url of this line is not the endpoint of the batch, {endpoint}.", "url")
+        raise _Wrong("url_mismatch", f"The url of this line must be the endpoint of the batch, {endpoint}.", "url")
     try:
         body = msgspec.json.decode(request.body, type=_Body)
     except NOT_JSON as error:
@@ -172,7 +174,7 @@ def _parsed(raw: Raw, endpoint: str, longest: int) -> tuple[str, _Body, bytes]:
             "missing_required_parameter", f"This line needs a body that is an object: {error}.", "body"
         ) from None
     if body.stream:
-        message = "A request of a batch cannot stream: its answer is a line of a file."
+        message = "A request of a batch cannot stream: its answer is a line of a file. Leave stream out."
         raise _Wrong("unsupported_value", message, "body.stream")
     return request.custom_id, body, bytes(request.body)
 

@@ -6,6 +6,7 @@ when a newer one exists or the item has ended.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final, Literal
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 from ropeway.contract import Urgency
+from ropeway.jobs.batches import in_line, next_rank, settle
+from ropeway.jobs.charges import charge
 from ropeway.jobs.failpoints import failpoint
 from ropeway.jobs.files import page
-from ropeway.jobs.groups import in_line, next_rank, settle
 from ropeway.jobs.records import Item, ItemError, ItemState, Page, derived_id, is_id, new_id
 from ropeway.jobs.work import NOT_JSON, Call, Depth, Reply, Work, failure
 
@@ -30,12 +32,20 @@ _ENDED: Final = f"state >= {int(ItemState.DONE)}"
 _LAPSED: Final = "(until <= ? OR until > ?)"
 """A lease that ends later than any that could be given now is from before the clock was put back."""
 
-EVENTS: Final = {
-    ItemState.DONE: "job.completed",
-    ItemState.FAILED: "job.failed",
-    ItemState.CANCELLED: "job.cancelled",
-    ItemState.EXPIRED: "job.expired",
+_RESPONSE: Final = "resp_"
+"""How names of responses in the background begin: they are asked for at another place than jobs."""
+
+
+_ENDS: Final = {
+    ItemState.DONE: "completed",
+    ItemState.FAILED: "failed",
+    ItemState.CANCELLED: "cancelled",
+    ItemState.EXPIRED: "expired",
 }
+
+
+class _Outcome(msgspec.Struct, frozen=True):
+    status: object = None
 
 
 class Items:
@@ -43,27 +53,45 @@ class Items:
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
+        self.held: set[tuple[int, int]] = set()
+        """Items and attempts that somebody in this process has. It lives, so it takes none of them for lost, however
+        late its heartbeat is: its disk may have been full, or its event loop busy."""
 
     # Deferred requests
 
     async def defer(
-        self, call: Call, *, window_s: float = 86400.0, callback_url: str = "", name: str | None = None
+        self,
+        call: Call,
+        *,
+        window_s: float = 86400.0,
+        callback_url: str = "",
+        name: str | None = None,
+        note: bytes = b"",
+        worker: str | None = None,
     ) -> Item:
-        """Accept a request that nobody waits for, `call.tenant`'s. It is on the disk when this returns."""
+        """Accept a request that nobody waits for, `call.tenant`'s. It is on the disk when this returns. With a `worker`
+        it is leased to that one from the beginning."""
         now = self._store.clock()
+        leased = worker is not None
         item = Item(
             id=0, name=name or new_id("job_"), tenant=call.tenant, key=call.key, url=call.url, urgency=call.urgency,
-            state=ItemState.WAITING, attempt=0, created_at=now, expires_at=now + window_s, callback_url=callback_url,
+            state=ItemState.LEASED if leased else ItemState.WAITING, attempt=int(leased), created_at=now,
+            expires_at=now + window_s, callback_url=callback_url, started_at=now if leased else None,
         )  # fmt: skip
 
         def work(c: sqlite3.Connection) -> int:
             rank = next_rank(c, call.tenant, call.urgency, now)
             number = c.execute(
-                "INSERT INTO items (name, tenant, key, url, urgency, callback_url, rank, state, created_at, "
-                "expires_at) VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, ?)",
-                (item.name, call.tenant, call.key, call.url, call.urgency, callback_url, rank, now, item.expires_at),
-            ).lastrowid
+                "INSERT INTO items (name, tenant, key, url, urgency, callback_url, rank, created_at, expires_at, "
+                "state, attempt, silent, worker, until, started_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (item.name, call.tenant, call.key, call.url, call.urgency, callback_url, rank, now, item.expires_at,
+                 item.state, item.attempt, item.attempt, worker, now + LEASE_SECONDS if leased else None,
+                 item.started_at),
+            ).lastrowid  # fmt: skip
             c.execute("INSERT INTO bodies VALUES (?, ?)", (number, call.body))
+            if note:
+                c.execute("INSERT INTO notes VALUES (?, ?)", (number, note))
             return number or 0
 
         item = msgspec.structs.replace(item, id=await self._store.write(work))
@@ -78,6 +106,22 @@ class Items:
     async def get(self, tenant: str, name: str) -> Item | None:
         """A deferred request by its id, with its answer if there is one."""
         return await self._store.read(lambda c: _job(c, tenant, name))
+
+    async def noted(self, tenant: str, name: str) -> tuple[Item, bytes] | None:
+        """A request that was accepted with a note, and that."""
+
+        def work(c: sqlite3.Connection) -> tuple[Item, bytes] | None:
+            item = _job(c, tenant, name)
+            if item is None:
+                return None
+            row = c.execute("SELECT note FROM notes WHERE item = ?", (item.id,)).fetchone()
+            return None if row is None else (item, row["note"])
+
+        return await self._store.read(work)
+
+    async def withdraw(self, item: int) -> None:
+        """Forget an item as if it had never been accepted."""
+        await self._store.write(lambda c: c.execute("DELETE FROM items WHERE id = ?", (item,)).rowcount)
 
     async def cancel(self, tenant: str, name: str) -> Item | None:
         """End a deferred request that has not ended, and say how it stands. None if there is none."""
@@ -168,8 +212,9 @@ class Items:
         failpoint("claim")
         return works
 
-    async def extend(self, held: Iterable[Work]) -> list[Work]:
-        """Lease what is held anew. Returns what has been lost: ended, or leased to somebody else."""
+    async def extend(self, held: Iterable[Work], *, worker: str | None = None) -> list[Work]:
+        """Lease what is held anew, to `worker` if it was another's. Returns what has been lost: ended, or leased to
+        somebody else."""
         held = list(held)
 
         def work(c: sqlite3.Connection) -> list[Work]:
@@ -178,8 +223,9 @@ class Items:
                 one
                 for one in held
                 if not c.execute(
-                    "UPDATE items SET until = ? WHERE id = ? AND attempt = ? AND state = 1",
-                    (until, one.item, one.attempt),
+                    "UPDATE items SET until = ?, worker = coalesce(?, worker) "
+                    "WHERE id = ? AND attempt = ? AND state = 1",
+                    (until, worker, one.item, one.attempt),
                 ).rowcount
             ]
 
@@ -198,11 +244,15 @@ class Items:
             ).fetchall()
             if rows:
                 c.execute("INSERT INTO replies VALUES (?, ?, ?, ?)", (item, reply.status, reply.request_id, reply.body))
+                if reply.used is not None:
+                    charge(c, reply.used, key=rows[0]["key"], tenant=rows[0]["tenant"], at=now)
             return bool(rows), self._after(c, rows)
 
         failpoint("result")
         committed, more = await self._store.write(work)
         failpoint("committed")
+        if reply.used is not None:
+            self._store.charged.tell()
         if more:
             self._store.ended.tell()
             self._store.progress.tell()
@@ -276,9 +326,13 @@ class Items:
         return following
 
     def _return_lapsed(self, c: sqlite3.Connection, now: float) -> int:
-        """Put items back into the line whose lease is over. Returns how many of them end instead."""
+        """Put items back into the line whose lease is over; what this process has is leased anew. Returns how many of
+        them end instead."""
         message = f"This request was begun {SILENT_LEASES} times, and each time its worker ended without an answer."
         lapsed, values = f"state = 1 AND {_LAPSED}", (now, now + LEASE_SECONDS)
+        for row in c.execute(f"SELECT id, attempt, until FROM items WHERE {lapsed}", values).fetchall():
+            if row["until"] and (row["id"], row["attempt"]) in self.held:  # 0: its worker has died
+                c.execute("UPDATE items SET until = ? WHERE id = ?", (now + LEASE_SECONDS, row["id"]))
         given_up = f"{lapsed} AND silent >= {SILENT_LEASES}"
         ended = self._end(c, given_up, values, ItemState.FAILED, "gave_up", message)
         c.execute(f"UPDATE items SET state = 0, worker = NULL, until = NULL, due = 0 WHERE {lapsed}", values)
@@ -300,7 +354,7 @@ class Items:
         jobs = [row for row in rows if row["batch"] is None]
         for row in jobs:
             url, tenant = row["callback_url"], row["tenant"]
-            self._store.tell(c, EVENTS[ItemState(row["state"])], row["name"], tenant=tenant, url=url)
+            self._store.tell(c, _event(c, row), row["name"], tenant=tenant, url=url)
         batches = {row["batch"] for row in rows if row["batch"] is not None}
         settled = [settle(c, batch, int(self._store.clock())) for batch in batches]
         return bool(jobs) or any(settled)
@@ -313,7 +367,7 @@ class Items:
         """Deferred requests without their answers. Raises RequestError if there is no `after`."""
 
         def work(c: sqlite3.Connection) -> Page[Item]:
-            where = ["batch IS NULL", "tenant = ?"]
+            where = ["batch IS NULL", "tenant = ?", "name LIKE 'job%'"]
             return page(c, "items", where, [tenant], after=after, limit=limit, order=order, read=_bare)
 
         return await self._store.read(work)
@@ -350,8 +404,22 @@ def _work(c: sqlite3.Connection, owner: str, row: sqlite3.Row) -> Work:
     return Work(owner=owner, item=row["id"], attempt=row["attempt"], call=call)
 
 
+def _event(c: sqlite3.Connection, row: sqlite3.Row) -> str:
+    """What is told of a request that has just ended: OpenAI's word for a response, our own for a job."""
+    state = ItemState(row["state"])
+    if not row["name"].startswith(_RESPONSE):
+        return f"job.{_ENDS[state]}"
+    if state is ItemState.DONE:
+        body = c.execute("SELECT body FROM replies WHERE item = ?", (row["id"],)).fetchone()["body"]
+        with contextlib.suppress(msgspec.MsgspecError):
+            if msgspec.json.decode(body, type=_Outcome).status == "incomplete":
+                return "response.incomplete"
+        return "response.completed"
+    return "response.cancelled" if state is ItemState.CANCELLED else "response.failed"
+
+
 def _job(c: sqlite3.Connection, tenant: str, name: str) -> Item | None:
-    if not is_id("job_", name):
+    if not (is_id("job_", name) or is_id(_RESPONSE, name)):
         return None
     row = c.execute("SELECT * FROM items WHERE name = ? AND tenant = ?", (name, tenant)).fetchone()
     if row is None:

@@ -22,7 +22,7 @@ from ropeway.jobs.work import Reply
 T = TypeVar("T")
 
 _IDS: Final = {
-    kind: re.compile(rf"{kind}[0-9a-f]{{32}}", re.ASCII) for kind in ("file-", "batch_", "batch_req_", "job_")
+    kind: re.compile(rf"{kind}[0-9a-f]{{32}}", re.ASCII) for kind in ("file-", "batch_", "batch_req_", "job_", "resp_")
 }
 _WINDOW: Final = re.compile(r"([1-9][0-9]{0,5})([smhd])", re.ASCII)
 _UNIT: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}

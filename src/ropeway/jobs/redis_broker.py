@@ -95,12 +95,11 @@ def check(url: str, prefix: str) -> None:
     shown(url)
     if not _PREFIX.fullmatch(prefix):
         raise ConfigError(
-            f"redis_prefix is {prefix!r}; it must be 1 to 64 letters, digits, and any of _.:-", param="redis_prefix"
+            f"redis_prefix is {prefix!r}; it must be 1 to 64 letters, digits and characters of _.:- alone.",
+            param="redis_prefix",
         )
     if find_spec("redis") is None:
-        raise ConfigError(
-            "--redis-url needs the package redis. Install it with: pip install 'ropeway[redis]'", param="redis_url"
-        )
+        raise ConfigError("--redis-url needs the package redis. Run `pip install 'ropeway[redis]'`.", param="redis_url")
 
 
 class Broker:

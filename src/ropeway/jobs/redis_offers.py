@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from ropeway.accounts.charges import Terms
 from ropeway.errors import RopewayError, StorageError
 from ropeway.jobs.redis_broker import Answer, Broker, Entry, Ticket
 from ropeway.jobs.redis_link import Away
@@ -36,13 +37,21 @@ _NO_CALL: Final = Call(url="", body=b"")
 Key = tuple[int, int]
 """An item and its attempt."""
 
+TermsOf = Callable[[str], Awaitable[Terms | None]]
+"""What is to be said of a key to servers that do not know it, by its id."""
+
+
+async def no_terms(key: str) -> None:
+    """Of a server that counts nothing."""
+
 
 class Offers:
     """Offers what `source` has, the items of `owner`, through `broker`: `most` at a time, so that what is urgent never
     stands behind more than that.
 
     Every `beat_s` seconds it renews its leases and compares what it has offered with what is in Redis. `busy` says
-    which items this process computes itself: they need neither Redis nor this.
+    which items this process computes itself: they need neither Redis nor this. `terms` tells what goes with a call of a
+    key, for whoever computes it has never heard of that key.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class Offers:
         most: int,
         beat_s: float,
         busy: Callable[[Work], bool],
+        terms: TermsOf,
     ) -> None:
         self._broker = broker
         self._source = source
@@ -61,6 +71,7 @@ class Offers:
         self._most = most
         self._beat_s = beat_s
         self._busy = busy
+        self._terms = terms
         self._offered: dict[Key, Entry | None] = {}
         """None while it is being written."""
         self._left = Signal()
@@ -100,14 +111,19 @@ class Offers:
         keys = [(work.item, work.attempt) for work in works]
         self._offered.update(dict.fromkeys(keys))
         try:
+            offers = [await self._with_terms(work) for work in works]
             async with self._turn:
-                for key, entry in zip(keys, await self._broker.publish(self._owner, works), strict=True):
+                for key, entry in zip(keys, await self._broker.publish(self._owner, offers), strict=True):
                     if key in self._offered:  # or it has been answered already
                         self._offered[key] = entry
         except BaseException:
             # Some may be there all the same. In the line here they get a new attempt, and with it a new ticket.
             await self._take_back(keys)
             raise
+
+    async def _with_terms(self, work: Work) -> Work:
+        call = msgspec.structs.replace(work.call, terms=await self._terms(work.call.key))
+        return msgspec.structs.replace(work, call=call)
 
     async def _collect(self) -> None:
         await self._broker.link.until_up()
@@ -189,9 +205,11 @@ class Offers:
         do."""
         works = [self._work(key) for key in keys]
         idle = [work for work in works if not self._busy(work)]
-        await asyncio.gather(*(self._source.release(work) for work in idle))
         for work in works:
             self.answered(work)
+        for work in idle:
+            self._source.drop(work)  # where the disk does not take it back, its lease runs out
+        await asyncio.gather(*(self._source.release(work) for work in idle))
         return len(idle)
 
     def _work(self, key: Key) -> Work:

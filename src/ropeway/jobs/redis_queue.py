@@ -18,7 +18,7 @@ import msgspec
 
 from ropeway.jobs.redis_broker import Broker, Entry, Tally
 from ropeway.jobs.redis_link import Away
-from ropeway.jobs.redis_offers import Offers
+from ropeway.jobs.redis_offers import Offers, TermsOf, no_terms
 from ropeway.jobs.work import Depth, JobQueue, Reply, Work
 from ropeway.jobs.worker import BEAT_SECONDS
 
@@ -44,10 +44,12 @@ Name = tuple[str, int, int]
 """Owner, item, attempt."""
 
 
-async def opened(url: str, prefix: str, local: JobQueue, owner: str, *, window: int) -> RedisQueue:
+async def opened(
+    url: str, prefix: str, local: JobQueue, owner: str, *, window: int, terms: TermsOf = no_terms
+) -> RedisQueue:
     """A queue that has started. Raises ConfigError."""
     broker = await asyncio.to_thread(Broker, url, prefix)
-    queue = RedisQueue(broker, local, owner, window=window)
+    queue = RedisQueue(broker, local, owner, window=window, terms=terms)
     queue.start()
     return queue
 
@@ -74,6 +76,7 @@ class RedisQueue:
         *,
         window: int,
         beat_s: float = BEAT_SECONDS,
+        terms: TermsOf = no_terms,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._broker = broker
@@ -81,7 +84,7 @@ class RedisQueue:
         self._owner = owner
         self._beat_s = beat_s
         self._clock = clock
-        self._offers = Offers(broker, local, owner, most=window, beat_s=beat_s, busy=self._busy)
+        self._offers = Offers(broker, local, owner, most=window, beat_s=beat_s, busy=self._busy, terms=terms)
         self._hands: dict[Name, _Hand] = {}
         """What the worker computes and came from Redis."""
         self._undelivered: deque[tuple[Entry, Work, bytes]] = deque()
@@ -172,6 +175,10 @@ class RedisQueue:
         elif hand := self._hands.pop(_name(work), None):
             with contextlib.suppress(Away):  # then its silence says the same
                 await self._broker.answer(hand.entry, work, "released", str(delay).encode())
+
+    def drop(self, work: Work) -> None:
+        if work.owner == self._owner:
+            self._local.drop(work)
 
     async def depth(self) -> Depth:
         """Of this server's own items."""

@@ -10,10 +10,12 @@ from typing import Final
 
 from prometheus_client.core import Metric
 
+from ropeway.accounts import Accounts
 from ropeway.config.jobs import JobsConfig
 from ropeway.errors import OverloadedError, StorageError
-from ropeway.jobs.batches import Keeper
+from ropeway.jobs.begun import Begun, Held
 from ropeway.jobs.destinations import Rules
+from ropeway.jobs.keeper import Keeper
 from ropeway.jobs.metrics import families
 from ropeway.jobs.pace import Pace
 from ropeway.jobs.records import Batch, Item
@@ -37,17 +39,25 @@ _SOME: Final = 16
 class Jobs:
     """Made for every server; it opens nothing before there is work. Raises ConfigError for settings that are wrong.
 
-    `longest` is the size in bytes of the largest request. `serves` says whether there is a model of that name.
+    `accounts` say what keys may do to servers that share this one's work, and hear what answers have used. `longest`
+    is the size in bytes of the largest request. `serves` says whether there is a model of that name.
     """
 
     def __init__(
-        self, config: JobsConfig, *, longest: int = 16 << 20, serves: Callable[[str], bool] = lambda model: True
+        self,
+        config: JobsConfig,
+        accounts: Accounts,
+        *,
+        longest: int = 16 << 20,
+        serves: Callable[[str], bool] = lambda model: True,
     ) -> None:
         self.store = JobStore(config.data_path, webhook_url=config.webhook_url or "")
         self.rules = Rules.of(config)
         self._webhooks = Dispatcher.of(self.store, self.rules, config)
+        self._begun = Begun(self.store)
         self.serves = serves
         self._config = config
+        self._accounts = accounts
         if config.redis_url is not None:
             check(config.redis_url, config.redis_prefix)
         self._longest = longest
@@ -58,6 +68,7 @@ class Jobs:
         self._keeper: Keeper | None = None
         self._starting: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
+        self._charging: asyncio.Task[None] | None = None
 
     def start(self, caller: Caller, seats: Callable[[], int | None]) -> None:
         """Begin, on the running event loop. Items are computed by `caller` as soon as `seats` says how many can be at
@@ -72,6 +83,7 @@ class Jobs:
         )
         self._keeper.start()
         self._telling = asyncio.create_task(self._webhooks.run())
+        self._charging = asyncio.create_task(self.store.charges.keep_entering(self._accounts))
         self._starting = asyncio.create_task(self._work(caller, seats))
 
     async def stop(self) -> None:
@@ -86,7 +98,15 @@ class Jobs:
         """Tell nobody anything any more. Idempotent."""
         await self.stop()
         await _end(self._telling)
+        await _end(self._charging)
+        await self._begun.close()
+        with contextlib.suppress(StorageError):  # what is left is entered at the next start
+            await self.entered()
         await asyncio.to_thread(self.store.close)
+
+    async def entered(self) -> None:
+        """Return when the usage of keys has all that jobs have used. Raises StorageError."""
+        await self.store.charges.enter(self._accounts)
 
     async def look(self) -> None:
         """Count what there is, for `families`."""
@@ -108,6 +128,16 @@ class Jobs:
 
     async def defer(self, call: Call, *, callback_url: str = "") -> Item:
         """Take a request that nobody waits for. Raises OverloadedError if there are too many."""
+        await self._check_room()
+        return await self.store.items.defer(call, callback_url=callback_url)
+
+    async def begin(self, call: Call, *, note: bytes, callback_url: str, lost: Callable[[], None]) -> Held:
+        """Take a request whose answer this process makes itself, from now on; see `Begun.begin`. Raises OverloadedError
+        if there are too many."""
+        await self._check_room()
+        return await self._begun.begin(call, note=note, callback_url=callback_url, lost=lost)
+
+    async def _check_room(self) -> None:
         count, most = await self.store.items.open(), self._config.max_jobs
         if count >= most:
             rate = self._pace.rate
@@ -116,7 +146,6 @@ class Jobs:
                 "start the server with a higher --max-jobs.",
                 retry_after=1 / rate if rate else 30.0,
             )
-        return await self.store.items.defer(call, callback_url=callback_url)
 
     async def place_of_item(self, item: Item) -> Place:
         return self._place(await self.store.items.ahead(item))
@@ -140,7 +169,9 @@ class Jobs:
         if config.redis_url is None:
             return queue
         owner = await self.store.owner()
-        self._redis = await opened(config.redis_url, config.redis_prefix, queue, owner, window=config.redis_window)
+        self._redis = await opened(
+            config.redis_url, config.redis_prefix, queue, owner, window=config.redis_window, terms=self._accounts.terms
+        )
         return self._redis
 
 

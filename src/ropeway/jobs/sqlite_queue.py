@@ -49,13 +49,22 @@ class SqliteQueue:
             await self._store.work.wait(seen, min(left, _LOOK_SECONDS))
 
     async def extend(self, held: Sequence[Work]) -> list[Work]:
-        return await self._store.items.extend(held)
+        lost = await self._store.items.extend(held, worker=self._presence.name)
+        for work in lost:
+            self.drop(work)
+        return lost
 
     async def finish(self, work: Work, reply: Reply) -> bool:
-        return await self._store.items.finish(work.item, work.attempt, reply)
+        committed = await self._store.items.finish(work.item, work.attempt, reply)
+        self.drop(work)
+        return committed
 
     async def release(self, work: Work, *, delay: float = 0.0) -> None:
         await self._store.items.release(work.item, work.attempt, delay=delay)
+        self.drop(work)
+
+    def drop(self, work: Work) -> None:
+        self._store.items.held.discard((work.item, work.attempt))
 
     async def depth(self) -> Depth:
         return await self._store.items.depth()
@@ -68,14 +77,22 @@ class SqliteQueue:
         self._presence.close()
 
     async def _claim(self, most: int) -> list[Work]:
-        name, items = self._presence.name, self._store.items
         backward = (self._handed_out + most) // _TURNS - self._handed_out // _TURNS
         found: list[Work] = []
         if backward:
-            found = await items.claim(name, backward, first=tuple(reversed(Urgency)))
+            found = await self._claim_from(tuple(reversed(Urgency)), backward)
         if len(found) < most:
-            found += await items.claim(name, most - len(found))
+            try:
+                found += await self._claim_from(tuple(Urgency), most - len(found))
+            except StorageError:
+                if not found:  # what has been leased is not forgotten
+                    raise
         self._handed_out += len(found)
+        return found
+
+    async def _claim_from(self, first: Sequence[Urgency], most: int) -> list[Work]:
+        found = await self._store.items.claim(self._presence.name, most, first=first)
+        self._store.items.held.update((work.item, work.attempt) for work in found)
         return found
 
     async def _take_over(self, now: float) -> None:

@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from ropeway.jobs import outbox
+from ropeway.jobs import charges, outbox
+from ropeway.jobs.batches import Batches
+from ropeway.jobs.charges import Charges
 from ropeway.jobs.files import Files
-from ropeway.jobs.groups import Batches
 from ropeway.jobs.items import Items
 from ropeway.store import Database, Schema
 
@@ -124,12 +125,19 @@ SCHEMA: Final = Schema(
             request_id TEXT NOT NULL,
             body BLOB NOT NULL
         )
+        """,
+        charges.TABLE,
         """
+        CREATE TABLE notes (
+            item INTEGER PRIMARY KEY REFERENCES items (id) ON DELETE CASCADE,
+            note BLOB NOT NULL
+        )
+        """,
     ],
 )
 """`items` has the small columns that change, so that a change of state rewrites no body. `lines` and `loaded` of a
 batch are how far its input has been read: requests that have become items, and bytes of the file. It is `cleared` when
-its items have gone, because its files have all of them."""
+its items have gone, because its files have all of them. A note is what the API has to know of a request later."""
 
 
 class Signal:
@@ -177,9 +185,12 @@ class JobStore:
         """A batch may have something to do besides its items: read its input, write its output."""
         self.ended = Signal()
         """A deferred request or a batch has ended: there is something in the outbox."""
+        self.charged = Signal()
+        """There are charges to enter."""
         self.files = Files(self)
         self.batches = Batches(self)
         self.items = Items(self)
+        self.charges = Charges(self)
         self._database: Database | None = None
         self._owner = ""
         self._opening = threading.Lock()

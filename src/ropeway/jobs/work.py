@@ -12,6 +12,7 @@ from typing import Final, Protocol
 import msgspec
 from msgspec import Struct
 
+from ropeway.accounts.charges import Terms, Used
 from ropeway.contract import Urgency
 
 NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -19,7 +20,8 @@ NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Call(Struct, frozen=True, kw_only=True):
-    """One request as it came: a JSON `body` for the path `url`. `key` is the API key's id that it is accounted to."""
+    """One request as it came: a JSON `body` for the path `url`. `key` is the API key's id that it is accounted to, and
+    `terms` are what the owner says of that key to other servers."""
 
     url: str
     body: bytes
@@ -27,15 +29,18 @@ class Call(Struct, frozen=True, kw_only=True):
     tenant: str = ""
     key: str = ""
     request_id: str = ""
+    terms: Terms | None = None
 
 
 class Reply(Struct, frozen=True, kw_only=True):
-    """The JSON answer to a call. `retry_after` seconds later the same call may succeed."""
+    """The JSON answer to a call. `retry_after` seconds later the same call may succeed. `used` is what it costs, if
+    anybody counts that."""
 
     status: int
     body: bytes
     request_id: str = ""
     retry_after: float | None = None
+    used: Used | None = None
 
 
 def failure(message: str, code: str | None = None) -> Reply:
@@ -81,6 +86,9 @@ class JobQueue(Protocol):
 
     async def release(self, work: Work, *, delay: float = 0.0) -> None:
         """Give an item back that was not computed; it is handed out again after `delay` seconds."""
+
+    def drop(self, work: Work) -> None:
+        """Nobody here computes it any more, and it is not given back either: its lease runs out."""
 
     async def depth(self) -> Depth: ...
 

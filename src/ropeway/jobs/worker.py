@@ -41,6 +41,15 @@ _LONGEST_PAUSE: Final = 5.0
 """Seconds for which a refused item keeps its place among those in flight: a server that is busy is asked less."""
 
 
+@dataclass(eq=False)
+class _Seat:
+    """An item in flight: it is computed, then its answer is kept or it is given back, and then it may rest."""
+
+    work: Work
+    computed: bool = False
+    given_back: bool = False
+
+
 @dataclass
 class _Tries:
     """How often an item came back without an answer: because the server was busy, or because its call failed."""
@@ -82,7 +91,7 @@ class Worker:
         self._beat_s = beat_s
         self._sleep = sleep
         self._pick = pick
-        self._held: dict[asyncio.Task[bool], Work] = {}
+        self._seats: dict[asyncio.Task[bool], _Seat] = {}
         self._tries: dict[tuple[str, int], _Tries] = {}
         self._room = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -97,7 +106,7 @@ class Worker:
     @property
     def running(self) -> int:
         """Items in flight."""
-        return len(self._held)
+        return len(self._seats)
 
     def start(self) -> None:
         """Begin, on the running event loop."""
@@ -105,21 +114,22 @@ class Worker:
 
     async def stop(self) -> None:
         """Take nothing more, cut off what runs, give it back. Idempotent."""
-        held = list(self._held.items())
-        for task in (*self._tasks, *(task for task, _ in held)):
+        seats = dict(self._seats)
+        for task in (*self._tasks, *seats):
             task.cancel()
-        await asyncio.gather(*self._tasks, *(task for task, _ in held), return_exceptions=True)
+        await asyncio.gather(*self._tasks, *seats, return_exceptions=True)
         self._tasks = []
-        for _, work in held:
+        for seat in seats.values():
             # Refused where the answer was just being committed, and that is right.
             with contextlib.suppress(RopewayError, OSError):
-                await self._queue.release(work)
+                if not seat.given_back:
+                    await self._queue.release(seat.work)
         await self._queue.close()
 
     async def _feed(self) -> None:
         while True:
             self._room.clear()
-            free = self._concurrency - len(self._held)
+            free = self._concurrency - len(self._seats)
             if free <= 0:
                 await self._room.wait()
                 continue
@@ -131,23 +141,27 @@ class Worker:
             self._well()
             for work in works:
                 self._pace.begun()
-                task = asyncio.create_task(self._one(work))
-                self._held[task] = work
+                seat = _Seat(work)
+                task = asyncio.create_task(self._one(seat))
+                self._seats[task] = seat
                 task.add_done_callback(self._over)
 
     def _over(self, task: asyncio.Task[bool]) -> None:
-        work = self._held.pop(task)
+        work = self._seats.pop(task).work
         error = None if task.cancelled() else task.exception()
         self._pace.ended(answered=not task.cancelled() and error is None and task.result())
         self._room.set()
         if error is not None:
             # A fault of ours: its lease runs out, and after some of those the item ends with an error.
+            self._queue.drop(work)
             log.error("The item %d was left: %r", work.item, error, exc_info=error)
 
-    async def _one(self, work: Work) -> bool:
+    async def _one(self, seat: _Seat) -> bool:
         """Compute it. True if it was answered, False if it went back into the line."""
+        work = seat.work
         failpoint("dispatch")
         reply = await self._caller(work.call)
+        seat.computed = True
         delay = self._delay(work, reply)
         if delay is None:
             if await self._keep_trying(lambda: self._queue.finish(work, reply)):
@@ -157,6 +171,7 @@ class Worker:
             return True
         self.retried += 1
         await self._keep_trying(lambda: self._queue.release(work, delay=delay))
+        seat.given_back = True
         await self._sleep(min(delay, _LONGEST_PAUSE))
         return False
 
@@ -178,17 +193,19 @@ class Worker:
     async def _beat(self) -> None:
         while True:
             await self._sleep(self._beat_s)
-            held = dict(self._held)
+            held = {task: seat for task, seat in self._seats.items() if not seat.given_back}
             if not held:
                 continue
             try:
-                lost = await self._queue.extend(list(held.values()))
+                lost = await self._queue.extend([seat.work for seat in held.values()])
             except Exception as error:  # the next beat may come in time
                 self._say(error)
                 continue
             gone = {(one.owner, one.item, one.attempt) for one in lost}
-            for task, work in held.items():
-                if (work.owner, work.item, work.attempt) in gone and task.cancel():
+            for task, seat in held.items():
+                work = seat.work
+                # One that is computed finds out by itself whether it came too late.
+                if (work.owner, work.item, work.attempt) in gone and not seat.computed and task.cancel():
                     self.lost += 1
 
     async def _keep_trying(self, attempt: Callable[[], Awaitable[T]]) -> T:

@@ -56,7 +56,7 @@ class Pins:
 
     def adopt(self, block: int, key: bytes) -> None:
         """`block` has the content `key` now: hold it if it is pinned."""
-        if key in self.held and self.held[key] is None:
+        if key in self.held:
             self.held[key] = block
             self._pool.share([block])
 

@@ -205,7 +205,7 @@ class BlockPool:
         return least
 
     def _name(self, block: int, key: bytes, owner: str) -> None:
-        self.names[block], self._owner[block], self._level[block] = key, owner, 0
+        self.names[block], self._owner[block] = key, owner
         self._by_key[key] = block
         self._owned[owner] = self._owned.get(owner, 0) + 1
         if owner and self._owned[owner] > self._quota:

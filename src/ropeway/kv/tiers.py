@@ -82,7 +82,7 @@ class Memory:
 
     def beneath(self, keys: Sequence[bytes], again: bool) -> int:
         """How many of `keys`, from the first on, can be had from some tier; `again` for a request that was put back."""
-        if not self.lower or (again and self.mode == "recompute"):
+        if again and self.mode == "recompute":
             return 0
         usable = [shelf for shelf in self.shelves if self.worth(shelf.read)]
         for count, key in enumerate(keys):
@@ -96,13 +96,13 @@ class Memory:
 
     def bring(self, keys: Sequence[bytes], owner: str) -> list[int]:
         """Blocks of the device for a new holder, with the content of `keys`, all of which `beneath` has found."""
-        held: list[tuple[Shelf, int]] = []
+        held: list[tuple[bytes, Shelf, int]] = []
         for key in keys:
             shelf, block = next((s, b) for s in self.shelves if (b := s.pool.find(key)) is not None)
             shelf.pool.share([block])  # so that nothing that comes now drives it out
-            held.append((shelf, block))
+            held.append((key, shelf, block))
         table = []
-        for key, (shelf, block) in zip(keys, held, strict=True):
+        for key, shelf, block in held:
             if shelf is not self._device:
                 shelf.hits += 1
                 source, (block,) = block, self.pool.alloc(1) or self._nothing(key)
@@ -110,7 +110,7 @@ class Memory:
                 self._name(block, key, owner)
             table.append(block)
         for shelf in self.lower:
-            shelf.pool.release([block for source, block in held if source is shelf])
+            shelf.pool.release([block for _, source, block in held if source is shelf])
         return table
 
     def publish(self, block: int, key: bytes, owner: str) -> None:

@@ -159,7 +159,7 @@ def _refuse(reader: Reader, architecture: str) -> None:
         return
     raise ModelError(
         f"{architecture} in {reader.path} cannot be served: {reason}, which Ropeway does not compute in transformers' "
-        f"code. Native code is there for {', '.join(ARCHITECTURES)}."
+        f"code. Take a model of a family with native code: {', '.join(ARCHITECTURES)}."
     )
 
 

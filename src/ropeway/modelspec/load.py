@@ -25,7 +25,7 @@ def load_spec(directory: Path, name: str | None = None, implementation: str = "a
     if implementation == "native":
         named = ", ".join(files.config.names("architectures")) or files.config.get("model_type", "unknown")
         raise ModelError(
-            f"There is no native code for {named}, only for {', '.join(ARCHITECTURES)}. transformers may know it: "
-            "with --model-impl auto its code is used."
+            f"There is no native code for {named}, only for {', '.join(ARCHITECTURES)}. Use --model-impl auto: that of "
+            "transformers may compute it."
         )
     return read_generic(files, name)

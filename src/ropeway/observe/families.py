@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ropeway.contract import EngineStats, ExecutorInfo, Urgency
+from ropeway.observe.gpu import Gpus
 
 
 def engine_families(stats: EngineStats, labels: Sequence[str], values: Sequence[str]) -> Iterator[Metric]:
@@ -78,3 +79,21 @@ def cache_config(info: ExecutorInfo, values: Sequence[str]) -> Metric:
     )
     gauge.add_metric((*values, *(str(value) for value in config.values())), 1.0)
     return gauge
+
+
+def gpu_families(info: ExecutorInfo, gpus: Gpus, labels: Sequence[str], values: Sequence[str]) -> Iterator[Metric]:
+    """The engine's GPU, as far as its driver tells. Nothing without one: 0 would look like an idle one."""
+    found = gpus.read(info.device_id) if info.device_id else None
+    if found is None:
+        return
+    gauges = (
+        ("utilization", "Share of the last moments in which the GPU had a kernel to run, 0 to 1", found.utilization),
+        ("memory_bytes", "Memory of the GPU", found.memory_bytes),
+        ("memory_used_bytes", "Memory of the GPU that is in use, by whomever", found.memory_used_bytes),
+        ("power_watts", "Power that the GPU draws", found.power_watts),
+    )
+    for name, text, value in gauges:
+        if value is not None:
+            gauge = GaugeMetricFamily(f"ropeway_gpu_{name}", text, labels=(*labels, "gpu"))
+            gauge.add_metric((*values, info.device_id), value)
+            yield gauge

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from ropeway.contract import EngineStats
 
 if TYPE_CHECKING:
-    from ropeway.observe.metrics import RequestTimes
+    from ropeway.observe.times import RequestTimes
 
 
 def hidden(stats: EngineStats, times: RequestTimes, labels: Sequence[str], values: Sequence[str]) -> Iterator[Metric]:

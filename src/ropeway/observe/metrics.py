@@ -7,35 +7,27 @@ Source of names and buckets: vLLM's `vllm:*` metrics, documentation "Production 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ready, Report, Step, TokenEvent, Urgency, Usage
+from ropeway.contract import EngineStats, ExecutorInfo, FinishReason, Ready, Report, Step, TokenEvent, Urgency
+from ropeway.contract.scene import PARTS, Noted
 from ropeway.errors import NumericalError
-from ropeway.observe.families import cache_config, engine_families
+from ropeway.observe.families import cache_config, engine_families, gpu_families
+from ropeway.observe.gpu import Gpus, Nvml
 from ropeway.observe.hidden import hidden
-from ropeway.observe.histogram import (
-    FEW_BUCKETS,
-    HTTP_BUCKETS,
-    ITERATION_BUCKETS,
-    ITL_BUCKETS,
-    LATENCY_BUCKETS,
-    MAX_TOKENS_BUCKET,
-    PREEMPTION_BUCKETS,
-    STEP_BUCKETS,
-    TTFT_BUCKETS,
-    Histogram,
-    one_two_five,
-)
+from ropeway.observe.histogram import HTTP_BUCKETS, ITERATION_BUCKETS, STEP_BUCKETS, Histogram
+from ropeway.observe.times import BlockTimes, RequestTimes
 
 _NOTHING_YET = EngineStats(
     step=0, running=0, waiting=0, slots=0, blocks_total=0, blocks_used=0, blocks_cached=0, rows=0, step_tokens=0,
@@ -66,70 +58,29 @@ _REJECTED = {
 }
 
 
-class RequestTimes:
-    """What finished requests leave behind, under vLLM's names."""
-
-    def __init__(self) -> None:
-        lengths = one_two_five(MAX_TOKENS_BUCKET)
-        self.ttft = Histogram("vllm:time_to_first_token_seconds", "Time to first token", TTFT_BUCKETS)
-        self.itl = Histogram("vllm:inter_token_latency_seconds", "Time between tokens of a request", ITL_BUCKETS)
-        self.each = Histogram(
-            "vllm:request_time_per_output_token_seconds", "A request's mean time between tokens", ITL_BUCKETS
-        )
-        self.e2e = Histogram("vllm:e2e_request_latency_seconds", "Time from arrival to the last token", LATENCY_BUCKETS)
-        self.queue = Histogram("vllm:request_queue_time_seconds", "Time in the waiting queue", LATENCY_BUCKETS)
-        self.prefill = Histogram(
-            "vllm:request_prefill_time_seconds", "Time from boarding to the first token", LATENCY_BUCKETS
-        )
-        self.decode = Histogram("vllm:request_decode_time_seconds", "Time from first to last token", LATENCY_BUCKETS)
-        self.inference = Histogram(
-            "vllm:request_inference_time_seconds", "Time from boarding to the last token", LATENCY_BUCKETS
-        )
-        self.prompt = Histogram("vllm:request_prompt_tokens", "Prompt tokens of a finished request", lengths)
-        self.generation = Histogram("vllm:request_generation_tokens", "Generated tokens of a finished request", lengths)
-        self.most = Histogram(
-            "vllm:request_max_num_generation_tokens", "Tokens of the longest of an answer's sequences", lengths
-        )
-        self.computed = Histogram("vllm:request_prefill_kv_computed_tokens", "Prompt tokens that no cache had", lengths)
-        self.preemptions = Histogram(
-            "vllm:request_num_preemptions", "How often a finished request was put back", PREEMPTION_BUCKETS
-        )
-        self.choices = Histogram("vllm:request_params_n", "The n of requests", FEW_BUCKETS)
-        self.limit = Histogram("vllm:request_params_max_tokens", "The max_tokens of requests that have one", lengths)
-
-    def ended(self, usage: Usage) -> None:
-        """A sequence has ended."""
-        boarded, first = usage.first_scheduled_s, usage.first_token_s
-        self.e2e.observe(usage.total_s)
-        self.prompt.observe(usage.prompt_tokens)
-        self.generation.observe(usage.completion_tokens)
-        self.computed.observe(usage.prompt_tokens - usage.cached_tokens)
-        self.preemptions.observe(usage.preemptions)
-        if boarded is not None:
-            self.queue.observe(boarded)
-            self.inference.observe(usage.total_s - boarded)
-        if boarded is not None and first is not None:
-            self.prefill.observe(first - boarded)
-        if first is not None:
-            self.ttft.observe(first)
-            self.decode.observe(usage.total_s - first)
-            if usage.completion_tokens > 1:
-                self.each.observe((usage.total_s - first) / (usage.completion_tokens - 1))
-
-
 class Metrics:
     """All metrics of one server. Subscribe `on_report` to the engine's reports; the HTTP floor adds its own.
 
     A server with several models has one without a `model_name`, and one more for each model, whose `families` it is to
-    `include`. `hidden_names` shows the names that vLLM has given up as well.
+    `include`. `hidden_names` shows the names that vLLM has given up as well, `blocks` the lives of KV blocks. `gpus` is
+    asked about the engine's GPU, if it has one.
     """
 
     def __init__(
-        self, model_name: str | None, *, hidden_names: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        model_name: str | None,
+        *,
+        hidden_names: bool = False,
+        blocks: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        gpus: Gpus | None = None,
     ) -> None:
         self.model_name = model_name
         self.times = RequestTimes()
+        self.blocks = BlockTimes() if blocks else None
         self._hidden = hidden_names
+        self._gpus = gpus or Nvml()
+        self._spent = dict.fromkeys(PARTS, 0.0)
         self._clock = clock
         self._info: ExecutorInfo | None = None
         self._stats: EngineStats | None = None
@@ -159,6 +110,11 @@ class Metrics:
         """Take the news of one step. Cheap: it runs once a step, for all requests together."""
         if isinstance(report, Step):
             self._on_step(report)
+        elif isinstance(report, Noted):
+            for part, seconds in zip(PARTS, report.seconds, strict=True):
+                self._spent[part] += seconds
+            if self.blocks is not None:
+                self.blocks.ended(report.blocks)
         elif isinstance(report, Ready):
             self._info = report.info
             self._last_token.clear()
@@ -246,11 +202,14 @@ class Metrics:
         yield counter("ropeway_requests", "Answers that have been accepted", "urgency", answers)
         written = [(urgency.name.lower(), self._written[urgency]) for urgency in Urgency]
         yield counter("ropeway_answered_tokens", "Generated tokens of answers that have ended", "urgency", written)
-        histograms = (*vars(self.times).values(), self.iteration, self.step, self.between)
-        for histogram in histograms:
+        text = "Time of the engine's thread while there was work, by what it went to"
+        yield counter("ropeway_engine_seconds", text, "part", self._spent.items())
+        blocks = () if self.blocks is None else vars(self.blocks).values()
+        for histogram in (*vars(self.times).values(), *blocks, self.iteration, self.step, self.between):
             yield histogram.family(labels, values)
         if self._info is not None:
             yield cache_config(self._info, values)
+            yield from gpu_families(self._info, self._gpus, labels, values)
         if self._hidden:
             yield from hidden(stats, self.times, labels, values)
 
@@ -267,6 +226,15 @@ class Metrics:
             requests.add_metric(key, count)
         yield requests
         yield self.http_seconds.family((), ())
+        yield GaugeMetricFamily("ropeway_server_tasks", "Tasks of the server's event loop", value=_tasks())
+
+
+def _tasks() -> int:
+    """Of the loop that asks; 0 where none runs."""
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:
+        return 0
 
 
 class _Source(Collector):

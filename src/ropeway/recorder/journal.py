@@ -144,15 +144,20 @@ def read(path: Path) -> tuple[Header, Iterator[Item | Cut]]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"The journal {path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"The journal {path} cannot be read: {error.strerror}. Check the path.") from None
     frames = _frames(data)
     try:
         first = next(frames)
         header = _header.decode(first) if isinstance(first, bytes) else None
     except (StopIteration, msgspec.MsgspecError):
         header = None
-    if not data.startswith(MAGIC) or header is None:
-        raise ConfigError(f"{path} is not a journal that this version can read, or ends before its state is complete.")
+    if not data.startswith(MAGIC):
+        raise ConfigError(
+            f"{path} does not begin like a journal of this version ({MAGIC.decode().strip()}). Replay it with the "
+            "version that wrote it, or give another file."
+        )
+    if header is None:
+        raise ConfigError(f"{path} ends before its state is complete, so it cannot be replayed. Give another file.")
     return header, _decode(frames)
 
 

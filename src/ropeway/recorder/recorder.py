@@ -158,11 +158,10 @@ class RecordedEngine(Engine):
         *,
         clock: Clock | None = None,
         secret: bytes | None = None,
-        max_queue: int | None = None,
     ) -> None:
         self._journal = Journal(config, executor.info.public())
         self._tap = Tap(executor, clock or SystemClock(), self._journal)
-        super().__init__(self._tap, config, clock=self._tap, secret=secret, max_queue=max_queue)
+        super().__init__(self._tap, config, clock=self._tap, secret=secret)
         self._begin()
 
     def submit(self, commands: Sequence[Command]) -> list[Report]:
@@ -208,6 +207,6 @@ class RecordedEngine(Engine):
         self._journal.begin(clock, freeze(state, {id(self._tap): record.WORLD}))
 
 
-def make_engine(executor: Executor, config: EngineConfig, *, max_queue: int | None = None) -> Engine:
+def make_engine(executor: Executor, config: EngineConfig) -> Engine:
     """The engine that `config` asks for: with a journal or without."""
-    return (Engine if config.journal is None else RecordedEngine)(executor, config, max_queue=max_queue)
+    return (Engine if config.journal is None else RecordedEngine)(executor, config)

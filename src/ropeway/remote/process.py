@@ -37,7 +37,7 @@ def serve_fd0(make_executor: Callable[[EngineConfig], Executor]) -> int:
     channel = SocketChannel(sock)
     try:
         config = msgspec.json.decode(_read_line(sock), type=EngineConfig)
-        watcher = Watcher(make_executor(config))
+        watcher = Watcher(make_executor(config), sample=config.kv_cache_metrics_sample * config.kv_cache_metrics)
         engine = make_engine(watcher, config)
         try:
             watcher.run(engine, channel)

@@ -18,6 +18,7 @@ from ropeway.runtime.local import (
     LocalExecutor,
     choose_device,
     choose_dtype,
+    device_id,
     sentence,
     set_threads,
     wanted_level,
@@ -80,6 +81,7 @@ class EncoderExecutor(LocalExecutor):
                 pooling.kind, 1 if spec.judges else spec.hidden, normalize=pooling.normalize, judges=spec.judges
             ),
             generates=False,
+            device_id=device_id(device),
         )
 
 

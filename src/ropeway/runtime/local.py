@@ -42,7 +42,8 @@ where one was busy."""
 
 
 class LocalExecutor:
-    """Loads the model of `config` and carries out plans, as many at a time as its device can overlap.
+    """Loads the model of `config`, or of its `spec` where that was read before, and carries out plans, as many at a
+    time as its device can overlap.
 
     Raises ModelError, MemoryBudgetError, ConfigError or KernelError if it cannot be built. Implements
     `ropeway.contract.executor.Executor`.
@@ -50,14 +51,16 @@ class LocalExecutor:
 
     _background: Background | None = None
 
-    def __init__(self, config: EngineConfig) -> None:
-        directory = locate(config.model, revision=config.revision, download_dir=config.download_dir)
-        spec = load_spec(directory, config.model, config.model_impl)
+    def __init__(self, config: EngineConfig, spec: ModelSpec | None = None) -> None:
+        if spec is None:
+            directory = locate(config.model, revision=config.revision, download_dir=config.download_dir)
+            spec = load_spec(directory, config.model, config.model_impl)
         if isinstance(spec, EncoderSpec):
             raise ModelError(
-                f"{spec.name} is an encoder ({spec.architecture}): it makes vectors and generates no text."
+                f"{spec.name} is an encoder ({spec.architecture}): it makes vectors and generates no text. "
+                "Name a decoder."
             )
-        pooling = read_pooling(directory, "last")
+        pooling = read_pooling(spec.directory, "last")
         device, device_note = choose_device(config)
         spec = quantization.fit(spec, config, device)
         level = wanted_level(config, device)
@@ -78,7 +81,7 @@ class LocalExecutor:
             attention, shape = built.attention, built.backend.block_shape()
             made = (spec.implementation, name, built.backend.name, config.kv_cache_dtype, config.quantization)
             identity = (*made, config.load_format, *map(str, shape))
-            disk = open_disk(config, directory, identity, spec.layers * prod(shape) * attention.kv_dtype.itemsize)
+            disk = open_disk(config, spec.directory, identity, spec.layers * prod(shape) * attention.kv_dtype.itemsize)
             kv = KVStore(
                 budget.num_blocks, spec.layers, shape, attention.kv_dtype, device, host_blocks=budget.host_blocks,
                 disk=disk,
@@ -91,7 +94,7 @@ class LocalExecutor:
                 f"{spec.name} could not be allocated ({str(error).splitlines()[0]}): {gib(budget.weight_bytes)} for "
                 f"weights, {gib(budget.kv_bytes)} for the KV cache. Lower --kv-cache-gib or free memory."
             ) from error
-        sampler = Sampler(ops, guide=open_grammars(config, spec, directory))
+        sampler = Sampler(ops, guide=open_grammars(config, spec, spec.directory))
         self.runner, depth, notes = open_runner(model, kv, slots, sampler, config, device, memory)
         warm_up(self.runner, "", "Try --attention-backend reference.")
         self._background, recorded = record_steps(self.runner, built, config, spec.hidden, dtype)
@@ -129,6 +132,7 @@ class LocalExecutor:
             tiers=tiers(budget, disk),
             secret=disk.secret if disk is not None else b"",
             pooling=Pooling(pooling.kind, spec.hidden, normalize=pooling.normalize),
+            device_id=device_id(device),
         )
 
     @property
@@ -166,12 +170,21 @@ def choose_device(config: EngineConfig) -> tuple[torch.device, str]:
     """The device, and why. Raises ConfigError if the wanted one is not there."""
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
-        raise ConfigError("device is cuda, but torch finds no CUDA device. Use --device cpu.", param="device")
+        raise ConfigError(
+            f"device is cuda, but torch {torch.__version__} finds no CUDA device. Use --device cpu, or install the "
+            "driver and a CUDA build of torch; `ropeway doctor` says which of them is missing.",
+            param="device",
+        )
     if config.device == "cuda" or (config.device == "auto" and available):
         device = torch.device("cuda", torch.cuda.current_device())
         return device, f"Device: {torch.cuda.get_device_name(device)}."
     why = "as told" if config.device == "cpu" else "no CUDA device found"
     return torch.device("cpu"), f"Device: CPU ({why})."
+
+
+def device_id(device: torch.device) -> str:
+    """The UUID by which a GPU's driver knows it; empty for a CPU."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
 
 
 def choose_dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> tuple[torch.dtype, str]:
@@ -258,7 +271,10 @@ def warm_up(runner: Runner, pooling: str, advice: str) -> None:
     for plan in steps:
         for fault in runner.step(plan).faults:
             if fault.code == NumericalError.code:
-                raise ModelError("The model computes NaN or infinity for a first text: its weights are damaged.")
+                raise ModelError(
+                    "The model computes NaN or infinity for a first text: its weights are damaged, or too large for "
+                    "this dtype. Download it again, or try --dtype float32."
+                )
             raise KernelError(f"A first step of the model failed: {fault.message} {advice}")
     runner.slots.release(0)
 

@@ -115,8 +115,6 @@ class Runner:
             self._compute(ticket, ticket.sound)
             ticket.ended = self._ended = self.lane.mark()
             self._open.append(ticket)
-            if self.tokens is None:
-                self._settle(ticket)  # the next step needs all of its tokens
             return ticket
 
     def finish(self, ticket: Ticket) -> StepResult:

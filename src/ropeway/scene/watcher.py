@@ -15,10 +15,23 @@ from ropeway.contract import Command, EngineStats, Explain, Explained, Report, S
 from ropeway.contract.channel import Channel
 from ropeway.contract.clock import Clock, SystemClock
 from ropeway.contract.executor import Executor
-from ropeway.contract.scene import MOST_WAITING, Happening, Look, Recall, Recalled, Scene, Seat, Waiting
+from ropeway.contract.scene import (
+    MOST_WAITING,
+    Happening,
+    Look,
+    Noted,
+    Part,
+    Recall,
+    Recalled,
+    Scene,
+    Seat,
+    Waiting,
+)
 from ropeway.scene.cells import cells
+from ropeway.scene.laps import Laps
 from ropeway.scene.lives import Lives, Reading
 from ropeway.scene.pace import Pace
+from ropeway.scene.residence import Residence
 
 if TYPE_CHECKING:
     from ropeway.engine.engine import Engine
@@ -37,7 +50,8 @@ OURS: Final = -1
 
 class Watcher:
     """An executor around `executor`, for an engine that is then to be `run`. `wall` gives seconds since 1970. While
-    anybody waits, the reasons are asked for `every` so many seconds."""
+    anybody waits, the reasons are asked for `every` so many seconds; as often it is told where the time went, and how
+    long KV blocks kept what they held, of the share `sample` of them."""
 
     def __init__(
         self,
@@ -46,11 +60,15 @@ class Watcher:
         clock: Clock | None = None,
         wall: Callable[[], float] = time.time,
         every: float = EVERY,
+        sample: float = 0.0,
     ) -> None:
         self.info = executor.info
         self.lives = Lives()
         self._executor = executor
         self._now = (clock or SystemClock()).now
+        self._laps = Laps(self._now)
+        self._part: Part = "plan"  # what the engine does while nobody else does
+        self._residence = Residence(sample) if sample else None
         self._wall = wall
         self._pace = Pace(self._now())
         self._under_way: deque[Sequence[Reading]] = deque()  # the chunks that each step reads
@@ -59,22 +77,31 @@ class Watcher:
         self._reasons: list[Why] = []
         self._every = every
         self._asked = 0.0
-        self._ask_at = self._now() + every
+        self._ask_at = self._note_at = self._now() + every
+        self._news = False  # there is something to note
 
     def run(self, engine: Engine, channel: Channel) -> None:
         """`engine.run(channel)`, watched. The engine drives this executor."""
+        self._laps.rest()
         engine.run(_Window(self, engine.scheduler, channel))
 
     # The executor
 
     def submit(self, plan: StepPlan) -> Any:
         self._plan = plan
-        self._under_way.append(self.lives.planned(plan, self._now()))
-        return self._executor.submit(plan)
+        now = self._laps.lap("plan")
+        self._under_way.append(self.lives.planned(plan, now))
+        if self._residence is not None:
+            self._residence.planned(plan, now)
+        ticket = self._executor.submit(plan)
+        self._laps.lap("submit")
+        return ticket
 
     def collect(self, ticket: Any) -> StepResult:
+        self._laps.lap("plan")
         result = self._executor.collect(ticket)
-        chunks, now = self._under_way.popleft(), self._now()
+        chunks, now = self._under_way.popleft(), self._laps.lap("collect")
+        self._part = "commit"
         for seconds in self.lives.computed(chunks, now) if chunks else ():
             self._pace.began(now, seconds)
         self._pace.stepped(now, sum([chunk.read for chunk in chunks]), sum([len(new) for new in result.tokens]))
@@ -84,6 +111,29 @@ class Watcher:
         self._executor.close()
 
     # The channel
+
+    def listened(self) -> None:
+        """Commands have been taken."""
+        self._laps.lap("listen")
+        self._part = "plan"
+
+    def says(self) -> None:
+        """The engine begins to speak."""
+        self._laps.lap(self._part)
+
+    def told(self, report: Report) -> Noted | None:
+        """The service has been told. Returns what else there is to say, now and then."""
+        now = self._laps.lap("tell")
+        self._news |= isinstance(report, Step)
+        return self.noted() if now >= self._note_at else None
+
+    def noted(self) -> Noted | None:
+        """What has been noted since this was last asked, if anything."""
+        if not self._news:
+            return None
+        self._news = False
+        self._note_at = self._now() + self._every
+        return Noted(self._laps.take(), self._residence.take() if self._residence is not None else [])
 
     def take(
         self, commands: Sequence[Command], scheduler: Scheduler, answer: Callable[[Report], None]
@@ -124,6 +174,10 @@ class Watcher:
     def rest(self) -> None:
         """The engine has nothing to do."""
         self._pace.rest()
+
+    def rested(self) -> None:
+        """It may have something to do again."""
+        self._laps.rest()
 
     # What is seen
 
@@ -169,20 +223,32 @@ class _Window:
         self._channel = channel
 
     def recv(self, *, wait: bool) -> list[Command] | None:
+        watcher = self._watcher
         if wait:
-            self._watcher.rest()
+            watcher.rest()
+            self._note(watcher.noted())
         while True:
             commands = self._channel.recv(wait=wait)
+            if wait:
+                watcher.rested()
             if commands is None:
                 return None
-            commands = self._watcher.take(commands, self._scheduler, self._channel.send)
+            commands = watcher.take(commands, self._scheduler, self._channel.send)
+            watcher.listened()
             if commands or not wait:
                 return commands
 
     def send(self, report: Report) -> None:
+        self._watcher.says()
         told = self._watcher.hear(report)
         if told is not None:
             self._channel.send(told)
+        self._note(self._watcher.told(report))
+
+    def _note(self, noted: Noted | None) -> None:
+        if noted is not None:
+            self._channel.send(noted)
+            self._watcher.told(noted)
 
 
 def _seat(seq: Rider, count: int) -> Seat:

@@ -41,19 +41,18 @@ class StepCost:
         self.fixed = self.each = 0.0
 
     def learn(self, plan: StepPlan, seconds: float) -> None:
-        tokens = plan.num_tokens
-        keep = self.MEMORY
-        self._weight = self._weight * keep + 1
-        self._x = self._x * keep + tokens
-        self._y = self._y * keep + seconds
+        tokens, keep, each = plan.num_tokens, self.MEMORY, self.each
+        self._weight = weight = self._weight * keep + 1
+        self._x = sum_x = self._x * keep + tokens
+        self._y = sum_y = self._y * keep + seconds
         self._xx = self._xx * keep + tokens * tokens
         self._xy = self._xy * keep + tokens * seconds
-        x, y = self._x / self._weight, self._y / self._weight
-        spread = self._xx / self._weight - x * x
+        x, y = sum_x / weight, sum_y / weight
+        spread = self._xx / weight - x * x
         if spread > 0.01 * x * x:  # else the steps were too alike to tell the two costs apart
-            self.each = (self._xy / self._weight - x * y) / spread
-        self.each = min(max(self.each, 0.0), y / x)
-        self.fixed = y - self.each * x
+            each = (self._xy / weight - x * y) / spread
+        self.each = each = min(max(each, 0.0), y / x)
+        self.fixed = y - each * x
 
 
 class TargetLatency(StepCost):

@@ -20,7 +20,7 @@ class Limit:
     """`aboard`: it holds back those on board too, not only those who would board. `passes`: how many may board before
     a sequence that stood before them, while this limit holds it back. Then the others wait for it."""
 
-    name = ""
+    name: str
     aboard = False
     passes = 0
 
@@ -62,7 +62,7 @@ class TokenLimit(Limit):
 
     def why(self, seq: Sequence) -> str:
         if not self._in_parts:
-            return f"its {seq.known - seq.computed} tokens must run in one step, which has {self.left} left"
+            return f"its {seq.known - seq.computed} tokens must run in one step, which has {max(0, self.left)} left"
         beside = " beside interactive requests" if seq.urgency else ""
         return f"the step's budget of {self._budget} tokens{beside} is taken by requests before it"
 

@@ -199,7 +199,7 @@ class Deadline(Order):
         left = seq.arrival + wanted - now
         if left > 0:
             return f"its first token is due in {left:.2f} s; less slack boards first"
-        return f"its first token is {-left:.2f} s late; who can still be in time boards first"
+        return f"its first token is {abs(left):.2f} s late; who can still be in time boards first"
 
 
 class FairShare(Order):

@@ -66,7 +66,7 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._keys = KeyChain(resources.block_size, resources.secret)
         self._victim = victim
-        self._budget = budget
+        self.budget = budget
         self._backfill = Backfill(resources.background_gap)
         self._forecast = forecast or Forecast()
         self._outlook = Outlook(resources, self._forecast, self._cached)
@@ -158,7 +158,8 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
         """Take in what a step has computed. Returns news in the plan's order of rows."""
         faults = {plan.rows[fault.row].rid: fault for fault in result.faults}
-        sequences, events, generated = self._sequences, list[TokenEvent](), 0
+        events: list[TokenEvent] = []
+        sequences, generated = self._sequences, 0
         for key in result.lost:
             self._lose(key, now)
         for row, tokens in zip(plan.rows, result.tokens, strict=True):
@@ -189,7 +190,7 @@ class Scheduler:
         self.counters.generation_tokens += generated
         seconds, interactive = result.seconds - sum(result.copy_seconds), self._interactive.popleft()
         if plan.rows:
-            self._budget.learn(plan, seconds)
+            self.budget.learn(plan, seconds)
             self._backfill.took(plan, seconds, interactive)
         self.memory.learn(plan, result)
         self._outlook.stepped(now)
@@ -209,7 +210,7 @@ class Scheduler:
     def _fill(self, urgency: int, riders: list[Sequence], draft: _Draft) -> None:
         """Let `riders`, and who boards with their `urgency`, have what the `draft` has left of a step's tokens."""
         used = sum([row.count for row in draft.rows])
-        most = self._budget.tokens(self.running if urgency else riders)
+        most = self.budget.tokens(self.running if urgency else riders)
         if urgency:
             most = min(most, used + self._backfill.tokens(draft.rows, draft.interactive > 0, riders))
         self._limits.tokens.fill(most, used)
@@ -384,7 +385,7 @@ class Scheduler:
                 self.memory.publish(seq.blocks[index], seq.keys[index], seq.request.tenant)
             self._limits.shared.settle(seq, seq.keys[seq.published : full])
             seq.published = full
-        seq.due = seq.end - 1 if committed == known else min((full + 1) * self.resources.block_size, known - 1)
+        seq.due = seq.end - 1 if committed == known else 0
 
     def _finish(
         self, seq: Sequence, reason: FinishReason, now: float, error: ErrorInfo | None = None, tokens: list[int] = _NONE
@@ -406,7 +407,6 @@ class Scheduler:
         that uses them is still under way."""
         if seq.due == seq.end - 1:  # it generates: all but its last token has come back
             self._publish(seq, len(seq.tokens) - 1)
-        seq.due = 0
         self.running.remove(seq)
         self.waiting.order.leaves(seq)
         self._release.append(seq.slot)
@@ -417,22 +417,26 @@ class Scheduler:
     # What people may ask
 
     def _foretell(self, line: list[Sequence], now: float) -> list[float]:
-        tokens = max(1, self._budget.tokens(self.running) - len(self.running))
+        tokens = max(1, self.budget.tokens(self.running) - len(self.running))
         return self._outlook.foretell(self.running, line, tokens, now)
 
     def _explain(self, seq: Sequence, position: int, waits: list[float], now: float) -> Why:
         if seq.state is State.RUNNING:
             return Why(seq.rid, "running", position, "", f"{seq.computed} of its {len(seq.tokens)} tokens are computed")
         self._match(seq)
-        aboard = [rider.urgency for rider in self.running]
-        self._fill(seq.urgency, [], self._last if seq.urgency else _Draft())
+        riders = [rider for rider in self.running if rider.urgency <= seq.urgency]
+        if seq.urgency:
+            self._fill(seq.urgency, [], self._last)  # the next step is taken to be like the last
+        else:  # who rides has tokens before it
+            used = sum([rider.known - rider.computed for rider in riders])
+            self._limits.tokens.fill(self.budget.tokens(riders), used)
         count, holder = self._limits.cap(seq)
         name, why = "", "it boards with the next step"
-        gets_it = holder in self._limits.places and max(aboard, default=0) > seq.urgency  # from background work
+        gets_it = holder in self._limits.places and len(riders) < len(self.running)  # from background work
         if holder is not None and count <= 0 and not gets_it:
             name, why = holder.name, holder.why(seq)
         seq.blocks, seq.computed = [], 0
-        if position > 0 and (count > 0 or holder is None or holder.passes < ANYBODY):
+        if position > 0 and (holder is None or holder.passes < ANYBODY):
             name = self.waiting.order.name
             why = f"{position} requests stand before it; {self.waiting.explain(seq, now)}"
         eta = waits[position] if waits else None

@@ -8,17 +8,12 @@ from ropeway.service.params import FIT
 from ropeway.service.request import TextRequest
 
 
-def fit_max_tokens(prompt_len: int, max_model_len: int) -> int:
-    """How many tokens an answer may have after `prompt_len` tokens; 0 or less if there is no room."""
-    return max_model_len - prompt_len
-
-
 def check_context(prompt_len: int, max_tokens: int, max_model_len: int) -> int:
     """The `max_tokens` to run with: as many as fit for `FIT`. Raises RequestError for an empty prompt and
     ContextLengthError if prompt and answer exceed the context; its beginning is the one that clients look for."""
     if prompt_len == 0:
         raise RequestError("The prompt is empty: it has no tokens. Send at least one.", param="prompt")
-    room = fit_max_tokens(prompt_len, max_model_len)
+    room = max_model_len - prompt_len
     start = f"This model's maximum context length is {max_model_len} tokens."
     if room < 1:
         raise ContextLengthError(
@@ -62,7 +57,8 @@ def check_purpose(info: ExecutorInfo, pooling: str) -> None:
     """Raises RequestError if the model cannot do what is asked of it: to generate, or to make vectors."""
     able = info.pooling
     if pooling and able is None:
-        raise RequestError(f"{info.model} is served for generating text alone: it makes no vectors.", param="model")
+        message = f"{info.model} makes no vectors: it is served for generating text. Ask another model."
+        raise RequestError(message, param="model")
     if not pooling and not info.generates:
         what, where = (
             ("scores pairs of texts", "/v1/score") if able and able.judges else ("makes vectors", "/v1/embeddings")

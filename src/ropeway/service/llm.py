@@ -49,8 +49,8 @@ class LLM(Pools, Beams):
     """A model and its engine in this process.
 
     `model` is 'bundled', a Hugging Face directory or a hub name; `tokenizer` and `chat_template` (a file) replace the
-    model's own. All other settings are the fields of `EngineConfig`, with its defaults but one: nobody watches a stream
-    here, so `step_budget_ms` is 0. Not thread-safe.
+    model's own. All other settings are the fields of `EngineConfig`, with its defaults but two: nobody watches a stream
+    here, so `step_budget_ms` is 0, and nobody else would answer, so `max_queue` has no end. Not thread-safe.
     Raises ConfigError, ModelError or MemoryBudgetError.
     """
 
@@ -82,14 +82,14 @@ class LLM(Pools, Beams):
     def over(cls, executor: Executor, text: ModelText, config: EngineConfig | None = None) -> LLM:
         """An `LLM` over parts that exist already, such as a `FakeExecutor`."""
         llm = cls.__new__(cls)
-        llm.config = check(config or EngineConfig())
+        llm.config = check(config or EngineConfig(max_queue=_NO_QUEUE_LIMIT))
         llm._set_up(executor, text)
         return llm
 
     def _set_up(self, executor: Executor, text: ModelText) -> None:
         self._executor = executor
         self._text = text
-        self._engine = make_engine(executor, self.config, max_queue=_NO_QUEUE_LIMIT)
+        self._engine = make_engine(executor, self.config)
         self._encoder = Encoder(text.tokenizer, text.template)
         self._grammars = Grammars(text.tokenizer, text.eos_ids)
         self._rids = itertools.count(1)
@@ -301,7 +301,7 @@ def _advance(job: _Job, event: TokenEvent, tokenizer: Tokenizer) -> bool:
 
 def _engine_config(model: str, given: Mapping[str, Any]) -> EngineConfig:
     known = {setting.name: setting for setting in settings(EngineConfig)}
-    values: dict[str, Any] = {"model": model, "step_budget_ms": 0.0}
+    values: dict[str, Any] = {"model": model, "step_budget_ms": 0.0, "max_queue": _NO_QUEUE_LIMIT}
     for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -311,7 +311,7 @@ def _engine_config(model: str, given: Mapping[str, Any]) -> EngineConfig:
                 else "The settings are the fields of ropeway.config.EngineConfig."
             )
             raise ConfigError(f"LLM has no setting {name!r}. {hint}", param=name)
-        values[name] = known[name].parse(value, f"{name}=")
+        values[name] = known[name].parse(value, f"{name} of LLM()")
     return EngineConfig(**values, **preset_values(values.get("preset"), values))
 
 

@@ -72,7 +72,8 @@ def load_text(
     vocabulary = HubTokenizer.load(words)
     if max_model_len is not None and max_model_len > spec.context_limit:
         raise ConfigError(
-            f"max_model_len is {max_model_len}, but {model} is made for at most {spec.context_limit} tokens. Lower it.",
+            f"max_model_len is {max_model_len}, but {model} is made for {spec.context_limit} tokens. Use "
+            f"--max-model-len {spec.context_limit} or less.",
             param="max_model_len",
         )
     eos = [*spec.eos_ids, *([vocabulary.eos_id] if vocabulary.eos_id is not None else [])]

@@ -33,7 +33,7 @@ class AnswerStream:
         self.rid = rid
         self._account = account
         self._on_cancel = on_cancel
-        self._news = _Joined()
+        self._news = Joined()
         self._last: TextChunk | None = None
         self._error: RopewayError | None = None
         self._accepted = False
@@ -55,7 +55,7 @@ class AnswerStream:
             if self._ended:
                 break
             await self._wait()
-        news, self._news = self._news, _Joined()
+        news, self._news = self._news, Joined()
         if self._error is not None:
             if news:
                 return news.chunk()
@@ -132,14 +132,14 @@ async def collect(stream: TextStream) -> TextChunk:
     """The whole answer as one chunk; wakes once if the stream can. Raises what the stream raises."""
     if isinstance(stream, AnswerStream):
         stream.wait_for_all()
-    joined, last = _Joined(), TextChunk()
+    joined, last = Joined(), TextChunk()
     async for last in stream:
         joined.add(last)
     return joined.chunk(last)
 
 
-class _Joined:
-    """Chunks of one answer becoming one."""
+class Joined:
+    """Chunks of one answer becoming one. True once there is something to tell."""
 
     def __init__(self) -> None:
         self._text: list[str] = []
@@ -149,6 +149,10 @@ class _Joined:
 
     def __bool__(self) -> bool:
         return bool(self._text or self._tokens or self._prompt)
+
+    def __len__(self) -> int:
+        """Its tokens."""
+        return len(self._tokens)
 
     def add(self, chunk: TextChunk) -> None:
         if chunk.text:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ropeway.config import EngineConfig
@@ -26,8 +27,9 @@ from ropeway.contract.clock import Clock
 from ropeway.contract.executor import Executor
 from ropeway.engine.engine import Engine
 from ropeway.errors import ConfigError, EngineError
+from ropeway.recorder.recorder import RecordedEngine
 from ropeway.sim.clock import VirtualClock
-from ropeway.sim.cost import CostModel
+from ropeway.sim.cost import CostModel, work
 from ropeway.sim.timed import TimedExecutor
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ STEPS = 3
 """Steps of one kind in a row that are timed."""
 
 SECONDS = 25.0
-"""How long to measure, at least once through all kinds: machines are faster in one moment than in the next."""
+PASSES = 2
+"""How long to measure, but at least so often through all kinds: machines are faster in one moment than in the next."""
 
 LONG = 0.5
 """A step of more seconds shows well enough what tokens cost; steps with more tokens than it are not timed."""
@@ -61,7 +64,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Sample:
-    """A measured kind of step. Fields are those of `CostModel.of`; `seconds` is the median of several."""
+    """A measured kind of step. Fields are those of `CostModel.of`; `seconds` is the middle of `times` steps."""
 
     tokens: int
     context: int
@@ -69,6 +72,7 @@ class Sample:
     pairs: int
     chunks: int
     seconds: float
+    times: int = 1
 
 
 def grid(info: ExecutorInfo) -> Iterator[list[Line]]:
@@ -92,7 +96,7 @@ def measure(executor: Executor, clock: Clock, kinds: Sequence[list[Line]], secon
     fitting = [lines for lines in kinds if bench.fits(lines)]
     times: list[list[float]] = [[] for _ in fitting]
     begun, passes, most = clock.now(), 0, float("inf")
-    while passes == 0 or (clock.now() - begun) * (passes + 1) / passes < seconds:
+    while passes < PASSES or (clock.now() - begun) * (passes + 1) / passes < seconds:
         for number, lines in enumerate(fitting):
             tokens = sum(line.count for line in lines)
             if tokens > most:
@@ -102,21 +106,14 @@ def measure(executor: Executor, clock: Clock, kinds: Sequence[list[Line]], secon
             if min(found) > LONG:
                 most = min(most, tokens)
         passes += 1
-    return [_sample(lines, sorted(t)[len(t) // 2]) for lines, t in zip(fitting, times, strict=True) if t]
+    return [_sample(lines, sorted(t)) for lines, t in zip(fitting, times, strict=True) if t]
 
 
-def _sample(lines: Sequence[Line], seconds: float) -> Sample:
+def _sample(lines: Sequence[Line], times: Sequence[float]) -> Sample:
     """`lines` as they are in the middle one of the steps that are timed."""
     shift = 1 + STEPS // 2
-    middle = [Line(line.start + shift * line.count, line.count, line.decodes) for line in lines]
-    return Sample(
-        tokens=sum(line.count for line in middle),
-        context=sum(line.start + line.count for line in middle),
-        emits=sum(line.decodes for line in middle),
-        pairs=sum(n * (2 * line.start + n + 1) // 2 for line in middle if (n := line.count) > 1),
-        chunks=sum(line.count > 1 for line in middle),
-        seconds=seconds,
-    )
+    middle = [Row(0, 1, 0, line.start + shift * line.count, line.count, line.decodes, []) for line in lines]
+    return Sample(*work(middle), times[len(times) // 2], len(times))
 
 
 class _Bench:
@@ -168,11 +165,11 @@ class _Bench:
 
 
 def fit(samples: Sequence[Sample]) -> tuple[CostModel, tuple[float, float]]:
-    """The cost model with the least relative error, and that error: median and 90th percentile.
+    """The cost model with the least relative error, and that error: median and 90th percentile. A kind of step that was
+    timed more often counts more, with the root of the number, as its middle is known so much better.
 
-    Absolute errors count, not their squares, so that a few steps that something disturbed do not matter (least
-    absolute deviations, by reweighted least squares). Costs are not negative; only the slope may bend down, where more
-    tokens use the machine better. Raises ConfigError if there are too few samples.
+    Costs are not negative; only the slope may bend down, where more tokens use the machine better. Raises ConfigError
+    if there are too few samples.
     """
     import numpy as np
 
@@ -184,11 +181,8 @@ def fit(samples: Sequence[Sample]) -> tuple[CostModel, tuple[float, float]]:
         for s in samples
     ]
     matrix = np.array(columns) / np.array([s.seconds for s in samples])[:, None]
-    found = np.zeros(matrix.shape[1])
-    weights = np.ones(len(samples))
-    for _ in range(12):
-        found = _fit_once(matrix, weights)
-        weights = 1 / np.sqrt(np.maximum(np.abs(matrix @ found - 1), 0.01))
+    weights = np.sqrt([s.times for s in samples])
+    found = least_deviation(matrix * weights[:, None], weights, bound=6)
     base, per_token, per_context, per_emit, per_pair, per_prefix_row, *slopes = (float(v) for v in found)
     model = CostModel(
         base=base, per_token=per_token, per_context=per_context, per_emit=per_emit, per_pair=per_pair,
@@ -198,34 +192,52 @@ def fit(samples: Sequence[Sample]) -> tuple[CostModel, tuple[float, float]]:
     return model, (float(np.percentile(errors, 50)), float(np.percentile(errors, 90)))
 
 
-def _fit_once(matrix: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weighted least squares for `matrix @ x = 1` with the first six of x not negative."""
+def least_deviation(
+    matrix: NDArray[np.float64], target: NDArray[np.float64], bound: int, near: float = 0.01
+) -> NDArray[np.float64]:
+    """x for which `matrix @ x` is closest to `target`, with the first `bound` of x not negative. Absolute errors count,
+    and not their squares, so that a few samples that something disturbed do not matter (least absolute deviations, by
+    reweighted least squares; those below `near` count as that)."""
+    import numpy as np
+
+    found, weights = np.zeros(matrix.shape[1]), np.ones(len(target))
+    for _ in range(12):
+        found = _least_squares(matrix * weights[:, None], target * weights, bound)
+        weights = 1 / np.sqrt(np.maximum(np.abs(matrix @ found - target), near))
+    return found
+
+
+def _least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64], bound: int) -> NDArray[np.float64]:
     import numpy as np
 
     used = list(range(matrix.shape[1]))
-    while True:
-        part = matrix[:, used] * weights[:, None]
+    found, scales = np.zeros(0), np.ones(0)
+    while used:
+        part = matrix[:, used]
         scales = np.linalg.norm(part, axis=0)
         scales[scales == 0] = 1.0
-        found = np.linalg.lstsq(part / scales, weights, rcond=1e-9)[0]
-        below = [(value, column) for value, column in zip(found, used, strict=True) if column < 6 and value < 0]
+        found = np.linalg.lstsq(part / scales, target, rcond=1e-9)[0]
+        below = [(value, column) for value, column in zip(found, used, strict=True) if column < bound and value < 0]
         if not below:
             break
         used.remove(min(below)[1])  # the most negative one; the others may then turn positive
     solution = np.zeros(matrix.shape[1])
-    solution[used] = found / scales
+    if used:
+        solution[used] = found / scales
     return solution
 
 
-def measure_loop(info: ExecutorInfo, clock: Clock, encode: Callable[[Step], object]) -> tuple[float, float]:
-    """What the engine's loop adds to a step, and to each of its rows, in seconds: planning, taking in, and the message
-    with its news. Measured without a model, while rows decode."""
+def measure_loop(
+    info: ExecutorInfo, clock: Clock, encode: Callable[[Step], object], journal: Path | None = None
+) -> tuple[float, float]:
+    """What the engine's loop adds to a step, and to each of its rows, in seconds: planning, taking in, the message with
+    its news, and a record in `journal`, if given. Measured without a model, while rows decode."""
+    kind = Engine if journal is None else RecordedEngine
 
     def each(rows: int, steps: int = 120) -> float:
         virtual = VirtualClock()
-        engine = Engine(
-            TimedExecutor(info, CostModel(), virtual), EngineConfig(max_num_seqs=rows), clock=virtual, secret=b"loop"
-        )
+        config = EngineConfig(max_num_seqs=rows, journal=None if journal is None else str(journal))
+        engine = kind(TimedExecutor(info, CostModel(), virtual), config, clock=virtual, secret=b"loop")
         sampling = SamplingParams(temperature=0.0, max_tokens=steps + 8, ignore_eos=True)
         engine.submit([Submit(GenerateRequest(rid=rid, tokens=[rid] * 4, sampling=sampling)) for rid in range(rows)])
         for _ in range(4):
@@ -235,6 +247,7 @@ def measure_loop(info: ExecutorInfo, clock: Clock, encode: Callable[[Step], obje
             begun = clock.now()
             encode(engine.step())
             times.append(clock.now() - begun)
+        engine.close()
         return sorted(times)[steps // 2]
 
     rows = max(2, min(info.max_slots, 64))

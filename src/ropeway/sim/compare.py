@@ -85,7 +85,8 @@ def compare(mix: Mix) -> Comparison:
     """Serve the requests of `mix` both ways. What a service adds before the engine hears of a request is left out: it
     would make the first static batch one of a single request, which is nobody's idea of static batching."""
     profile, arrivals = load_profile(mix.profile), arrivals_of(mix)
-    profile = dataclasses.replace(profile, serving=dataclasses.replace(profile.serving, request=0.0, prompt_token=0.0))
+    bare = dataclasses.replace(profile.serving, request=0.0, prompt_token=0.0, arrive=0.0, arrive_busy=0.0)
+    profile = dataclasses.replace(profile, serving=bare)
     config = EngineConfig(max_num_seqs=mix.seats, max_queue=mix.requests + 1, scheduling_policy="fcfs")
     return Comparison(
         machine=profile.machine,
@@ -120,7 +121,7 @@ def _side(arrivals: list[Arrival], profile: Profile, config: EngineConfig) -> Si
         seconds=found.seconds,
         steps=found.steps,
         output_rate=found.output_rate,
-        occupancy=seats.computing / (seats.seconds * config.max_num_seqs) if seats.seconds else 0.0,
+        occupancy=min(1.0, seats.computing / (seats.seconds * config.max_num_seqs)) if seats.seconds else 0.0,
         ttft_p50=found.ttft["p50"],
         ttft_p99=found.ttft["p99"],
         e2e_mean=found.e2e["mean"],

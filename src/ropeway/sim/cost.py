@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ropeway.contract import StepPlan
+from ropeway.contract import Row, StepPlan
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,7 @@ class CostModel:
     bends: tuple[tuple[int, float], ...] = ()
 
     def seconds(self, plan: StepPlan) -> float:
-        tokens = context = emits = pairs = chunks = 0
-        for row in plan.rows:
-            count = row.count
-            tokens += count
-            context += row.start + count
-            emits += row.emit
-            if count > 1:
-                pairs += count * (2 * row.start + count + 1) // 2
-                chunks += 1
-        return self.of(tokens, context, emits, pairs, chunks, len(plan.copies))
+        return self.of(*work(plan.rows), len(plan.copies))
 
     def of(self, tokens: int, context: int, emits: int, pairs: int = 0, chunks: int = 0, copies: int = 0) -> float:
         """The same from sums over the rows of a step."""
@@ -48,3 +40,17 @@ class CostModel:
             if tokens > knee:
                 total += slope * (tokens - knee)
         return total + self.per_pair * pairs + self.per_prefix_row * chunks + self.per_copy * copies
+
+
+def work(rows: Iterable[Row]) -> tuple[int, int, int, int, int]:
+    """What `CostModel.of` wants to know of `rows`, copies apart, in its order."""
+    tokens = context = emits = pairs = chunks = 0
+    for row in rows:
+        count = row.count
+        tokens += count
+        context += row.start + count
+        emits += row.emit
+        if count > 1:
+            pairs += count * (2 * row.start + count + 1) // 2
+            chunks += 1
+    return tokens, context, emits, pairs, chunks

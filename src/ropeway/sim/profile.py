@@ -20,17 +20,34 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What a server adds to the executor, in seconds of work.
+    """What a server adds to its executor, in seconds.
 
-    The service (HTTP, tokenizer, decoding, streams) is one process that does one thing at a time: `request`, and
-    `prompt_token` for each token of its prompt, before the engine hears of a request. The engine's
-    loop adds `step` to every step and `row` for each row that yields a token.
+    On the way in: the service (HTTP, tokenizer) is one process that works for `request`, and for `prompt_token` for
+    each token of a prompt, on one request after the other; `arrive` later the engine hears of it, and `arrive_busy`
+    later yet while it is at work, for then the service is too.
+
+    In the engine: `step` and `row` for each row that yielded a token lie between two steps, and `join` for each request
+    that came in meanwhile. An engine that has nothing to do needs `wake` to begin with the first request.
+    `jitter` is how much longer (or shorter) a step is than all of this says: the middles of equally large parts of what
+    was measured, in order of size, of steps in which all rows decode and of steps that read prompts.
+
+    On the way out: a client has a token `deliver`, and `deliver_row` for each token of the step, after the step's end,
+    while the engine goes on. `deliver_jitter` is by how much more or less that is of first and last tokens, in parts as
+    `jitter` is: what delays several tokens of an answer alike leaves the gaps between them as they are.
     """
 
     request: float = 0.0
     prompt_token: float = 0.0
+    arrive: float = 0.0
+    arrive_busy: float = 0.0
+    wake: float = 0.0
     step: float = 0.0
     row: float = 0.0
+    join: float = 0.0
+    deliver: float = 0.0
+    deliver_row: float = 0.0
+    jitter: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+    deliver_jitter: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +130,8 @@ def load_profile(name: str) -> Profile:
         return msgspec.json.decode(data, type=Profile)
     except OSError as error:
         raise ConfigError(
-            f"The profile {name} cannot be read: {error.strerror}. Shipped are {', '.join(shipped())}; "
-            "`ropeway calibrate MODEL` measures one.",
+            f"The profile {name} cannot be read: {error.strerror}. Take one of {', '.join(shipped())}, or measure one "
+            "with `ropeway calibrate MODEL`.",
             param="profile",
         ) from None
     except msgspec.MsgspecError as error:

@@ -21,11 +21,6 @@ from ropeway.sim.traces import read_trace
 from ropeway.sim.workload import Arrival, Traffic, endless, generate, scale
 
 MOST_POINTS = 200
-SHORT = {
-    "policy": "scheduling_policy", "budget_tokens": "max_num_batched_tokens", "budget_ms": "step_budget_ms",
-    "seats": "max_num_seqs",
-}  # fmt: skip
-"""Other names of settings in a sweep."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +50,17 @@ def _text(value: Any) -> str:
 
 
 def parse_sweeps(items: Sequence[str]) -> dict[str, list[Any]]:
-    """`["policy=fcfs,sjf", "replicas=1,2"]` as values by setting. Raises ConfigError."""
+    """`["scheduling_policy=fcfs,sjf", "replicas=1,2"]` as values by setting. Raises ConfigError."""
     obeyed = {*SimConfig.__dataclass_fields__, *OBEYED}
     known = {s.name: s for s in settings(SimConfig, EngineConfig) if s.name in obeyed}
     sweeps: dict[str, list[Any]] = {}
     for item in items:
         name, separator, values = item.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
-        name = SHORT.get(name, name)
         words = [word.strip() for word in values.split(",") if word.strip()]
         if name not in known or not separator or not words:
             raise ConfigError(
-                f"sweep {item!r} is not SETTING=VALUE,VALUE with a setting that `ropeway sim` has.",
+                f"--sweep is {item!r}; it must be SETTING=VALUE,VALUE with a setting that `ropeway sim --help` lists.",
                 param="sweep",
             )
         sweeps[name] = [_parse(known[name], word) for word in words]
@@ -81,7 +75,7 @@ def parse_sweeps(items: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _parse(setting: Setting, word: str) -> Any:
-    return None if word == "none" and setting.default is None else setting.parse(word, "--sweep")
+    return None if word == "none" and setting.default is None else setting.parse(word, f"{setting.name} in --sweep")
 
 
 def run_sweep(

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ropeway.contract import ExecutorInfo, StepPlan, StepResult
 from ropeway.sim.clock import VirtualClock
 from ropeway.sim.cost import CostModel
 
 _NOTHING: list[int] = []
+_NEVER: list[float] = []
+_GOLDEN = 0.6180339887498949
+
+
+class Spread:
+    """Takes one of `parts` after the other, evenly from all of them, and the same every time (a Weyl sequence); 0 where
+    there are none."""
+
+    def __init__(self, parts: Sequence[float]) -> None:
+        self._parts = parts
+        self._turn = 0
+
+    def take(self) -> float:
+        if not self._parts:
+            return 0.0
+        self._turn += 1
+        return self._parts[int(self._turn * _GOLDEN % 1.0 * len(self._parts))]
 
 
 class TimedExecutor:
@@ -19,8 +36,9 @@ class TimedExecutor:
     lets it. So whoever makes the requests can foretell the answers, and a later turn of a conversation finds them in
     the prefix cache.
 
-    `loop` is what the engine adds to a step, and to each row of it that yields a token: time that passes, but that an
-    executor does not see. `copies` has the seconds in which a block goes to or comes from a tier, by the tier's name.
+    `jitter` has what steps take beyond their cost without the executor's seeing it, now one part and now another: steps
+    in which all rows decode, and others (see `Serving`). `copies` has the seconds in which a block goes to or comes
+    from a tier, by the tier's name.
     """
 
     def __init__(
@@ -29,18 +47,19 @@ class TimedExecutor:
         cost: CostModel,
         clock: VirtualClock,
         *,
-        loop: tuple[float, float] = (0.0, 0.0),
+        jitter: tuple[Sequence[float], Sequence[float]] = ((), ()),
         copies: Mapping[str, float] | None = None,
     ) -> None:
         self.info = info
         self._cost = cost
         self._clock = clock
-        self._loop_step, self._loop_row = loop
+        self._jitter = Spread(jitter[0]), Spread(jitter[1])
         self._copies = {"device": 0.0, **(copies or {})}
-        self._loops: deque[float] = deque()
         self._says: dict[int, list[int]] = {}
         self._ends: dict[int, tuple[int, list[int]]] = {}  # by slot: after how many computed tokens it says its end
-        self._under_way: deque[StepResult] = deque()
+        self._under_way: deque[tuple[StepResult, float]] = deque()
+        self.emits = 0
+        """Tokens that the last step yielded."""
         self.steps = 0
         self.computed = 0
         """Tokens of all steps, those computed a second time included."""
@@ -55,7 +74,7 @@ class TimedExecutor:
                 ends[admit.slot] = admit.prompt_len + admit.sampling.min_tokens - 1, [admit.eos_ids[0]]
         rows = plan.rows
         answers = [says[row.slot] if row.emit else _NOTHING for row in rows]
-        tokens = sum([row.count for row in rows])
+        tokens = plan.num_tokens
         context = sum([row.start for row in rows]) + tokens
         emits, pairs, chunks = sum([row.emit for row in rows]), 0, 0
         if tokens > len(rows) or ends:  # else all of them decode, and none can end by itself
@@ -68,20 +87,23 @@ class TimedExecutor:
                 last, end = ends.get(row.slot, never)
                 if row.start + count == last:
                     answers[number] = end
-        moved = [self._copies[copy.source_tier] + self._copies[copy.target_tier] for copy in plan.copies]
-        seconds = self._cost.of(tokens, context, emits, pairs, chunks) + sum(moved)
+        seconds, moved = self._cost.of(tokens, context, emits, pairs, chunks), _NEVER
+        if plan.copies:
+            moved = [self._copies[copy.source_tier] + self._copies[copy.target_tier] for copy in plan.copies]
+            seconds += sum(moved)
         self.steps += 1
         self.computed += tokens
         self.seconds += seconds
-        self._loops.append(self._loop_step + self._loop_row * emits)
-        self._under_way.append(StepResult(plan.step, answers, [], seconds, moved))
+        self.emits = emits
+        passes = max(0.0, seconds + self._jitter[tokens > emits].take())
+        self._under_way.append((StepResult(plan.step, answers, [], seconds, moved), passes))
         return plan.step
 
     def collect(self, ticket: int) -> StepResult:
-        result = self._under_way.popleft()
+        result, passes = self._under_way.popleft()
         if result.step != ticket:
             raise RuntimeError(f"step {ticket} was collected, but {result.step} is the oldest")
-        self._clock.advance(result.seconds + self._loops.popleft())
+        self._clock.advance(passes)
         return result
 
     def close(self) -> None:

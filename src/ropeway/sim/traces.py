@@ -55,7 +55,7 @@ def read_trace(path: Path, most: int | None = None) -> list[Arrival]:
 
 def _from_zero(arrivals: list[Arrival], path: Path) -> list[Arrival]:
     if not arrivals:
-        raise ConfigError(f"The trace {path} holds no requests.", param="trace")
+        raise ConfigError(f"The trace {path} holds no requests. Check --trace.", param="trace")
     begin = arrivals[0].at
     return arrivals if begin == 0 else [dataclasses.replace(a, at=a.at - begin) for a in arrivals]
 
@@ -96,8 +96,8 @@ def _reader_of(first: str, path: Path) -> Reader:
     if isinstance(record, dict) and "prompt_tokens" in record:
         return _own
     raise ConfigError(
-        f"{path} is no trace that can be read: its first line has neither the columns ContextTokens and "
-        "GeneratedTokens, nor is it a JSON object with hash_ids or prompt_tokens.",
+        f"{path} is no trace that can be read. Its first line must be the names of columns with ContextTokens and "
+        "GeneratedTokens, or a JSON object with hash_ids or prompt_tokens.",
         param="trace",
     )
 

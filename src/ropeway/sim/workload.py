@@ -260,6 +260,9 @@ def endless(arrivals: Sequence[Arrival]) -> Iterator[Arrival]:
 def scale(arrivals: Sequence[Arrival], *, rate: float = 1.0, length: float = 1.0) -> list[Arrival]:
     """`rate` times as many a second, `length` times as long (at least one token of everything)."""
 
+    if rate == length == 1:
+        return [*arrivals]
+
     def shorter(count: int) -> int:
         return max(1, round(count * length))
 

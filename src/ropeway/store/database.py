@@ -14,6 +14,7 @@ import os
 import queue
 import sqlite3
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,7 @@ _TOGETHER: Final = 128
 """Changes that share a transaction at most."""
 
 _BUSY_SECONDS: Final = 30.0
+_AGAIN_SECONDS: Final = 0.01
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,13 @@ class Database:
             self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=256
         )
         connection.row_factory = sqlite3.Row
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=1000"):
-            connection.execute(f"PRAGMA {pragma}")
+        try:
+            _log_ahead(connection)
+            for pragma in ("synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=1000"):
+                connection.execute(f"PRAGMA {pragma}")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _run(self) -> None:
@@ -177,6 +184,20 @@ def _let_go(error: BaseException) -> None:
     while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
+
+
+def _log_ahead(connection: sqlite3.Connection) -> None:
+    """Enter WAL mode, however many do so or leave the file at this moment: SQLite, which waits for other locks, refuses
+    this one at once where waiting could be for ever."""
+    limit = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > limit:
+                raise
+        time.sleep(_AGAIN_SECONDS)
 
 
 def _migrate(connection: sqlite3.Connection, schema: Schema, path: Path) -> None:

@@ -178,7 +178,9 @@ def json_rule(schema: Any, *, param: str = "tools", space: str | None = None, cl
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"The JSON schema is not valid JSON: {str(error)[:200]}.", param=param) from None
+            raise RequestError(
+                f"The JSON schema is not valid JSON: {str(error)[:200]}. Let a library write it.", param=param
+            ) from None
     if not isinstance(schema, Mapping | bool):
         raise RequestError(f"The JSON schema is {_shown(schema)}; it must be an object.", param=param)
     _measure(schema, param)

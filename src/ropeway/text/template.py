@@ -107,6 +107,19 @@ class ChatTemplate:
 
         return await asyncio.get_running_loop().run_in_executor(self._executor(), work)
 
+    def check(self) -> None:
+        """Compile all sources. Blocks. Raises ModelError for one that is no template; whatever else may be wrong shows
+        when it is used."""
+        for name in self.sources:
+            problem = self._worker.check(name)
+            if problem:
+                self.close()
+                which = "" if name == "default" else f" {name!r}"
+                raise ModelError(
+                    f"The model's chat template{which} cannot be compiled: {problem}. Correct it, or give another with "
+                    "--chat-template."
+                )
+
     def warm(self) -> None:
         """Start the worker in the background, so that the first conversation need not wait for it."""
         self._executor().submit(self._worker.start)
@@ -233,14 +246,14 @@ class _Worker:
                 f"The conversation cannot be given to the chat template: {error}. Send plain JSON with valid Unicode.",
                 param="messages",
             ) from None
-        try:
-            kind, text = msgspec.msgpack.decode(self._sandbox.ask(job), type=tuple[str, str])
-        except SandboxError as error:
-            kind, text = ("late" if error.late else "gone"), ""
+        kind, text = self._ask(job)
         if kind == "ok":
             return text
         if kind == "refused":
-            raise TemplateError(f"The chat template refused these messages: {text}", param="messages")
+            raise TemplateError(
+                f"The chat template refused these messages: {text.rstrip('.!')}. Send them as this model wants them.",
+                param="messages",
+            )
         what = {
             "late": f"took longer than {self._limits.deadline:g} s and was stopped",
             "large": f"made {text}",
@@ -251,6 +264,17 @@ class _Worker:
             f"The model's chat template {what}. Check the messages, or give another template with --chat-template.",
             param="messages",
         )
+
+    def check(self, name: str) -> str:
+        """What is wrong with a source as such; empty if nothing is, or if that cannot be found out now."""
+        kind, text = self._ask(msgspec.msgpack.encode((name, None)))
+        return text if kind == "error" else ""
+
+    def _ask(self, job: bytes) -> tuple[str, str]:
+        try:
+            return msgspec.msgpack.decode(self._sandbox.ask(job), type=tuple[str, str])
+        except SandboxError as error:
+            return ("late" if error.late else "gone"), ""
 
 
 def load_template(
@@ -302,5 +326,7 @@ def _named(given: Any, directory: Path) -> dict[str, str]:
 def _read_text(path: Path, advice: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"The chat template {path} cannot be read: {error}. {advice}") from None
+    except OSError as error:
+        raise ModelError(f"The chat template {path} cannot be read: {error.strerror}. {advice}") from None
+    except UnicodeDecodeError as error:
+        raise ModelError(f"The chat template {path} is no text: byte {error.start} is not UTF-8. {advice}") from None

@@ -8,7 +8,8 @@ It is started as a script and imports nothing of Ropeway, so that it starts in t
 over stdin and stdout in frames of 4 bytes of big-endian length and msgpack. The first frame is the settings
 `{"sources": {name: template}, "deadline", "max_output", "max_memory"}`, answered by an empty frame; each further one is
 a job `[name, context]`, answered by `[kind, text]`: "ok", "refused" (the template called raise_exception), "large",
-"memory" or "error". A job that takes longer than the deadline ends the process.
+"memory" or "error". Without a context the template is only compiled. A job that takes longer than the deadline ends the
+process.
 """
 
 from __future__ import annotations
@@ -113,13 +114,15 @@ class Renderer:
         self._env = environment()
         self._compiled: dict[str, jinja2.Template] = {}
 
-    def render(self, name: str, context: dict[str, Any]) -> tuple[str, str]:
-        """The kind of outcome and its text. Does not return if the deadline passes."""
+    def render(self, name: str, context: dict[str, Any] | None) -> tuple[str, str]:
+        """The kind of outcome and its text, empty without a context. Does not return if the deadline passes."""
         # SIGALRM's default action ends the process even in the middle of a long operation in C.
         signal.setitimer(signal.ITIMER_REAL, self._deadline)
         try:
             if name not in self._compiled:
                 self._compiled[name] = self._env.from_string(self._sources[name])
+            if context is None:
+                return "ok", ""
             _with_arguments(context["messages"])
             parts: list[str] = []
             size = 0

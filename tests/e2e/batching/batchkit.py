@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from typing import Any
 
 import openai
 
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextRequest, TextStream
+from waiting import until
 
 KEYS = ("one-key", "other-key")
 MIB = 1024 * 1024
@@ -50,14 +49,6 @@ def run(client: openai.OpenAI, content: bytes, **fields: Any) -> Any:
 
 def ended(client: openai.OpenAI, name: str, seconds: float = 20.0) -> Any:
     return until(lambda: client.batches.retrieve(name), lambda batch: batch.status in ENDED, seconds)
-
-
-def until(look: Callable[[], Any], good: Callable[[Any], bool], seconds: float = 20.0) -> Any:
-    limit = time.monotonic() + seconds
-    while not good(found := look()):
-        assert time.monotonic() < limit, f"not reached within {seconds} s: {found}"
-        time.sleep(0.02)
-    return found
 
 
 def read(client: openai.OpenAI, name: str | None) -> list[dict[str, Any]]:

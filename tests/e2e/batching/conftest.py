@@ -32,5 +32,5 @@ def client(server: Server) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def http(server: Server) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=server.url, headers={"authorization": f"Bearer {KEYS[0]}"}, timeout=20) as http:
+    with httpx2.Client(base_url=server.url, headers={"authorization": f"Bearer {KEYS[0]}"}, timeout=60) as http:
         yield http

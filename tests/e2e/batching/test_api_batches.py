@@ -195,7 +195,7 @@ def test_who_leaves_in_the_middle_of_a_file_leaves_nothing(client: openai.OpenAI
             b'--e\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\nhalf of it'
         )
     folder = Path(str(server.config.data_dir)) / "files"
-    until(lambda: sorted(path.name for path in folder.iterdir()), lambda names: names == before, 5)
+    until(lambda: sorted(path.name for path in folder.iterdir()), lambda names: names == before)
 
 
 BAD_LINE = b'{"custom_id": "b", "method": "POST", "url": "/v1/completions", "body": {"model": "echo", "prompt": '
@@ -305,7 +305,7 @@ def test_what_is_read_slowly_does_not_stand_in_the_way(client: openai.OpenAI, se
         raw.sendall(head.encode())
         begun = time.monotonic()
         assert client.files.content(name).read().count(b" ") == MIB - 1
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20
 
 
 def test_one_upload_at_a_time_in_a_form(http: httpx2.Client) -> None:

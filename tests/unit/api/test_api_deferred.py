@@ -30,8 +30,7 @@ def test_every_endpoint_that_computes_can_be_deferred(path: str) -> None:
     [
         (CHAT, Asked(deferred=True, stream=True), "stream"),
         (CHAT, Asked(callback_url="https://example.com/"), "callback_url"),
-        (CHAT, Asked(deferred=True, callback_url=7), "callback_url"),
-        ("/v1/responses", Asked(background=True, callback_url="https://example.com/"), "callback_url"),
+        ("/v1/messages", Asked(background=True, callback_url="https://example.com/"), "callback_url"),
         ("/v1/responses", Asked(deferred=True, background=True), "background"),
     ],
 )

@@ -14,9 +14,11 @@ from ropeway.api.feed import WATCHERS, Hub, _Stream
 from ropeway.api.feed_schema import frame, nothing
 from ropeway.api.registry import Registry
 from ropeway.config import ServerConfig
+from ropeway.contract import ExecutorInfo
 from ropeway.contract.channel import LinkState
 from ropeway.contract.scene import Happening, Scene, Seat, Waiting
 from ropeway.errors import EngineError, OverloadedError
+from waiting import eventually
 
 
 class Service:
@@ -25,7 +27,7 @@ class Service:
     def __init__(self) -> None:
         self.model_name = "m"
         self.state = LinkState.READY
-        self.info = None
+        self.info: ExecutorInfo | None = None
         self.looks: list[int] = []
         self.error: Exception | None = None
         self.stands = False
@@ -75,19 +77,25 @@ class Client:
     def abort(self) -> None:
         self.aborted = True
 
+    def _told(self, head: str) -> list[Any]:
+        text = b"".join(message.get("body", b"") for message in self.sent).decode()
+        return [json.loads(block.removeprefix(head)) for block in text.split("\n\n") if block.startswith(head)]
+
     @property
     def frames(self) -> list[Any]:
-        text = b"".join(message.get("body", b"") for message in self.sent).decode()
-        blocks = [block for block in text.split("\n\n") if block.startswith("data: ")]
-        return [json.loads(block[6:]) for block in blocks]
+        return self._told("data: ")
+
+    @property
+    def engines(self) -> list[Any]:
+        """Those of the last greeting."""
+        found: list[Any] = self._told("event: hello\ndata: ")[-1]["engines"]
+        return found
 
     async def watch(self, stream: _Stream) -> None:
         await stream({"type": "http", "state": {"abort": self.abort}}, self.receive, self.send)
 
     async def until(self, frames: int) -> None:
-        async with asyncio.timeout(5):
-            while len(self.frames) < frames:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await eventually(lambda: len(self.frames) >= frames)
 
 
 async def test_many_watch_and_the_engine_is_looked_at_once_a_tick_and_then_no_more() -> None:
@@ -101,9 +109,8 @@ async def test_many_watch_and_the_engine_is_looked_at_once_a_tick_and_then_no_mo
     for client in clients:
         client.gone.set()
     await asyncio.gather(*tasks)
-    seen = len(service.looks)
-    await asyncio.sleep(0.25)
-    assert len(service.looks) == seen
+    for _ in range(2):
+        await asyncio.sleep(0)
     assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
 
 
@@ -125,18 +132,45 @@ async def test_each_model_has_frames_of_its_own_and_one_that_hangs_holds_nobody_
     await client.until(6)
     client.gone.set()
     await task
+    assert [one["model"] for one in client.engines] == ["m", "slow"]
     assert [one["model"] for one in client.frames[:6]] == ["m", "slow"] * 3
     assert [one["step"] for one in client.frames[:6]] == [1, 0, 2, 0, 3, 0]
 
 
+async def test_a_model_that_is_loaded_while_somebody_watches_is_announced_with_its_own_numbers() -> None:
+    first, second = Service(), Service()
+    second.model_name = "later"
+    second.info = ExecutorInfo(
+        model="l", device="cuda", dtype="bfloat16", num_blocks=9, block_size=32, max_slots=5, max_model_len=99,
+        vocab_size=9,
+    )  # fmt: skip
+    api = api_of(first)
+    client = Client()
+    task = asyncio.create_task(client.watch(_Stream(api, Hub(api), None, 0.1, None)))
+    await client.until(1)
+    assert [(one["model"], one["slots"]) for one in client.engines] == [("m", 0)]
+    api.engines = [first, second]
+    await client.until(4)
+    assert [(one["model"], one["device"], one["slots"]) for one in client.engines] == [
+        ("m", "", 0),
+        ("later", "cuda", 5),
+    ]
+    api.engines = [second]
+    await client.until(8)
+    assert [one["model"] for one in client.engines] == ["later"]
+    client.gone.set()
+    await task
+
+
 async def test_who_reads_slowly_gets_the_newest_and_who_reads_nothing_is_left() -> None:
     service = Service()
-    api = api_of(service, stream_timeout=0.7)
+    api = api_of(service, stream_timeout=1.5)
     hub, slow = Hub(api), Client()
     task = asyncio.create_task(slow.watch(_Stream(api, hub, None, 0.1, None)))
     await slow.until(2)
     slow.reads.clear()
-    await asyncio.sleep(0.5)
+    seen = len(service.looks)
+    await eventually(lambda: len(service.looks) >= seen + 4)
     slow.reads.set()
     before = len(slow.frames)
     await slow.until(before + 2)
@@ -144,7 +178,7 @@ async def test_who_reads_slowly_gets_the_newest_and_who_reads_nothing_is_left() 
     assert steps == sorted(steps)
     assert max(after - one for one, after in pairwise(steps)) >= 3  # the frames between are lost
     slow.reads.clear()
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(20):
         await task
     assert slow.aborted
 
@@ -168,7 +202,7 @@ async def test_a_server_that_ends_ends_the_feed() -> None:
     task = asyncio.create_task(client.watch(_Stream(api, Hub(api), None, 0.1, None)))
     await client.until(1)
     api.cut.set_result(EngineError("over"))
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(20):
         await task
     assert client.sent[-1]["more_body"] is False
     assert not client.aborted
@@ -181,9 +215,8 @@ async def test_nothing_new_is_told_seldom_and_an_engine_that_dies_is_told_at_onc
     client = Client()
     task = asyncio.create_task(client.watch(_Stream(api, Hub(api), None, 0.1, None)))
     await client.until(1)
-    await asyncio.sleep(0.5)
+    await eventually(lambda: any(message.get("body") == b": keep-alive\n\n" for message in client.sent))
     assert len(client.frames) == 1
-    assert any(message.get("body") == b": keep-alive\n\n" for message in client.sent)
     service.state, service.error = LinkState.STARTING, EngineError("gone")
     await client.until(2)
     assert (client.frames[-1]["state"], client.frames[-1]["seats"]) == ("starting", [])

@@ -76,17 +76,18 @@ async def test_what_no_job_may_ask_is_not_asked(url: str, body: bytes, status: i
 
 
 async def test_cancelling_a_call_is_to_leave() -> None:
-    left = asyncio.Event()
+    waits, left = asyncio.Event(), asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
+        waits.set()
         try:
             await receive()  # the client says nothing more, and never leaves by itself
         finally:
             left.set()
 
     call = asyncio.ensure_future(Inside(app)(CHAT))
-    await asyncio.sleep(0.01)
+    await asyncio.wait_for(waits.wait(), 10)
     assert not call.done()
     call.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -78,7 +78,7 @@ def test_the_numbers_of_the_table_are_all_numbers_of_the_schema() -> None:
     }
     assert numbers == {*NUMBERS, "repetition_penalty"}
     assert refusal(with_field("repetition_penalty", "0")).param == "repetition_penalty"
-    assert refusal(with_field("repetition_penalty", "101")).param == "repetition_penalty"
+    assert refusal(with_field("repetition_penalty", "10.1")).param == "repetition_penalty"
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,11 @@ def test_the_extremes_of_the_wire_pass_the_service_as_well() -> None:
     checked = validate(sampling_params(body, -1, SamplingParams()))
     assert 0 < checked.top_p < 1e-6
     assert checked.stop == ("x",)
+    own = {**NUMBERS, "repetition_penalty": (1e-3, 10), "logprobs": (0, 1000)}
+    for name in own.keys() & set(SamplingParams.__struct_fields__) - {"max_tokens", "logprobs"}:
+        for bound in own[name]:
+            asked = sampling_params(chat(**{name: bound})[0], -1, SamplingParams())
+            assert getattr(validate(asked, max_logprobs=1000), name) == max(bound, 1e-9 if name == "top_p" else bound)
 
 
 def test_messages_become_text_under_the_roles_of_templates() -> None:

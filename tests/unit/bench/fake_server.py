@@ -10,17 +10,21 @@ from typing import Any
 
 
 class FakeServer:
-    """`first` and `gap` are seconds before the first and each further piece. `requests` holds the bodies it got."""
+    """`first` and `gap` are seconds before the first and each further piece. Nobody is answered before `crowd` requests
+    are there at once. `requests` holds the bodies it got."""
 
-    def __init__(self, *, first: float = 0.0, gap: float = 0.0, piece_size: int = 10_000) -> None:
-        self.first, self.gap, self.piece_size = first, gap, piece_size
+    def __init__(self, *, first: float = 0.0, gap: float = 0.0, piece_size: int = 10_000, crowd: int = 0) -> None:
+        self.first, self.gap, self.piece_size, self.crowd = first, gap, piece_size, crowd
+        self.crowded = asyncio.Event()
         self.requests: list[dict[str, Any]] = []
         self.headers: list[str] = []
         self.in_flight = self.peak = self.connections = 0
+        self.writers: list[asyncio.StreamWriter] = []
         self.url = ""
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.writers.append(writer)
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 text = head.decode()
@@ -50,6 +54,9 @@ class FakeServer:
         count = body["max_completion_tokens"] if chat else body["max_tokens"]
         if chat:
             self.send(writer, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        if self.in_flight >= self.crowd:
+            self.crowded.set()
+        await self.crowded.wait()
         await asyncio.sleep(self.first)
         for i in range(count):
             await asyncio.sleep(self.gap if i else 0)
@@ -77,3 +84,6 @@ async def running(server: FakeServer) -> AsyncIterator[FakeServer]:
         yield server
     finally:
         listener.close()
+        for writer in server.writers:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in server.writers), return_exceptions=True)

@@ -71,7 +71,7 @@ async def test_body_says_what_was_asked() -> None:
 
 async def test_max_concurrency_bounds_what_is_in_flight_and_keeps_connections() -> None:
     samples = prompts(*["x"] * 12)
-    async with running(FakeServer(first=0.005)) as server:
+    async with running(FakeServer(first=0.005, crowd=3)) as server:
         client = HttpClient(server.url)
         run = await run_load(client, COMPLETIONS, samples, [0.0] * 12, max_concurrency=3)
         client.close()
@@ -82,7 +82,7 @@ async def test_max_concurrency_bounds_what_is_in_flight_and_keeps_connections() 
 
 
 async def test_open_loop_sends_on_time_although_nothing_was_answered() -> None:
-    async with running(FakeServer(first=0.2)) as server:
+    async with running(FakeServer(crowd=4)) as server:
         client = HttpClient(server.url)
         run = await run_load(client, COMPLETIONS, prompts(*["x"] * 4), [0.0, 0.01, 0.02, 0.03])
         client.close()

@@ -89,7 +89,8 @@ def used(data: Path, *rows: tuple[str, int, str, int, int, int, int]) -> None:
             values = (key, hour, "t", model, requests, prompt, 0, answer, cost, 0)
             marks = ", ".join("?" * len(values))
             store.write_now(lambda c, v=values, m=marks: c.execute(f"INSERT INTO usage VALUES ({m})", v))
-            store.write_now(lambda c, h=hour, m=model: c.execute("INSERT INTO pace VALUES (?, ?, 100000)", (h, m)))
+            pace = (hour, model, 100_000, prompt + answer)
+            store.write_now(lambda c, p=pace: c.execute("INSERT INTO pace VALUES (?, ?, ?, ?)", p))
 
 
 def test_usage_by_what_one_asks(data: Path) -> None:
@@ -149,3 +150,11 @@ def test_the_weights_of_keys_reach_the_scheduler_unless_the_operator_says_otherw
     found, where = with_weights(engine, origins, data)
     assert weights_of(found.tenant_weights) == {"a": 3.0, "b": 5.0}
     assert where["tenant_weights"] == f"the keys in {data}"
+
+
+def test_the_report_looks_back_as_far_as_told(data: Path) -> None:
+    now = int(time.time()) // HOUR
+    used(data, ("k", now - 240, "m", 5, 900_000, 0, 0), ("k", now - 2, "m", 5, 300_000, 100_000, 0))
+    given = ("cost", "--hour-price", "2", "--per-token-price", "1/3", "--json")
+    near, far = (json.loads(run(*given, "--days", days).stdout)["assumptions"]["written"] for days in ("1", "30"))
+    assert (near, far) == (pytest.approx(100 / 400), pytest.approx(100 / 1300))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ropeway.cli.banner import program
 from ropeway.cli.main import describe, exit_code, main
 from ropeway.errors import BY_CODE, ConfigError, EngineError, ModelError
 
@@ -24,7 +25,7 @@ def modules_after(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["version"], ["serve", "--help"], ["bench", "serve", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"], ["bench", "serve", "--help"]])
 def test_help_and_version_load_nothing_heavy(arguments: list[str]) -> None:
     found = modules_after(f"from ropeway.cli.main import main; main({arguments!r})")
     assert "typer" in found
@@ -60,7 +61,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         (["serve", "--port", "abc"], "RW-CFG", "--port"),
         (["serve", "--port", "70000"], "RW-CFG", "at most 65535"),
         (["serve", "--dtype", "int3"], "RW-CFG", "float32"),
-        (["serve", "--block-size", "24"], "RW-CFG", "8, 16, 32 or 64"),
+        (["serve", "--block-size", "24"], "RW-CFG", "one of 8, 16, 32, 64"),
         (["serve", "--host", "0.0.0.0"], "RW-CFG", "--api-key"),
         (["serve", "--config", "/no/such.yaml"], "RW-CFG", "--config"),
         (["plan", "/no/such/model"], "RW-MODEL", "does not exist"),
@@ -117,3 +118,13 @@ def test_configuration_comes_from_flag_then_variable_then_file(
     file.write_text("block-sizes: 8\n")
     _, _, err = run("serve", "--config", str(file))
     assert "Did you mean 'block_size'?" in err
+
+
+def test_the_banner_names_a_command_that_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.argv", [".venv/bin/ropeway", "serve"])
+    assert program() == ".venv/bin/ropeway"
+    (tmp_path / "ropeway").touch(mode=0o755)
+    assert program() == "ropeway"
+    monkeypatch.setattr("sys.argv", ["/site-packages/ropeway/__main__.py", "serve"])
+    assert program() == "ropeway"

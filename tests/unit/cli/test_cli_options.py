@@ -10,8 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from ropeway.cli import reference
-from ropeway.cli.options import show_settings, with_settings
-from ropeway.cli.serve import unknown_variables
+from ropeway.cli.options import show_settings, unknown_variables, with_settings
 from ropeway.config import EngineConfig, ServerConfig, load, settings
 from ropeway.errors import ConfigError
 
@@ -74,7 +73,7 @@ def test_help_by_group_and_by_word() -> None:
     groups = show_settings("listgroup", EngineConfig, ServerConfig)
     assert [line.split()[0] for line in groups.splitlines()] == list(dict.fromkeys(s.group for s in ALL))
     memory = show_settings("memory", EngineConfig, ServerConfig)
-    assert "--num-kv-blocks INT" in memory
+    assert "--num-kv-blocks <int>" in memory
     assert "ROPEWAY_NUM_KV_BLOCKS" in memory
     assert "--port" not in memory
     assert "--max-queue" in show_settings("--max-queue", EngineConfig, ServerConfig)
@@ -90,6 +89,6 @@ def test_the_documented_settings_are_the_real_ones() -> None:
 
 def test_misspelt_variables_are_named() -> None:
     environ = {"ROPEWAY_MAX_NUM_SEQ": "3", "ROPEWAY_PORT": "1", "ROPEWAY_CACHE_DIR": "/x", "PATH": "/bin"}
-    assert list(unknown_variables(environ)) == [
+    assert list(unknown_variables(environ, EngineConfig, ServerConfig)) == [
         "ROPEWAY_MAX_NUM_SEQ is set, but there is no such setting. Did you mean ROPEWAY_MAX_NUM_SEQS?"
     ]

@@ -117,3 +117,13 @@ def test_planning_needs_no_torch(big: ModelSpec) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "fit at once" in done.stdout
     assert done.stdout.endswith("False\n")
+
+
+def test_a_smaller_type_in_the_cache_is_planned_as_it_is_served() -> None:
+    def each(*words: str) -> float:
+        shown = CliRunner().invoke(app, ["plan", *words]).output
+        found = re.search(r"([\d.]+) KiB per token", shown)
+        assert found is not None, shown
+        return float(found[1])
+
+    assert each("--kv-cache-dtype", "int8") < 0.6 * each()

@@ -89,7 +89,7 @@ def test_a_copy_that_fails_leaves_nothing(checkpoint: Make, tmp_path: Path) -> N
     ("arguments", "message"),
     [
         (["--quantization", "int4"], r"\[64, 112\] inputs cannot be split in groups of 64. Use --quantization int8"),
-        (["--quantization", "int4", "--group", "48"], "group is 48; it must be 32, 64 or 128"),
+        (["--quantization", "int4", "--quantization-group", "48"], "'48'; it must be one of 32, 64, 128"),
         (["EXISTS"], "exists. Remove it"),
     ],
 )

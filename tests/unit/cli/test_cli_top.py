@@ -10,7 +10,8 @@ from rich.console import Console
 
 from ropeway.cli.top import view
 
-HELLO = {"version": "1", "models": ["m"], "slots": 8, "device": "cpu", "operator": True}
+ENGINE = {"model": "m", "device": "cpu", "slots": 8, "block_size": 16, "max_model_len": 64}
+HELLO = {"version": "1", "engines": [ENGINE, {**ENGINE, "model": "other", "slots": 2}], "operator": True}
 
 
 def frame(seats: int = 3, waiting: int = 2, **changes: Any) -> dict[str, Any]:
@@ -62,6 +63,14 @@ def test_a_small_terminal_shows_what_fits(height: int) -> None:
     text = shown(height, seats=200, waiting=50)
     assert "more" in text
     assert len(text.splitlines()) <= max(height, 24) + 2
+
+
+def test_each_model_has_its_own_seats() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(view(HELLO, [frame(), frame(seats=2, model="other")]))
+    text = console.export_text()
+    assert "3 of 8" in text
+    assert "2 of 2" in text
 
 
 def test_nobody_there() -> None:

@@ -237,12 +237,15 @@ async def test_a_client_that_leaves_is_nobodys_failure() -> None:
 
 
 async def test_a_cancelled_request_gives_everything_back() -> None:
+    asked = asyncio.Event()
+
     async def never(scope: Scope, receive: Receive, send: Send) -> None:
+        asked.set()
         await asyncio.get_running_loop().create_future()
 
     world = World({"chat": {"a": 1}}, {"a": Plain("a", never)})
     task = asyncio.create_task(world.ask({"model": "chat"}))
-    await asyncio.sleep(0.01)
+    await asyncio.wait_for(asked.wait(), 10)
     assert world.deployments["a"].load == 1
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from jobkit import again, jsonl, lines_of, quick_folder, results, submit
 from ropeway.errors import StorageError
-from ropeway.jobs import batches
-from ropeway.jobs.batches import Keeper
+from ropeway.jobs.keeper import Keeper
 from ropeway.jobs.records import Batch, BatchState
 from ropeway.jobs.store import JobStore
 from ropeway.jobs.work import Reply
+from waiting import eventually
 
 
 @pytest.fixture
@@ -31,19 +31,8 @@ async def answer_all(store: JobStore) -> None:
         assert all(await asyncio.gather(*replies))
 
 
-async def until(reached: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            if await reached():
-                return
-            await asyncio.sleep(0.01)
-
-
 async def until_is(store: JobStore, batch: Batch, state: BatchState) -> None:
-    async def reached() -> bool:
-        return (await again(store, batch)).status is state
-
-    await until(reached)
+    await eventually(lambda: again(store, batch), lambda found: found.status is state)
 
 
 async def test_it_carries_batches_on_as_they_come(store: JobStore) -> None:
@@ -76,7 +65,7 @@ async def cut_off(monkeypatch: pytest.MonkeyPatch, store: JobStore, passage: int
             raise Cut
 
     with monkeypatch.context() as patched:
-        patched.setattr(batches, "failpoint", failpoint)
+        patched.setattr("ropeway.jobs.keeper.failpoint", failpoint)
         with pytest.raises(Cut):
             await Keeper(store).round()
 
@@ -176,7 +165,7 @@ async def test_items_go_when_their_files_are_there(store: JobStore) -> None:
     async def empty() -> bool:
         return await store.read(lambda c: c.execute("SELECT 1 FROM items").fetchone()) is None
 
-    await until(empty)
+    await eventually(empty)
     assert await store.read(lambda c: c.execute("SELECT count(*) FROM bodies").fetchone()[0]) == 0
     assert await store.read(lambda c: c.execute("SELECT count(*) FROM replies").fetchone()[0]) == 0
     assert len(results(store, await again(store, batch))) == 4500

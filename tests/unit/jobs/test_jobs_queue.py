@@ -17,6 +17,7 @@ from ropeway.jobs.presence import Presence
 from ropeway.jobs.sqlite_queue import SqliteQueue
 from ropeway.jobs.store import JobStore
 from ropeway.jobs.work import Call, Reply
+from waiting import eventually
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ async def test_who_waits_is_woken_by_an_item_without_looking(store: JobStore, mo
     waiting = asyncio.create_task(queue.lease(1, wait=3600.0))
     await asyncio.sleep(0)
     item = await store.items.defer(call())
-    [work] = await asyncio.wait_for(waiting, 10)
+    [work] = await asyncio.wait_for(waiting, 60)
     assert work.item == item.id
     assert await queue.finish(work, Reply(status=200, body=b"{}"))
     await queue.close()
@@ -48,11 +49,11 @@ async def test_who_waits_is_woken_by_an_item_without_looking(store: JobStore, mo
 async def test_an_item_of_another_process_is_noticed(store: JobStore) -> None:
     queue = SqliteQueue(store)
     await store.owner()
-    waiting = asyncio.create_task(queue.lease(1, wait=30.0))
-    await asyncio.sleep(0.05)
+    waiting = asyncio.create_task(queue.lease(1, wait=60.0))
+    await eventually(lambda: store.work._waiting)  # it has looked then, and found nothing
     other = JobStore(store.folder)
     await other.items.defer(call())
-    assert len(await asyncio.wait_for(waiting, 10)) == 1
+    assert len(await asyncio.wait_for(waiting, 60)) == 1
     other.close()
     await queue.close()
 

@@ -12,9 +12,9 @@ import pytest
 from jobkit import ENDPOINT, TENANT, again, jsonl, lines_of, quick_folder, results, submit, upload
 from ropeway.contract import Urgency
 from ropeway.errors import RequestError
-from ropeway.jobs.batches import Keeper
 from ropeway.jobs.files import LOOK_SECONDS
 from ropeway.jobs.items import LEASE_SECONDS, SILENT_LEASES
+from ropeway.jobs.keeper import Keeper
 from ropeway.jobs.records import BatchState, Counts, ItemState, Usage, new_id
 from ropeway.jobs.store import JobStore
 from ropeway.jobs.work import Call, Reply

@@ -23,6 +23,7 @@ class Queue:
         self.waiting = [self.work(number) for number in numbers]
         self.finished: list[tuple[int, int]] = []
         self.released: list[tuple[int, float]] = []
+        self.dropped: list[int] = []
         self.extended: list[list[int]] = []
         self.gone: set[int] = set()
         self.broken: Exception | None = None
@@ -63,6 +64,9 @@ class Queue:
         if delay:
             self.waiting.append(self.work(work.item, work.attempt + 1))
             self.news.set()
+
+    def drop(self, work: Work) -> None:
+        self.dropped.append(work.item)
 
     async def depth(self) -> Depth:
         raise NotImplementedError
@@ -240,6 +244,58 @@ async def test_what_has_been_lost_is_cut_off() -> None:
     assert queue.released == [(1, 0.0)]
 
 
+async def test_what_was_given_back_is_not_lost() -> None:
+    """It keeps its seat a while, in which a heartbeat may come."""
+    queue, beat, rest = Queue(1), asyncio.Event(), asyncio.Event()
+
+    async def sleep(seconds: float) -> None:
+        await (beat if seconds == 10.0 else rest).wait()
+        beat.clear()
+
+    one = Worker(
+        queue, answering(Reply(status=503, body=b"{}", retry_after=20.0)), concurrency=1, pace=Pace(lambda: 0.0),  # type: ignore[arg-type]
+        beat_s=10.0, sleep=sleep,
+    )  # fmt: skip
+    one.start()
+    await calm()
+    queue.gone.add(1)  # nobody has a lease of it
+    beat.set()
+    await calm()
+    assert (len(queue.released), queue.extended, one.lost, one.running) == (1, [], 0, 1)
+    await one.stop()
+    assert len(queue.released) == 1
+
+
+async def test_what_is_being_committed_is_not_cut_off() -> None:
+    """Its row has ended, and that is its own doing."""
+    queue, beat, committed = Queue(1), asyncio.Event(), asyncio.Event()
+
+    class Slow:
+        def __getattr__(self, name: str) -> object:
+            return getattr(queue, name)
+
+        async def finish(self, work: Work, reply: Reply) -> bool:
+            await committed.wait()
+            return await queue.finish(work, reply)
+
+    async def sleep(seconds: float) -> None:
+        await beat.wait()
+        beat.clear()
+
+    one = Worker(Slow(), answering(OK), concurrency=1, pace=Pace(lambda: 0.0), sleep=sleep)  # type: ignore[arg-type]
+    one.start()
+    await calm()
+    queue.gone.add(1)
+    beat.set()
+    await calm()
+    assert (queue.extended, one.running) == ([[1]], 1)
+    queue.gone.clear()
+    committed.set()
+    await calm()
+    assert (queue.finished, one.answered, one.lost) == ([(1, 200)], 1, 0)
+    await one.stop()
+
+
 async def test_an_answer_waits_for_its_queue(caplog: pytest.LogCaptureFixture) -> None:
     """A full disk or a queue that is away costs no answer, and is said once."""
     queue = Queue(1)
@@ -287,6 +343,6 @@ async def test_a_caller_that_raises_leaves_its_item_to_its_lease(caplog: pytest.
     one = worker(queue, caller)
     one.start()
     await calm()
-    assert (queue.finished, queue.released, one.running) == ([(2, 200)], [], 0)
+    assert (queue.finished, queue.released, queue.dropped, one.running) == ([(2, 200)], [], [1], 0)
     assert "The item 1 was left" in caplog.text
     await one.stop()

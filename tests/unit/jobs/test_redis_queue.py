@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from ropeway.jobs.redis_queue import RedisQueue
 from ropeway.jobs.sqlite_queue import SqliteQueue
 from ropeway.jobs.store import JobStore
 from ropeway.jobs.work import Call, Reply, Work
+from waiting import eventually
 
 BEAT = 0.2
-ANSWER_SECONDS = 0.3
+ANSWER_SECONDS = 1.0
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +65,13 @@ class Peer:
         assert found is not None
         return found
 
-    async def ended(self, names: list[str], seconds: float = 10.0) -> list[Item]:
+    async def ended(self, names: list[str]) -> list[Item]:
         """The items, as soon as all of them have ended."""
-        limit = asyncio.get_running_loop().time() + seconds
-        while True:
-            items = [await self.item(name) for name in names]
-            if all(item.state.ended for item in items):
-                return items
-            assert asyncio.get_running_loop().time() < limit, [item.state for item in items]
-            await asyncio.sleep(0.02)
+
+        async def look() -> list[Item]:
+            return [await self.item(name) for name in names]
+
+        return await eventually(look, lambda items: all(item.state.ended for item in items))
 
     async def die(self) -> None:
         """End as a process ends that is killed: nobody is told."""
@@ -108,13 +107,6 @@ async def peers(server: RedisServer) -> AsyncIterator[Peers]:
 
 def reply(text: str) -> Reply:
     return Reply(status=200, body=json.dumps({"by": text}).encode(), request_id="r")
-
-
-async def until(reached: Callable[[], bool], seconds: float = 10.0) -> None:
-    limit = asyncio.get_running_loop().time() + seconds
-    while not reached():
-        assert asyncio.get_running_loop().time() < limit, "not reached"
-        await asyncio.sleep(0.02)
 
 
 async def lease(peer: Peer, most: int, *, wait: float = 5.0) -> list[Work]:
@@ -163,7 +155,7 @@ async def test_urgent_calls_come_first_and_none_waits_for_ever(redis: RedisServe
         owner, helper = await all_of_them.add(window=32), await all_of_them.add()
         await owner.defer(3, Urgency.LOW)
         await owner.defer(20, Urgency.MEDIUM)
-        await until(lambda: sum(owner.queue.tally.waiting.values()) == 23)
+        await eventually(lambda: sum(owner.queue.tally.waiting.values()) == 23)
         assert owner.queue.tally.waiting == {Urgency.HIGH: 0, Urgency.MEDIUM: 20, Urgency.LOW: 3}
         urgencies = [(await lease(helper, 1))[0].call.urgency for _ in range(10)]
         assert Urgency.LOW in urgencies
@@ -181,7 +173,7 @@ async def test_a_worker_that_is_silent_loses_its_work_and_answers_too_late(redis
         assert await helper.queue.finish(work, reply("helper"))
         [item] = await owner.ended([name])
         assert not await frozen.queue.finish(late, reply("frozen"))
-        await until(lambda: owner.queue.tally.refused == 1)
+        await eventually(lambda: owner.queue.tally.refused == 1)
         item = await owner.item(name)
         assert item.reply is not None
         assert item.reply.body == reply("helper").body
@@ -211,11 +203,7 @@ async def test_a_cancelled_item_is_taken_from_whoever_computes_it(redis: RedisSe
         [name, other] = await owner.defer(2)
         works = await lease(helper, 2)
         await owner.store.items.cancel(TENANT, name)
-        limit = asyncio.get_running_loop().time() + 5
-        while not (lost := await helper.queue.extend(works)):
-            assert asyncio.get_running_loop().time() < limit
-            await asyncio.sleep(BEAT / 2)
-        assert lost == [works[0]]
+        assert await eventually(lambda: helper.queue.extend(works), pause=BEAT / 2) == [works[0]]
         assert not await helper.queue.finish(works[0], reply("x"))
         assert await helper.queue.finish(works[1], reply("x"))
         assert [item.state for item in await owner.ended([name, other])] == [ItemState.CANCELLED, ItemState.DONE]
@@ -256,7 +244,7 @@ async def test_a_server_that_ends_takes_its_offers_with_it(redis: RedisServer) -
         owner, helper = await all_of_them.add(), await all_of_them.add()
         names = await owner.defer(3)
         works = await lease(helper, 1)
-        await until(lambda: sum(owner.queue.tally.waiting.values()) == 2)
+        await eventually(lambda: sum(owner.queue.tally.waiting.values()) == 2)
         await owner.queue.close()
         assert await helper.queue.extend(works) == works
         assert await helper.queue.lease(3, wait=2 * BEAT) == []
@@ -271,19 +259,19 @@ async def test_a_call_that_kills_its_workers_ends_as_a_dead_letter(redis: RedisS
     async with peers(redis) as all_of_them:
         owner, victim = await all_of_them.add(), await all_of_them.add()
         [name] = await owner.defer(1)
-        await until(lambda: sum(owner.queue.tally.waiting.values()) == 1)
+        await eventually(lambda: sum(owner.queue.tally.waiting.values()) == 1)
         streams = list(victim.broker.streams.values())
-        for _ in range(5):
-            taken, _ = await victim.broker.take(1, streams, idle_s=0.001, deliveries=5)
-            assert len(taken) == 1
-            await asyncio.sleep(0.01)
-        assert (await victim.broker.take(1, streams, idle_s=0.001, deliveries=5))[0] == []
+        taken = 0
+        while not victim.queue.tally.buried:  # as often as it takes until it has been idle for a millisecond again
+            found, _ = await victim.broker.take(1, streams, idle_s=0.001, deliveries=5)
+            taken += len(found)
+        assert taken == 5
         [item] = await owner.ended([name])
         assert item.state is ItemState.FAILED
         assert item.reply is not None
         assert json.loads(item.reply.body)["error"]["code"] == "gave_up"
         assert victim.queue.tally.buried == 1
-        await until(lambda: owner.queue.tally.dead == 1)
+        await eventually(lambda: owner.queue.tally.dead == 1)
 
 
 @pytest.mark.parametrize("how", ["killed", "flushed"])
@@ -292,7 +280,7 @@ async def test_what_redis_loses_is_offered_anew(doomed: RedisServer, how: str) -
         owner, helper = await all_of_them.add(beat_s=2.0), await all_of_them.add()
         names = await owner.defer(12)
         with doomed.client as client:
-            await until(lambda: client.xlen(f"{all_of_them.prefix}:calls:low") == 12)
+            await eventually(lambda: client.xlen(f"{all_of_them.prefix}:calls:low") == 12)
         held = await lease(helper, 4)
         if how == "killed":
             doomed.kill()
@@ -318,16 +306,16 @@ async def test_without_redis_each_server_works_on_its_own(
     async with peers(doomed) as all_of_them:
         owner, helper = await all_of_them.add(), await all_of_them.add()
         names = await owner.defer(5)
-        await until(lambda: sum(owner.queue.tally.waiting.values()) == 5)
+        await eventually(lambda: sum(owner.queue.tally.waiting.values()) == 5)
         doomed.freeze()
         for work in await lease(owner, 5):
             assert await owner.queue.finish(work, reply("owner"))
         assert all(item.state is ItemState.DONE for item in await owner.ended(names))
         assert owner.queue.degraded
         doomed.thaw()
-        await until(lambda: owner.queue.up and helper.queue.up)
+        await eventually(lambda: owner.queue.up and helper.queue.up)
         with doomed.client as client:
-            await until(lambda: not client.exists(f"{all_of_them.prefix}:tickets:{owner.owner}"))
+            await eventually(lambda: not client.exists(f"{all_of_them.prefix}:tickets:{owner.owner}"))
         assert await helper.queue.lease(8, wait=3 * BEAT) == [], "old offers have outlived their items"
         assert owner.queue.losses == 1
         said = [record.getMessage() for record in caplog.records if "redis at" in record.getMessage()]
@@ -383,7 +371,7 @@ async def test_metrics_say_how_it_stands(redis: RedisServer) -> None:
     async with peers(redis) as all_of_them:
         owner = await all_of_them.add()
         await owner.defer(2)
-        await until(lambda: sum(owner.queue.tally.waiting.values()) == 2)
+        await eventually(lambda: sum(owner.queue.tally.waiting.values()) == 2)
         samples = {(s.name, *s.labels.values()): s.value for family in families(owner.queue) for s in family.samples}
         assert samples["ropeway_redis_up",] == 1
         assert samples["ropeway_redis_waiting", "low"] == 2

@@ -20,6 +20,7 @@ from ropeway.jobs import outbox
 from ropeway.jobs.egress import Egress
 from ropeway.jobs.signing import new_secret, signature
 from ropeway.jobs.webhooks import JITTER, LEASE, SCHEDULE, Dispatcher
+from waiting import eventually
 from webhookkit import (
     LOOPBACK,
     SECRET,
@@ -79,7 +80,7 @@ async def test_a_receiver_that_fails_is_asked_again(tmp_path: Path, act: Act, se
     with storing(tmp_path, wall) as store:
         async with receiving(act, status(200)) as receiver:
             await owe(store, receiver.url())
-            sender = dispatcher(store, Egress(LOOPBACK, timeout=2.0 if act in (hang, slow_head) else 30.0))
+            sender = dispatcher(store, Egress(LOOPBACK, timeout=4.0 if act in (hang, slow_head) else 30.0))
             await sender.dispatch()
             await sender.idle()
             [entry] = await entries(store)
@@ -99,7 +100,7 @@ async def test_what_follows_the_status_of_an_answer_does_not_matter(tmp_path: Pa
     with storing(tmp_path, wall) as store:
         async with receiving(act) as receiver:
             await owe(store, receiver.url())
-            sender = dispatcher(store, Egress(LOOPBACK, timeout=2.0 if act is slow_body else 30.0))
+            sender = dispatcher(store, Egress(LOOPBACK, timeout=4.0 if act is slow_body else 30.0))
             await sender.dispatch()
             await sender.idle()
             assert receiver.written < 32 * 2**20, "buffers of the kernel, and not 10 GB"
@@ -116,6 +117,7 @@ async def test_tls_is_not_given_up_for_a_receiver_that_has_none(tmp_path: Path) 
             await sender.dispatch()
             await sender.idle()
             assert receiver.hits == []
+            await eventually(lambda: receiver.open_now == 0)
         [entry] = await entries(store)
         assert entry.state == "pending"
         assert entry.error
@@ -191,10 +193,7 @@ async def test_a_crash_between_delivery_and_record_repeats_the_event_with_the_sa
             assert (entry.state, entry.attempts) == ("pending", 1)
             second = child(tmp_path, LEASE + 1, "")
             try:
-                async with asyncio.timeout(30):
-                    await receiver.until(2)
-                    while (await entries(store))[0].state != "delivered":  # noqa: ASYNC110
-                        await asyncio.sleep(0.02)
+                await eventually(lambda: entries(store), lambda found: found[0].state == "delivered", pause=0.02)
             finally:
                 second.terminate()
                 await asyncio.to_thread(second.wait, 30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -173,6 +174,16 @@ def test_models_of_one_server_share_families() -> None:
     assert [s.labels["model_name"] for s in found["vllm:num_requests_running"]] == ["a", "b"]
     assert {s.labels["model_name"] for s in found["vllm:time_to_first_token_seconds"]} == {"a", "b"}
     assert len(found["http_requests"]) == 1
+
+
+async def test_tasks_of_the_loop_are_counted_where_there_is_one() -> None:
+    metrics, over = Metrics("m"), asyncio.Event()
+    assert (await asyncio.to_thread(read, metrics))["ropeway_server_tasks", ()] == 0
+    before = read(metrics)["ropeway_server_tasks", ()]
+    waiting = [asyncio.create_task(over.wait()) for _ in range(3)]
+    assert read(metrics)["ropeway_server_tasks", ()] == before + 3
+    over.set()
+    await asyncio.gather(*waiting)
 
 
 def test_histogram_bounds_are_inclusive_and_cumulative() -> None:

@@ -176,7 +176,7 @@ def test_equal_grammars_are_compiled_once_and_the_step_does_not_wait_for_them() 
     gate = threading.Event()
 
     def words() -> tuple[list[bytes], list[int], list[int]]:
-        gate.wait(10)
+        gate.wait(60)
         return vocabulary(ByteTokenizer(), [END], VOCAB)
 
     guide = Grammars(words)

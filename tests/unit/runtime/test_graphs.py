@@ -205,7 +205,7 @@ def test_the_background_ends_when_all_is_recorded_or_it_is_closed(monkeypatch: p
     made = runner(recorded=True)
     assert made.graphs is not None
     background = Background(made.capture)
-    background._thread.join(20)
+    background._thread.join(60)
     assert not background._thread.is_alive()
     assert made.graphs.missing == []
     begun = threading.Event()
@@ -215,7 +215,7 @@ def test_the_background_ends_when_all_is_recorded_or_it_is_closed(monkeypatch: p
         return True
 
     endless = Background(never)
-    assert begun.wait(20)
+    assert begun.wait(60)
     endless.close()
     assert not endless._thread.is_alive()
     background.close()

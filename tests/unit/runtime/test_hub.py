@@ -49,7 +49,7 @@ def test_only_harmless_files_of_one_revision_are_downloaded(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (LocalEntryNotFoundError("offline"), "'x/y' at revision 'r' is not in the local cache and the hub cannot"),
+        (LocalEntryNotFoundError("offline"), "'x/y' is not in the local cache and the hub cannot"),
         (HFValidationError("bad"), "nor a possible hub name"),
         (OSError("disk full"), "OSError: disk full"),
     ],

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from ropeway.config import EngineConfig
 from ropeway.errors import ConfigError
@@ -18,6 +19,7 @@ from ropeway.runtime.local import LocalExecutor
 
 Make = Callable[[str], Path]
 NATIVE = not isinstance(load(), str)
+pytestmark = pytest.mark.usefixtures("equally_fast")
 
 
 def _notes(directory: Path, **changes: object) -> dict[str, str]:
@@ -43,21 +45,29 @@ def test_a_level_is_kept_and_said(checkpoint: Make, level: str, said: str, atten
     notes = _notes(checkpoint("llama"), kernel_level=level, dtype="float32")
     assert notes["Kernel level"] == said
     assert notes["Attention"].startswith(attention)
-    # At level 1 the faster of oneDNN and plain torch is taken: which that is depends on the machine.
-    assert notes["Linear layers"].startswith((linears, "torch") if level == "1" else linears)
+    assert notes["Linear layers"].startswith(linears)
 
 
 def test_without_kernels_the_highest_level_is_one(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (local, ops, linear):
         monkeypatch.setattr(module, "load", lambda: "there is no compiler")
-    linear.choose.cache_clear()
-    try:
-        notes = _notes(checkpoint("llama"), dtype="float32", attention_backend="reference")
-        assert notes["Kernel level"].startswith("1, packed linear layers")
-        with pytest.raises(ConfigError, match="kernel_level is 2, but there is no compiler"):
-            _notes(checkpoint("llama"), kernel_level="2")
-    finally:
-        linear.choose.cache_clear()
+    notes = _notes(checkpoint("llama"), dtype="float32", attention_backend="reference")
+    assert notes["Kernel level"].startswith("1, packed linear layers")
+    with pytest.raises(ConfigError, match="kernel_level is 2, but there is no compiler"):
+        _notes(checkpoint("llama"), kernel_level="2")
+
+
+@pytest.mark.parametrize(("onednn", "serves"), [(0.9, "native"), (0.7, "oneDNN")])
+def test_only_a_clearly_faster_product_takes_the_place_of_the_preferred_one(
+    monkeypatch: pytest.MonkeyPatch, onednn: float, serves: str
+) -> None:
+    seconds = {linear.NativeProduct: 1.0, linear.OneDnnProduct: onednn, linear.TorchProduct: 2.0}
+    monkeypatch.setattr(linear, "_timed", lambda product, x: seconds[type(product)])
+    if not NATIVE:
+        pytest.skip("there are no native kernels here")
+    choice = linear.choose("cpu", torch.float32)
+    assert choice.name == serves
+    assert any("native: 1.4 times slower than oneDNN" in reason for reason in choice.reasons) == (serves == "oneDNN")
 
 
 @pytest.mark.skipif(not NATIVE, reason="there are no native kernels here")

@@ -12,8 +12,10 @@ import torch
 
 from ropeway.config import EngineConfig
 from ropeway.errors import ConfigError, MemoryBudgetError
+from ropeway.hub import locate
 from ropeway.modelspec import load_spec
 from ropeway.runtime import local
+from ropeway.runtime import open as opened
 from ropeway.runtime.cpu_info import CpuInfo
 from ropeway.runtime.local import LocalExecutor, choose_dtype
 
@@ -37,6 +39,20 @@ def test_info(checkpoint: Make) -> None:
     assert "3.1 requests of the full 256 tokens" in info.notes[-1]
     executor.close()
     executor.close()
+
+
+def test_the_files_are_looked_up_and_read_once(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+
+    def counted(model: str, **where: Any) -> Path:
+        looked.append(model)
+        return locate(model, **where)
+
+    for module in (local, opened):
+        monkeypatch.setattr(module, "locate", counted)
+    config = EngineConfig(model=str(checkpoint("llama")), num_kv_blocks=50, threads=1)
+    opened.open_executor(config).close()
+    assert looked == [config.model]
 
 
 def test_a_reduced_length_is_the_last_word(checkpoint: Make) -> None:

@@ -56,11 +56,14 @@ class Watched:
         info: ExecutorInfo = INFO,
         bare: bool = False,
         every: float = EVERY,
+        sample: float = 0.0,
         **config: object,
     ) -> None:
         self.clock = VirtualClock()
         self.executor = Plans(replace(info, depth=depth), clock=self.clock, cost=CostModel())
-        self.watcher = Watcher(self.executor, clock=self.clock, wall=lambda: WALL + self.clock.now(), every=every)
+        self.watcher = Watcher(
+            self.executor, clock=self.clock, wall=lambda: WALL + self.clock.now(), every=every, sample=sample
+        )
         given = EngineConfig(
             journal=None if journal is None else str(journal),
             **{"max_num_seqs": info.max_slots, "max_num_batched_tokens": 48, "max_queue": 10**6, **config},  # type: ignore[arg-type]

@@ -60,11 +60,11 @@ def test_a_journal_becomes_a_trace(tmp_path: Path, depth: int, capsys: pytest.Ca
 
 
 def test_one_of_a_journal_and_a_server_has_to_be_given(capsys: pytest.CaptureFixture[str]) -> None:
-    for given in (["trace"], ["trace", "journal", "--server", "http://127.0.0.1:1"]):
+    for given in (["trace"], ["trace", "journal", "--url", "http://127.0.0.1:1"]):
         with pytest.raises(SystemExit) as done:
             main(given)
         assert done.value.code == 2
-        assert "either a journal or --server" in capsys.readouterr().err
+        assert "either a journal or --url" in capsys.readouterr().err
 
 
 def test_an_empty_story_is_a_trace() -> None:

@@ -53,6 +53,13 @@ async def take(stream: TextStream) -> list[TextChunk]:
     return [chunk async for chunk in stream]
 
 
+async def sent_to(link: ScriptedLink) -> None:
+    """Until the engine has been asked."""
+    async with asyncio.timeout(10):
+        while not link.requests:  # noqa: ASYNC110 - the link is no event
+            await asyncio.sleep(0)
+
+
 async def test_an_answer_goes_through_with_the_engines_usage() -> None:
     link = ScriptedLink()
     service = make_service(link)
@@ -60,12 +67,12 @@ async def test_an_answer_goes_through_with_the_engines_usage() -> None:
     [sent] = link.requests
     assert (sent.tokens, sent.eos_ids, sent.priority, sent.tenant) == (list(b"abc"), (257,), 3, "t")
     assert (sent.deadline_s, sent.sampling.temperature) == (9.0, 0.5)
-    reader = asyncio.create_task(take(stream))
+    first = asyncio.ensure_future(anext(aiter(stream)))
     await asyncio.sleep(0)
     link.text(sent.rid, "he")
-    await asyncio.sleep(0.001)
+    chunks = [await first]
     link.news(TokenEvent(sent.rid, [*b"y", 257], finish=FinishReason.STOP, usage=USAGE))
-    chunks = await reader
+    chunks += await take(stream)
     assert [(c.text, c.tokens) for c in chunks] == [("he", list(b"he")), ("y", [*b"y", 257])]
     assert (chunks[-1].finish, chunks[-1].stop_reason, chunks[-1].usage) == (FinishReason.STOP, None, USAGE)
     assert service.stats == STATS
@@ -181,7 +188,7 @@ async def test_a_caller_that_leaves_before_acceptance_cancels() -> None:
     link.accepts = False
     service = make_service(link)
     caller = asyncio.create_task(service.submit(ask()))
-    await asyncio.sleep(0.001)
+    await sent_to(link)
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
@@ -194,7 +201,7 @@ async def test_a_rejection_is_raised_by_submit() -> None:
     link.accepts = False
     service = make_service(link)
     caller = asyncio.create_task(service.submit(ask()))
-    await asyncio.sleep(0.001)
+    await sent_to(link)
     full = ErrorInfo.of(OverloadedError("full", retry_after=3.0))
     link.news(TokenEvent(link.requests[0].rid, finish=FinishReason.REJECTED, error=full))
     with pytest.raises(OverloadedError) as caught:
@@ -333,7 +340,7 @@ async def test_large_prompts_are_tokenized_off_the_loop() -> None:
     class Slow(ByteTokenizer):
         def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
             running.set()
-            if not proceed.wait(10):
+            if not proceed.wait(60):
                 raise AssertionError("the event loop stood still")
             return [1]
 

@@ -17,7 +17,7 @@ from ropeway.service.grammars import GrammarLimits, Grammars
 from ropeway.text.grammar import from_json_schema, from_lark, from_structured_outputs
 from ropeway.text.tokenizer import ByteTokenizer
 
-SECONDS = 2.0
+SECONDS = 10.0  # much more than the limits allow, for busy machines, and much less than it takes without them
 """Within which every one is told."""
 
 
@@ -152,14 +152,14 @@ def test_limits_hold_and_the_next_one_finds_a_worker(limits: GrammarLimits, word
 
 
 async def test_others_go_on_meanwhile(judges: Grammars) -> None:
-    longest = 0.0
+    """The heavy ones take more than a second of processor time: whoever judged them on the loop would be seen there."""
+    turns, begun = 0, time.thread_time()
 
     async def watch() -> None:
-        nonlocal longest
+        nonlocal turns
         while True:
-            begun = time.monotonic()
             await asyncio.sleep(0.001)
-            longest = max(longest, time.monotonic() - begun)
+            turns += 1
 
     watcher = asyncio.create_task(watch())
     same = [by_regex(f"same{n % 3}") for n in range(30)]
@@ -167,7 +167,8 @@ async def test_others_go_on_meanwhile(judges: Grammars) -> None:
     answers = await asyncio.gather(*map(judges.check, same + heavy), return_exceptions=True)
     watcher.cancel()
     assert answers[:30] == same
-    assert longest < 0.5
+    assert turns > 20
+    assert time.thread_time() - begun < 0.5
 
 
 async def test_too_many_are_told_to_come_back() -> None:

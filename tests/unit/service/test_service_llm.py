@@ -10,8 +10,8 @@ from servicekit import INFO, make_text
 
 from ropeway.config import EngineConfig
 from ropeway.contract import SamplingParams
-from ropeway.errors import ConfigError, ContextLengthError, NeverFitsError, RequestError
-from ropeway.service.llm import LLM
+from ropeway.errors import ConfigError, ContextLengthError, NeverFitsError, OverloadedError, RequestError
+from ropeway.service.llm import LLM, _engine_config
 from ropeway.sim.executor import FakeExecutor
 from ropeway.text.template import ChatTemplate
 
@@ -123,3 +123,13 @@ def test_the_text_and_service_floors_never_import_torch() -> None:
         "l.load_text('bundled'); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_queue_has_no_end_but_the_one_that_is_given() -> None:
+    assert len(LLM.over(FakeExecutor(INFO), make_text()).generate(["a"] * 300, SamplingParams(max_tokens=1))) == 300
+    short = LLM.over(FakeExecutor(INFO), make_text(), EngineConfig(max_queue=2))
+    with pytest.raises(OverloadedError, match="--max-queue 2"):
+        short.generate(["a"] * 4, GREEDY)
+    assert short.generate("a", GREEDY)[0].finished
+    assert _engine_config("m", {"preset": "latency"}).max_queue > 10**6
+    assert _engine_config("m", {"max_queue": 3}).max_queue == 3

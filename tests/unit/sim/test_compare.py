@@ -65,6 +65,13 @@ def test_rides_fit_into_their_seats(mix: Mix) -> None:
     assert max(batches(found.static)) <= mix.seats, "nobody boards before all of a batch have arrived"
 
 
+def test_seats_that_are_all_taken_all_the_time_are_no_more_than_that() -> None:
+    """Sums of their times differ in the last digit."""
+    found = compare(Mix(requests=9, seats=3, prompt_tokens=48, answer_tokens=28, spread=0.0, seed=1))
+    assert found.continuous.occupancy == pytest.approx(1, abs=1e-9)
+    check(found.continuous, Mix(requests=9, seats=3))
+
+
 def test_free_seats_are_taken_at_once_only_by_continuous_batching() -> None:
     found = compare(Mix(requests=40, seats=4, spread=1.0))
     assert found.continuous.occupancy > 0.85 > 0.6 > found.static.occupancy

@@ -19,7 +19,9 @@ from ropeway.sim.workload import alone
 
 
 def test_sweeps_are_parsed_as_settings_are() -> None:
-    assert parse_sweeps(["policy=fcfs,priority", "--max-num-seqs=8,1k", "replicas=1,2", "budget_ms=none,20"]) == {
+    assert parse_sweeps(
+        ["scheduling-policy=fcfs,priority", "--max-num-seqs=8,1k", "replicas=1,2", "step_budget_ms=none,20"]
+    ) == {
         "scheduling_policy": ["fcfs", "priority"],
         "max_num_seqs": [8, 1000],
         "replicas": [1, 2],
@@ -32,9 +34,9 @@ def test_sweeps_are_parsed_as_settings_are() -> None:
     [
         "policy",
         "colour=red",
-        "policy=",
+        "scheduling_policy=",
         "max_num_seqs=many",
-        "policy=alphabetical",
+        "scheduling_policy=alphabetical",
         "quantization=int8",
         "preset=latency",
     ],
@@ -107,7 +109,7 @@ def test_a_profile_survives_its_file_and_a_wrong_one_is_refused(tmp_path: Path) 
     path.write_text('{"name": "half"}')
     with pytest.raises(ConfigError, match="no profile"):
         load_profile(str(path))
-    with pytest.raises(ConfigError, match="Shipped are"):
+    with pytest.raises(ConfigError, match="Take one of h200-8b-estimate, laptop-cpu"):
         load_profile(str(tmp_path / "missing.json"))
 
 
@@ -119,7 +121,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         main(
             [
                 "sim", "--profile", str(profile), "--workload", "poisson", "--num-requests", "20", "--rate", "5",
-                "--tenants", "2", "--sweep", "policy=fcfs,priority", "--recommend", "--max-num-seqs", "4",
+                "--tenants", "2", "--sweep", "scheduling_policy=fcfs,priority", "--recommend", "--max-num-seqs", "4",
                 "--output-json", str(result), "--plot", str(picture), "--price-per-hour", "2",
             ]
         )  # fmt: skip

@@ -36,6 +36,13 @@ def long_answers(count: int, *, foreseen: bool = True) -> list[Arrival]:
     return [dataclasses.replace(a, max_tokens=300, output_len=(5, 200)[n > count // 2]) for n, a in enumerate(made)]
 
 
+def test_an_engine_knows_from_the_start_what_steps_cost() -> None:
+    """As one that has served before: whoever streams is not held up by the first crowd."""
+    crowd = [alone(0.005, 400, 4, number) for number in range(1, 20)]
+    run = simulate([alone(0.0, 1, 100, 0), *crowd], small_profile(), small_config(max_num_batched_tokens=512))
+    assert max(run.gaps) < 0.1
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 1000),
@@ -103,14 +110,50 @@ def test_the_engine_decides_as_it_would_with_an_executor_that_computes(policy: s
 
 
 def test_a_lone_request_takes_what_the_profile_says() -> None:
-    serving = Serving(request=0.5, prompt_token=0.001, step=0.002, row=0.003)
+    serving = Serving(
+        request=0.5, prompt_token=0.001, arrive=0.25, wake=0.125, step=0.002, row=0.003, deliver=0.004, deliver_row=1e-4
+    )
     run = simulate([alone(1.0, 10, 3, 0)], small_profile(serving=serving), small_config())
     (outcome,) = run.outcomes
-    step = 0.01 + 0.002 + 0.003  # base, and what the loop adds
-    assert outcome.first == pytest.approx(0.5 + 10 * 0.001 + step + 10 * 0.001)
-    assert outcome.last == pytest.approx(outcome.first + 2 * (step + 0.001))
+    way = 0.5 + 10 * 0.001 + 0.25 + 0.125
+    assert outcome.first == pytest.approx(way + 0.01 + 10 * 0.001 + 0.004 + 1e-4)
+    assert outcome.last == pytest.approx(outcome.first + 2 * (0.01 + 0.001 + 0.002 + 0.003))
     assert run.computed == 12
     assert run.steps == 3
+
+
+def test_who_joins_makes_the_others_wait_and_jitter_has_its_mean() -> None:
+    serving = Serving(join=0.05, jitter=((-0.002, 0.008), (0.1,)))
+    run = simulate([alone(0.0, 1, 40, 0), alone(0.1, 10, 1, 1)], small_profile(serving=serving), small_config())
+    (longer,) = (gap for gap in run.gaps if gap > 0.05)
+    assert longer == pytest.approx(0.05 + 0.01 + 0.001 * 11 + 0.1), "it joins, and its prompt is read"
+    others = [gap for gap in run.gaps if gap < 0.05]
+    assert len(others) == 38
+    assert np.mean(others) == pytest.approx(0.011 + 0.003, abs=0.001)
+    assert {round(gap, 6) for gap in others} == {0.009, 0.019}
+
+
+def test_what_is_late_now_and_then_is_so_in_the_mean() -> None:
+    spread = (0.0, 0.002, 0.007)
+    arrivals = [alone(0.05 * n, 4, 2, n) for n in range(60)]
+    late, punctual = (
+        simulate(arrivals, small_profile(serving=Serving(deliver_jitter=parts)), small_config())
+        for parts in (spread, ())
+    )
+    more = [one.first - other.first for one, other in zip(late.outcomes, punctual.outcomes, strict=True)]  # type: ignore[operator]
+    assert {round(seconds, 6) for seconds in more} == set(spread)
+    assert np.mean(more) == pytest.approx(0.003, abs=5e-4)
+    assert all(one.first <= one.last for one in late.outcomes)  # type: ignore[operator]
+    assert late.gaps == punctual.gaps
+
+
+def test_clients_are_told_in_order() -> None:
+    """A large step's tokens take longer on their way out than a small one's, but are not overtaken by them."""
+    arrivals = [alone(0.0, 4, 2 + (n == 0), n) for n in range(8)]
+    run = simulate(arrivals, small_profile(serving=Serving(deliver_row=0.1)), small_config())
+    assert run.outcomes[0].last == run.outcomes[1].last
+    assert sum(run.gap_counts) == 8, "the last token of the longest comes together with the one before"
+    assert all(gap > 0 for gap in run.gaps)
 
 
 def test_static_and_continuous_batching_are_equal_at_low_load() -> None:

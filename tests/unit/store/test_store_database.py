@@ -7,8 +7,12 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
+from threading import Barrier
 
 import pytest
 
@@ -83,6 +87,22 @@ def test_processes_that_open_a_new_file_together_all_succeed(folder: Path) -> No
     opened = Database(folder / "a.db", [SCHEMA])
     assert len(opened.read_now(names)) == 120
     opened.close()
+
+
+def test_whoever_opens_a_new_file_waits_for_those_who_do_so_too(folder: Path) -> None:
+    """SQLite, which waits for locks, does not where two who enter WAL mode would wait for each other."""
+    visitors, turns = 6, 120
+    together = Barrier(visitors, timeout=60)
+
+    def visit(number: int) -> None:
+        luck = Random(number)
+        for turn in range(turns):
+            together.wait()
+            time.sleep(luck.random() * 0.003)
+            Database(folder / f"{turn}.db", [SCHEMA]).close()
+
+    with ThreadPoolExecutor(visitors) as pool:
+        list(pool.map(visit, range(visitors)))
 
 
 def test_nobody_else_on_the_machine_reads_it(database: Database) -> None:

@@ -262,3 +262,18 @@ def test_tools_choose_the_tool_template() -> None:
     template.close()
     with pytest.raises(RopewayError, match="none named 'default'"):
         ChatTemplate({"rag": "R"}).render(CHATS[0])
+
+
+@pytest.mark.parametrize("wrong", ["{% for m in messages %}{{ m.content }", "{{ messages | shout }}"])
+def test_a_template_that_is_none_is_told_before_anybody_speaks(wrong: str) -> None:
+    with pytest.raises(ModelError, match=r"template cannot be compiled: Template\w+Error: .* \(line 1\)\. Correct it"):
+        ChatTemplate(wrong).check()
+    with pytest.raises(ModelError, match="template 'tool_use' cannot be compiled"):
+        ChatTemplate({"default": CHATML, "tool_use": wrong}).check()
+
+
+def test_what_only_fails_for_some_or_is_slow_is_no_reason_not_to_start() -> None:
+    for source in (CHATML, "{{ raise_exception('no') }}", "{{ messages[0].a.b }}", "{{ 'a' * 10**10 }}"):
+        template = ChatTemplate(source)
+        template.check()
+        template.close()

@@ -1,7 +1,7 @@
 // Keys and their usage, models and how they are scheduled, canaries: read and changed with the administrator's key.
 
 import { ask, get, send } from "./api.js";
-import { button, choice, field, h, note, percent, show, sure, table, when, whole } from "./dom.js";
+import { button, choice, enter, field, h, note, percent, show, sure, table, when, whole } from "./dom.js";
 import { Listing } from "./listing.js";
 
 const POLICIES = ["fcfs", "sjf", "hrrn", "prefix", "deadline", "fair"].flatMap((name) => [name, name === "fcfs" ? "priority" : `priority:${name}`]);
@@ -60,19 +60,13 @@ function allowed(limits) {
 function create(page) {
   const name = h("input", { type: "text", required: true, maxLength: 128, pattern: "[A-Za-z0-9][A-Za-z0-9._:@\\-]*" });
   const inputs = LIMITS.map(([id, text]) => [id, text, h("input", { type: "number", min: 1, step: 1 })]);
-  const form = h("form", { on: { submit: async (event) => {
-    event.preventDefault();
-    try {
-      const limits = Object.fromEntries(inputs.filter(([, , input]) => input.value).map(([id, , input]) => [id, Number(input.value)]));
-      const { key, account } = await send("POST", "admin/keys", { name: name.value, limits });
-      dialog.close();
-      show(`The key ${account.name}`, h("p", {}, "Keep it now: it is never shown again."), h("pre", { class: "code", id: "new-key" }, key),
-        h("div", { class: "row end" }, button("Copy", async () => { await navigator.clipboard.writeText(key); note("Copied."); }, "main")));
-      await page.load();
-    } catch (error) { note(error.message, "bad"); }
-  } } }, field("Name", name), h("p", { class: "dim small" }, "Limits; what is left empty is unlimited."), inputs.map(([, text, input]) => field(text, input)),
-  h("div", { class: "row end" }, h("button", { type: "submit", class: "main" }, "Make it")));
-  const dialog = show("New key", form);
+  enter("New key", [field("Name", name), h("p", { class: "dim small" }, "Limits; what is left empty is unlimited."), inputs.map(([, text, input]) => field(text, input))], "Make it", async () => {
+    const limits = Object.fromEntries(inputs.filter(([, , input]) => input.value).map(([id, , input]) => [id, Number(input.value)]));
+    const { key, account } = await send("POST", "admin/keys", { name: name.value, limits });
+    show(`The key ${account.name}`, h("p", {}, "Keep it now: it is never shown again."), h("pre", { class: "code", id: "new-key" }, key),
+      h("div", { class: "row end" }, button("Copy", async () => { await navigator.clipboard.writeText(key); note("Copied."); }, "main")));
+    page.load();
+  });
 }
 
 export function models() {
@@ -137,16 +131,13 @@ export function models() {
     const name = h("input", { type: "text", required: true, maxLength: 100 });
     const system = h("textarea", { rows: 5, required: true });
     const tenant = h("input", { type: "text", maxLength: 128 });
-    const form = h("form", { on: { submit: async (event) => {
-      event.preventDefault();
-      try {
-        const whose = tenant.value.trim() ? { tenant: tenant.value.trim() } : {};
-        await send("PUT", query(`admin/pins/${encodeURIComponent(name.value)}`), { messages: [{ role: "system", content: system.value }], ...whose });
-        dialog.close();
-        await page.load();
-      } catch (error) { note(error.message, "bad"); }
-    } } }, field("Name", name), field("System message that many requests begin with", system), field("Tenant", tenant, "Whose requests begin so; empty on a server without keys."), h("div", { class: "row end" }, h("button", { type: "submit", class: "main" }, "Compute and pin")));
-    const dialog = show("Pin a prefix", form);
+    enter("Pin a prefix", [
+      field("Name", name), field("System message that many requests begin with", system), field("Tenant", tenant, "Whose requests begin so; empty on a server without keys."),
+    ], "Compute and pin", async () => {
+      const whose = tenant.value.trim() ? { tenant: tenant.value.trim() } : {};
+      await send("PUT", query(`admin/pins/${encodeURIComponent(name.value)}`), { messages: [{ role: "system", content: system.value }], ...whose });
+      page.load();
+    });
   });
   const page = new Listing("Models", "What is served, and how requests board it.", [["Models", cards], ["Deployments", deployments], ["Scheduling", scheduling, which], ["Pinned prefixes", pins, pin]]);
   which.addEventListener("change", () => page.load());
@@ -182,15 +173,10 @@ export function canary() {
   };
   const begin = button("Try a canary…", () => {
     const inputs = { route: h("input", { type: "text", required: true }), canary: h("input", { type: "text", required: true }), weight: h("input", { type: "number", min: 0, max: 100, step: "any", value: 5, required: true }) };
-    const form = h("form", { on: { submit: async (event) => {
-      event.preventDefault();
-      try {
-        await send("PUT", path({ route: inputs.route.value }), { canary: inputs.canary.value, weight: inputs.weight.value / 100 });
-        dialog.close();
-        await page.load();
-      } catch (error) { note(error.message, "bad"); }
-    } } }, field("Route", inputs.route), field("Deployment to try", inputs.canary), field("Percent of its traffic", inputs.weight), h("div", { class: "row end" }, h("button", { type: "submit", class: "main" }, "Begin")));
-    const dialog = show("Try a canary", form);
+    enter("Try a canary", [field("Route", inputs.route), field("Deployment to try", inputs.canary), field("Percent of its traffic", inputs.weight)], "Begin", async () => {
+      await send("PUT", path({ route: inputs.route.value }), { canary: inputs.canary.value, weight: inputs.weight.value / 100 });
+      page.load();
+    });
   });
   const page = new Listing("Canary", "A new deployment on a share of the traffic, with bounds that hold however often one looks.", [["Trials", list, begin]]);
   return page;

@@ -3,7 +3,7 @@
 import { canary, models, usage } from "./admin.js";
 import { get, keys } from "./api.js";
 import { Compare } from "./compare.js";
-import { $, field, h, recolour, show } from "./dom.js";
+import { $, enter, field, h, recolour, show } from "./dom.js";
 import { Feed } from "./feed.js";
 import { jobs } from "./jobs.js";
 import { Playground } from "./playground.js";
@@ -50,16 +50,11 @@ document.addEventListener("visibilitychange", () => {
 function enterKeys() {
   if ($("dialog.keys")) return;
   const inputs = Object.fromEntries(["client", "admin"].map((which) => [which, h("input", { type: "password", autocomplete: "off", spellcheck: false, value: keys.get(which) })]));
-  const form = h("form", { on: { submit: (event) => {
-    event.preventDefault();
-    for (const [which, input] of Object.entries(inputs)) keys.set(which, input.value.trim());
-    dialog.close();
-  } } },
-  field("API key", inputs.client, "What clients send, if this server wants one."),
-  field("Administrator's key", inputs.admin, "What --admin-key of this server is. With it you see everybody's requests, and may change things."),
-  h("p", { class: "dim" }, "They stay in this tab until it is closed, and go to this server alone."),
-  h("div", { class: "row end" }, h("button", { type: "submit", class: "main" }, "Use them")));
-  const dialog = show("Keys", form);
+  const dialog = enter("Keys", [
+    field("API key", inputs.client, "What clients send, if this server wants one."),
+    field("Administrator's key", inputs.admin, "What --admin-key of this server is. With it you see everybody's requests, and may change things."),
+    h("p", { class: "dim" }, "They stay in this tab until it is closed, and go to this server alone."),
+  ], "Use them", () => { for (const [which, input] of Object.entries(inputs)) keys.set(which, input.value.trim()); });
   dialog.classList.add("keys");
 }
 

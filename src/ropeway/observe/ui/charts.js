@@ -1,28 +1,19 @@
 // Small charts and the map of KV blocks, on canvases that are drawn only when there is news.
 
-import { colours } from "./dom.js";
+import { colours, surface } from "./dom.js";
 import { SAMPLES } from "./feed.js";
 
 export class Chart {
   /** `lines` are [series, colour variable]; `most` fixes the top of the scale; `format` writes a value. */
   constructor(canvas, lines, { most = null, format = String } = {}) {
     Object.assign(this, { canvas, lines, most, format });
-    this.ctx = canvas.getContext("2d");
   }
 
   draw(history) {
-    const { canvas, ctx } = this;
-    const width = canvas.clientWidth;
-    const height = canvas.clientHeight;
+    const { clientWidth: width, clientHeight: height } = this.canvas;
     if (!width) return;
-    const dense = Math.min(2, devicePixelRatio || 1);
-    if (canvas.width !== Math.round(width * dense) || canvas.height !== Math.round(height * dense)) {
-      canvas.width = Math.round(width * dense);
-      canvas.height = Math.round(height * dense);
-    }
+    const ctx = surface(this.canvas, width, height);
     const ink = colours("line", "dim", ...this.lines.map(([, colour]) => colour));
-    ctx.setTransform(dense, 0, 0, dense, 0, 0);
-    ctx.clearRect(0, 0, width, height);
     let top = this.most ?? 0;
     if (this.most === null) {
       for (const [name] of this.lines) {
@@ -73,17 +64,10 @@ export function drawMap(canvas, cells) {
   const columns = Math.max(8, Math.min(64, Math.floor(width / 9)));
   const size = width / columns;
   const rows = Math.ceil(cells.length / columns);
-  const dense = Math.min(2, devicePixelRatio || 1);
   const height = rows * size;
-  if (canvas.width !== Math.round(width * dense) || canvas.height !== Math.round(height * dense)) {
-    canvas.width = Math.round(width * dense);
-    canvas.height = Math.round(height * dense);
-    canvas.style.height = `${height}px`;
-  }
-  const ctx = canvas.getContext("2d");
+  canvas.style.height = `${height}px`;
+  const ctx = surface(canvas, width, height);
   const ink = colours(...CELLS.map((name) => `kv-${name}`));
-  ctx.setTransform(dense, 0, 0, dense, 0, 0);
-  ctx.clearRect(0, 0, width, height);
   for (let i = 0; i < cells.length; i++) {
     ctx.fillStyle = ink[`kv-${CELLS[cells[i]] ?? "free"}`];
     ctx.fillRect((i % columns) * size, Math.floor(i / columns) * size, size - 1, size - 1);

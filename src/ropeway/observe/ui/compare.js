@@ -2,7 +2,7 @@
 // them, replayed at a pace that one can follow.
 
 import { send } from "./api.js";
-import { choice, colours, field, h, note, percent, seconds, still, whole } from "./dom.js";
+import { choice, colours, field, h, note, percent, seconds, still, surface, whole } from "./dom.js";
 import { reaching, Track } from "./track.js";
 
 const FIELDS = [
@@ -188,15 +188,10 @@ class SideView {
   }
 
   drawStrip(share) {
-    const { strip } = this;
-    const [width, height] = [strip.clientWidth, strip.clientHeight];
+    const { clientWidth: width, clientHeight: height } = this.strip;
     if (!width) return;
-    const dense = Math.min(2, devicePixelRatio || 1);
-    if (strip.width !== Math.round(width * dense)) Object.assign(strip, { width: Math.round(width * dense), height: Math.round(height * dense) });
+    const ctx = surface(this.strip, width, height);
     const ink = colours("decode", "line", "ink");
-    const ctx = strip.getContext("2d");
-    ctx.setTransform(dense, 0, 0, dense, 0, 0);
-    ctx.clearRect(0, 0, width, height);
     ctx.fillStyle = ink.line;
     ctx.fillRect(0, 0, width, height);
     ctx.fillStyle = ink.decode;

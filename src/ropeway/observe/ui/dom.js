@@ -82,6 +82,31 @@ export function show(title, ...content) {
   return dialog;
 }
 
+/** A box with a form. What is typed in is done by `act`; then the box closes, or says what went wrong and stays. */
+export function enter(title, fields, verb, act) {
+  const form = h("form", { on: { submit: async (event) => {
+    event.preventDefault();
+    event.submitter.disabled = true; // once is enough
+    try {
+      await act();
+      dialog.close();
+    } catch (error) { note(error.message, "bad"); } finally { event.submitter.disabled = false; }
+  } } }, fields, h("div", { class: "row end" }, h("button", { type: "submit", class: "main" }, verb)));
+  const dialog = show(title, form);
+  return dialog;
+}
+
+/** A canvas, cleared, to be drawn on in CSS pixels. */
+export function surface(canvas, width, height) {
+  const dense = Math.min(2, devicePixelRatio || 1);
+  const [wide, tall] = [Math.round(width * dense), Math.round(height * dense)];
+  if (canvas.width !== wide || canvas.height !== tall) Object.assign(canvas, { width: wide, height: tall });
+  const ctx = canvas.getContext("2d");
+  ctx.setTransform(dense, 0, 0, dense, 0, 0);
+  ctx.clearRect(0, 0, width, height);
+  return ctx;
+}
+
 export const whole = (n) => (n === null || n === undefined ? "–" : Math.round(n).toLocaleString("en"));
 
 export function seconds(s) {

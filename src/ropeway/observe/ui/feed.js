@@ -41,6 +41,7 @@ class Known {
     this.news = [];
   }
 
+  /** `slots` are the seats of its engine. */
   take(frame, slots) {
     const now = performance.now();
     if (this.frame) this.interval = Math.max(50, Math.min(1500, now - this.at));
@@ -63,10 +64,19 @@ export class Feed extends EventTarget {
     this.error = null;
     this.again = 0;
     this.hello = null;
-    this.frames = 0;
     this.models = new Map();
     this.chosen = null;
     this.abort = null;
+  }
+
+  /** The models in memory, as the server has greeted with them. */
+  get engines() {
+    return this.hello?.engines ?? [];
+  }
+
+  /** What does not change of the model that the page shows: device, seats, size of blocks; null if none is in memory. */
+  get engine() {
+    return this.engines.find(({ model }) => model === this.chosen) ?? null;
   }
 
   /** What is known of the model that the page shows; null before its first frame. */
@@ -133,7 +143,7 @@ export class Feed extends EventTarget {
         timer = setTimeout(stop, SILENCE);
         if (!data) continue;
         const told = JSON.parse(data);
-        if (event === "hello" || told.version !== undefined) this.greet(told);
+        if (event === "hello") this.greet(told);
         else this.take(told);
         alive();
       }
@@ -146,19 +156,18 @@ export class Feed extends EventTarget {
 
   greet(hello) {
     this.hello = hello;
-    for (const name of this.models.keys()) if (!hello.models.includes(name)) this.models.delete(name);
-    if (!hello.models.includes(this.chosen)) this.chosen = hello.models[0] ?? null;
+    for (const name of this.models.keys()) if (!this.engines.some(({ model }) => model === name)) this.models.delete(name);
+    if (!this.engine) this.chosen = this.engines[0]?.model ?? null; // the one that was shown has left the memory
     this.dispatchEvent(new Event("hello"));
     this.set("live");
   }
 
   take(frame) {
     if (this.state !== "live") this.set("live");
-    const model = frame.model ?? this.chosen;
-    this.chosen ??= model;
+    const { model } = frame;
+    const slots = this.engines.find((one) => one.model === model)?.slots;
     if (!this.models.has(model)) this.models.set(model, new Known());
-    this.models.get(model).take(frame, this.hello?.slots || frame.seats.length || 1);
-    this.frames += 1;
+    this.models.get(model).take(frame, slots || frame.seats.length || 1);
     if (model === this.chosen) this.dispatchEvent(new Event("frame"));
   }
 

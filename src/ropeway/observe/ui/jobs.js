@@ -1,7 +1,7 @@
 // Requests, deferred jobs, batches and files: what there is, how far it is, and its end on demand.
 
 import { ask, get, send } from "./api.js";
-import { button, bytes, choice, field, h, note, seconds, short, show, sure, table, when, whole } from "./dom.js";
+import { button, bytes, choice, enter, field, h, note, seconds, short, show, sure, table, when, whole } from "./dom.js";
 import { Listing } from "./listing.js";
 import { life } from "./timeline.js";
 
@@ -85,19 +85,13 @@ function upload(page) {
   const file = h("input", { type: "file", accept: ".jsonl", required: true });
   const endpoint = choice(ENDPOINTS, ENDPOINTS[0]);
   const span = choice(["1h", "24h", "7d"], "24h");
-  const form = h("form", { on: { submit: async (event) => {
-    event.preventDefault();
-    try {
-      const sent = new FormData();
-      sent.append("purpose", "batch");
-      sent.append("file", file.files[0]);
-      const { id } = await send("POST", "v1/files", sent);
-      await send("POST", "v1/batches", { input_file_id: id, endpoint: endpoint.value, completion_window: span.value });
-      dialog.close();
-      note("The batch has begun.");
-      await page.load();
-    } catch (error) { note(error.message, "bad"); }
-  } } }, field("File of requests, one JSON object a line", file), field("Endpoint", endpoint), field("Has time until", span),
-  h("div", { class: "row end" }, h("button", { type: "submit", class: "main" }, "Begin")));
-  const dialog = show("New batch", form);
+  enter("New batch", [field("File of requests, one JSON object a line", file), field("Endpoint", endpoint), field("Has time until", span)], "Begin", async () => {
+    const sent = new FormData();
+    sent.append("purpose", "batch");
+    sent.append("file", file.files[0]);
+    const { id } = await send("POST", "v1/files", sent);
+    await send("POST", "v1/batches", { input_file_id: id, endpoint: endpoint.value, completion_window: span.value });
+    note("The batch has begun.");
+    page.load();
+  });
 }

@@ -79,7 +79,6 @@ export class Ropeway {
   open() {
     this.feed.start();
     this.greet();
-    this.take();
     this.state();
     this.moving = true;
     const step = (now) => {
@@ -119,10 +118,8 @@ export class Ropeway {
   }
 
   choose() {
-    this.track.clear();
+    if (this.held) this.hold();
     this.feed.choose(this.model.value);
-    this.take();
-    this.redraw();
   }
 
   hold() {
@@ -132,22 +129,29 @@ export class Ropeway {
     if (!this.held) this.take();
   }
 
+  /** Which models there are, and which of them is shown. */
   greet() {
-    const { hello, chosen } = this.feed;
+    const { hello, engines, engine, chosen } = this.feed;
     if (!hello) return;
-    this.model.replaceChildren(...hello.models.map((name) => h("option", { value: name, selected: name === chosen }, name)));
-    this.model.hidden = hello.models.length < 2;
-    const facts = [hello.models.length < 2 ? hello.models[0] : "", hello.device, `${hello.slots} seats`, `blocks of ${hello.block_size} tokens`];
-    this.about.textContent = facts.filter(Boolean).join(" · ");
-    if (this.track.lanes.length !== Math.min(MOST_LANES, hello.slots)) {
+    this.model.replaceChildren(...engines.map(({ model }) => h("option", { value: model, selected: model === chosen }, model)));
+    this.model.hidden = engines.length < 2;
+    this.about.textContent = !engine ? "No model is in memory."
+      : [engines.length < 2 && engine.model, engine.device, `${engine.slots} seats`, `blocks of ${engine.block_size} tokens`].filter(Boolean).join(" · ");
+    if (this.shown !== chosen) { // another batch: nobody of this one is seen to leave
+      this.shown = chosen;
       this.track.clear();
-      this.track.configure(hello.slots);
+    }
+    const slots = engine?.slots ?? 0;
+    if (this.track.lanes.length !== Math.min(MOST_LANES, slots)) {
+      this.track.clear();
+      this.track.configure(slots);
     }
     this.fresh = true;
+    this.take();
   }
 
   state() {
-    const { state, error, again } = this.feed;
+    const { state, error, again, hello, engine } = this.feed;
     clearInterval(this.clock);
     this.away.hidden = ["live", "off"].includes(state);
     if (state === "connecting") this.away.textContent = "Connecting…";
@@ -162,14 +166,14 @@ export class Ropeway {
       tell();
       this.clock = setInterval(() => (this.element.isConnected ? tell() : clearInterval(this.clock)), 1000);
     }
-    this.element.classList.toggle("stale", state === "away" || state === "denied");
+    this.element.classList.toggle("stale", ["away", "denied"].includes(state) || Boolean(hello && !engine));
   }
 
   take() {
-    const { known, hello } = this.feed;
+    const { known, engine } = this.feed;
     if (this.held || !known?.frame) return;
     const { frame, interval } = known;
-    const lanes = Math.min(MOST_LANES, frame.seats.reduce((most, seat) => Math.max(most, seat.slot + 1), hello?.slots || 1));
+    const lanes = Math.min(MOST_LANES, frame.seats.reduce((most, seat) => Math.max(most, seat.slot + 1), engine?.slots || 1));
     if (this.track.lanes.length < lanes) this.track.configure(lanes);
     const endings = Object.fromEntries((frame.events ?? []).filter((one) => ENDS[one.event]).map((one) => [one.id, one.event]));
     this.track.update(frame.seats, { interval: interval * 1.1, endings });
@@ -178,15 +182,16 @@ export class Ropeway {
 
   /** Everything but the lanes; once for each picture, however many frames have come since the last one. */
   paint() {
-    const { known, hello } = this.feed;
+    const { known, engine } = this.feed;
     if (!known?.frame) return;
     const { frame, history } = known;
     const { rates = {}, seats } = frame;
+    const slots = engine?.slots || "–";
     this.phase.hidden = !frame.state || frame.state === "ready";
     this.phase.textContent = `the engine is ${frame.state}`;
     const says = {
       generation_tps: whole(rates.generation_tps), prompt_tps: whole(rates.prompt_tps), ttft: seconds(rates.ttft_p50), itl: seconds(rates.itl_p50),
-      seats: `${seats.length} / ${hello?.slots ?? "–"}`, waiting: whole(frame.waiting_total),
+      seats: `${seats.length} / ${slots}`, waiting: whole(frame.waiting_total),
     };
     for (const [id, text] of Object.entries(says)) if (this.tiles[id].textContent !== text) this.tiles[id].textContent = text;
     for (const { chart } of this.charts) chart.draw(history);
@@ -198,7 +203,7 @@ export class Ropeway {
     if (!this.told || now - this.told > 3000) {
       this.told = now;
       this.canvas.setAttribute("aria-label",
-        `${seats.length} of ${hello?.slots ?? "some"} seats are taken: ${reading} read their prompts, ${seats.length - reading} write. ${frame.waiting_total} wait.`);
+        `${seats.length} of ${slots} seats are taken: ${reading} read their prompts, ${seats.length - reading} write. ${frame.waiting_total} wait.`);
     }
   }
 

@@ -2,7 +2,7 @@
 // while its prompt is computed, and then along a logarithmic scale of the tokens that it has written: nobody knows
 // beforehand where it gets off.
 
-import { colours, still } from "./dom.js";
+import { colours, still, surface } from "./dom.js";
 import { outline } from "./shapes.js";
 
 const HEAD = 22;
@@ -16,7 +16,7 @@ export const MOST_LANES = 512;
 export class Track {
   constructor(canvas) {
     this.canvas = canvas;
-    this.ctx = canvas.getContext("2d");
+    this.ctx = null;
     this.lanes = [];
     this.leaving = [];
     this.least = 6;
@@ -48,13 +48,8 @@ export class Track {
     const rows = Math.ceil(lanes / columns);
     const tall = rows <= 12 ? 38 : rows <= 20 ? 30 : rows <= 32 ? 22 : 15;
     const height = HEAD + rows * tall + 4;
-    const dense = Math.min(2, devicePixelRatio || 1);
-    if (this.width !== width || this.height !== height || this.dense !== dense) {
-      this.canvas.width = width * dense;
-      this.canvas.height = height * dense;
-      this.canvas.style.height = `${height}px`;
-    }
-    Object.assign(this, { width, height, dense, columns, rows, tall });
+    this.canvas.style.height = `${height}px`;
+    Object.assign(this, { width, height, columns, rows, tall });
   }
 
   /** Where everybody is now. They glide there for `interval` ms; `endings` says by id how those who are not there any
@@ -116,10 +111,8 @@ export class Track {
   }
 
   draw(now = performance.now()) {
-    const { ctx, dense } = this;
     if (!this.width) return;
-    ctx.setTransform(dense, 0, 0, dense, 0, 0);
-    ctx.clearRect(0, 0, this.width, this.height);
+    const ctx = (this.ctx = surface(this.canvas, this.width, this.height));
     ctx.lineCap = "round";
     const reach = this.reach(now);
     for (let column = 0; column < this.columns; column++) this.backdrop(column, reach);

@@ -44,7 +44,7 @@ class CpuBackend:
         """`library` defaults to the kernels for this processor. Raises KernelError if there are none."""
         loaded = library or load()
         if isinstance(loaded, str):
-            raise KernelError(f"The native attention cannot start: {loaded}")
+            raise KernelError(f"The native attention cannot start: {loaded}.")
         self.spec = spec
         self.device = device
         self.library = loaded

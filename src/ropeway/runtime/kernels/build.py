@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -20,6 +21,8 @@ from pathlib import Path
 
 from ropeway.errors import KernelError
 from ropeway.runtime import cpu_info
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
 COMPILERS = ("g++", "c++", "clang++")
@@ -63,12 +66,12 @@ def find_compiler(environ: Mapping[str, str] = os.environ) -> list[str]:
     wanted = environ.get("CXX", "").split()
     if wanted:
         if shutil.which(wanted[0]) is None:
-            raise KernelError(f"CXX names {wanted[0]!r}, which is not there. Unset CXX or install that compiler.")
+            raise KernelError(f"CXX names {wanted[0]!r}, which is not there", "Unset CXX or install that compiler.")
         return wanted
     for name in COMPILERS:
         if shutil.which(name):
             return [name]
-    raise KernelError(f"there is no C++ compiler ({', '.join(COMPILERS)}). Install g++ (Debian: apt install g++).")
+    raise KernelError(f"there is no C++ compiler ({', '.join(COMPILERS)})", "Install g++ (Debian: apt install g++).")
 
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
@@ -86,7 +89,7 @@ def build(name: str, environ: Mapping[str, str] = os.environ) -> Path:
     old library. Several processes may ask at once: one compiles, the others wait for it.
     """
     if sys.platform == "win32":
-        raise KernelError("they are built on Linux and macOS only. Use WSL on Windows.")
+        raise KernelError("they are built on Linux and macOS only", "Use WSL on Windows.")
     variant = VARIANTS[name]
     directory = cache_dir(environ) / _fingerprint(variant, environ)
     library = directory / f"{name}.so"
@@ -97,20 +100,28 @@ def build(name: str, environ: Mapping[str, str] = os.environ) -> Path:
             return library
         with _locked(directory / f"{name}.lock"):
             if not library.exists():
-                _compile(find_compiler(environ), variant, library)
+                compiler = find_compiler(environ)
+                logger.warning("Compiling the kernels for %s with %s, once: they are kept.", name, compiler[0])
+                _compile(compiler, variant, library)
     except OSError as error:
         raise KernelError(
-            f"the kernel cache {directory} cannot be used: {error.strerror}. Set ROPEWAY_CACHE_DIR to a private, "
-            "writable directory."
+            f"the kernel cache {directory} cannot be used: {error.strerror}",
+            "Set ROPEWAY_CACHE_DIR to a private, writable directory.",
         ) from None
     return library
+
+
+def built(name: str, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The shared library of variant `name`, if the cache has it."""
+    library = cache_dir(environ) / _fingerprint(VARIANTS[name], environ) / f"{name}.so"
+    return library if library.exists() else None
 
 
 def obtainable(name: str, environ: Mapping[str, str] = os.environ) -> bool:
     """Whether variant `name` is in the cache or there is a compiler to build it. Compiles nothing."""
     if sys.platform == "win32":
         return False
-    if (cache_dir(environ) / _fingerprint(VARIANTS[name], environ) / f"{name}.so").exists():
+    if built(name, environ) is not None:
         return True
     try:
         find_compiler(environ)
@@ -134,8 +145,8 @@ def _refuse_shared(directory: Path) -> None:
     status = directory.stat()
     if status.st_uid not in {os.getuid(), 0} or status.st_mode & 0o022:
         raise KernelError(
-            f"the kernel cache {directory} can be written by others, so nothing is loaded from it. "
-            "Set ROPEWAY_CACHE_DIR to a private directory."
+            f"the kernel cache {directory} can be written by others, so nothing is loaded from it",
+            "Set ROPEWAY_CACHE_DIR to a private directory.",
         )
 
 
@@ -170,7 +181,7 @@ def _run(commands: list[list[str]], library: Path) -> None:
             failed = [c for c, p in zip(commands, started, strict=True) if p.wait(max(0.0, end - time.monotonic()))]
         except subprocess.TimeoutExpired:
             raise KernelError(
-                f"{commands[0][0]} did not finish the {library.stem} kernels within {TIMEOUT:.0f} s. Try another CXX."
+                f"{commands[0][0]} did not finish the {library.stem} kernels within {TIMEOUT:.0f} s", "Try another CXX."
             ) from None
         finally:
             for process in started:
@@ -179,8 +190,8 @@ def _run(commands: list[list[str]], library: Path) -> None:
                     process.wait()
     if failed:
         raise KernelError(
-            f"{failed[0][0]} failed on the {library.stem} kernels; what it said is in {log}. "
-            "Set CXX to another compiler, or install g++ 9 or newer."
+            f"{failed[0][0]} failed on the {library.stem} kernels; what it said is in {log}",
+            "Set CXX to another compiler, or install g++ 9 or newer.",
         )
     log.unlink()
 

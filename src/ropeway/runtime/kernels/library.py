@@ -63,7 +63,7 @@ class NativeLibrary:
         try:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
-            raise KernelError(f"the compiled kernels cannot be loaded: {error}. Delete {path} to rebuild.") from None
+            raise KernelError(f"the compiled kernels cannot be loaded: {error}", f"Delete {path} to rebuild.") from None
         self.threads = torch.get_num_threads()
         self.weights = Arena()
         i, p, d = c_int64, c_void_p, c_double
@@ -108,6 +108,8 @@ class NativeLibrary:
 def load(variant: str | None = None) -> NativeLibrary | str:
     """The kernels for this processor (or of the named variant), or why there are none, said once in the log too.
 
+    The reason is the cause alone, without a full stop, to be put into sentences; what to do about it is in the log.
+
     Where the compiler is too old for the processor's best instructions, the next best that it can build serve.
     """
     flags = cpu_info.detect().flags
@@ -117,10 +119,10 @@ def load(variant: str | None = None) -> NativeLibrary | str:
         try:
             library = NativeLibrary(name)
         except KernelError as error:
-            faults.append(error.message)
+            faults.append(error)
         else:
             if faults:
-                logger.warning("Native kernels for %s serve, slower than they could be: %s", name, faults[0])
+                logger.warning("Native kernels for %s serve, slower than they could be: %s", name, faults[0].message)
             return library
-    logger.warning("Native kernels are off and torch serves, slower: %s", faults[0])
-    return faults[0]
+    logger.warning("Native kernels are off and torch serves, slower: %s", faults[0].message)
+    return faults[0].cause

@@ -40,7 +40,7 @@ def open_weights(
             param="load_format",
         )
     quantization: str = config.quantization
-    group = config.quantization_group
+    group: int = config.quantization_group
     as_stored = stored is not None and not stored.widened and quantization in ("auto", stored.format)
     if stored is not None and as_stored:
         quantization, group = stored.format, stored.group or group

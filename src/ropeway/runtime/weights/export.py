@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,8 @@ class _Shard:
         self.size = 0
         self._room = -(-room // 8) * 8
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._file = path.open("wb")
-        self._file.seek(8 + self._room)
+        self.file = path.open("wb")
+        self.file.seek(8 + self._room)
 
     def add(self, name: str, tensor: Tensor) -> None:
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -169,27 +170,29 @@ class _Shard:
         self._header[name] = {
             "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self.size, end],
         }  # fmt: skip
-        self._file.write(data.data)
+        self.file.write(data.data)
         self.names.append(name)
         self.size = end
 
     def close(self) -> None:
         header = json.dumps(self._header, separators=(",", ":")).encode()
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        self._file.close()
+        self.file.seek(0)
+        self.file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self.file.close()
 
 
 def _write_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]], room: int, most: int) -> list[Path]:
     """Write files of `most` bytes or a tensor more, and their index if there are several."""
     shards: list[_Shard] = []
-    for name, tensor in tensors:
-        if not shards or shards[-1].size >= most:
-            for full in shards[-1:]:
-                full.close()
-            shards.append(_Shard(directory / f"{len(shards)}.safetensors", room))
-        shards[-1].add(name, tensor)
-    shards[-1].close()
+    with ExitStack() as opened:
+        for name, tensor in tensors:
+            if not shards or shards[-1].size >= most:
+                for full in shards[-1:]:
+                    full.close()
+                shards.append(_Shard(directory / f"{len(shards)}.safetensors", room))
+                opened.callback(shards[-1].file.close)
+            shards[-1].add(name, tensor)
+        shards[-1].close()
     if len(shards) == 1:
         return [shards[0].path.rename(directory / checkpoint.SINGLE)]
     files = [directory / f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]

@@ -189,9 +189,7 @@ class Weights:
                 f"{list(shape)}. Check that config.json belongs to these weights."
             )
         if info.dtype not in dtypes:
-            raise ModelError(
-                f"The tensor {name!r} in {info.file} is {info.dtype}; only {', '.join(dtypes)} can be loaded."
-            )
+            raise ModelError(f"The tensor {name!r} in {info.file} is {info.dtype}; it must be {' or '.join(dtypes)}.")
         self._left.discard(name)
         return info
 

@@ -31,7 +31,7 @@ class Linear {
 
     void run(int64_t threads) {
         // Widening bfloat16 takes registers of its own.
-        using Rows = std::conditional_t<W == 8 && D::MAX_ROWS == 4, Heights<4, 2, 1>, HeightsFor<W>>;
+        using Rows = std::conditional_t<W == 8 && D::MAX_ROWS == 4, Heights<4, 3, 2, 1>, HeightsFor<W>>;
         over_tiles<W>(rows_, output_.columns, depth_, threads, Rows{},
                       [this](int64_t first, const Place& place, auto r) {
                           this->template tile<decltype(r)::value>(first, place);

@@ -236,12 +236,21 @@ void pack_int(const LinearWeight& w, const void* values, const void* scales, con
         for (int64_t panel = 0; panel < panels_of(w.columns); ++panel) {
             uint8_t* const start = to + panel * layout.panel_bytes;
             std::fill(start, start + layout.panel_bytes, uint8_t(0));
-            for (int64_t c = panel * PANEL; c < std::min(w.columns, panel * PANEL + PANEL); ++c) {
-                for (int64_t k = 0; k < w.depth; ++k) {
-                    const uint8_t v = from[c * w.depth + k];
-                    const bool high = Format::DEPTH == 8 && k % 8 >= 4;
-                    to[layout.line(c, k)] |= Format::DEPTH == 4 ? v ^ 0x80 : high ? v << 4 : v;
+            const int64_t end = std::min<int64_t>(w.columns, panel * PANEL + PANEL);
+            // A block of lines of each column at a time, so that what is written across columns is still in the cache.
+            for (int64_t begin = 0; begin < w.depth; begin += 16 * Format::DEPTH) {
+                const int64_t most = std::min<int64_t>(w.depth, begin + 16 * Format::DEPTH);
+                for (int64_t c = panel * PANEL; c < end; ++c) {
+                    const uint8_t* const row = from + c * w.depth;
+                    for (int64_t k = begin; k < most; k += Format::DEPTH) {
+                        uint8_t* const line = to + layout.line(c, k);
+                        for (int64_t i = 0; i < std::min<int64_t>(4, w.depth - k); ++i) {
+                            line[i] = Format::DEPTH == 4 ? row[k + i] ^ 0x80 : row[k + i] | row[k + i + 4] << 4;
+                        }
+                    }
                 }
+            }
+            for (int64_t c = panel * PANEL; c < end; ++c) {
                 for (int64_t g = 0; g < layout.groups; ++g) {
                     const int64_t i = c * layout.groups + g, lane = c % PANEL;
                     uint8_t* const group = to + layout.column(c, g);
