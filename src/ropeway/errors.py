@@ -61,8 +61,10 @@ class KernelError(RopewayError):
 
     code = "RW-KERNEL"
 
-    def __init__(self, cause: str, advice: str = "") -> None:
-        super().__init__(f"{cause}. {advice}" if advice else cause)
+    def __init__(
+        self, cause: str, advice: str = "", *, param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(f"{cause}. {advice}" if advice else cause, param=param, retry_after=retry_after)
         self.cause = cause
 
 

@@ -94,7 +94,7 @@ def test_large_weights_survive_their_source() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_choice_works_and_says_so(dtype: torch.dtype) -> None:
-    choice = linear.choose("cpu", dtype)
+    choice = linear.choose("cpu", dtype, "plain", linear.FASTEST)  # as it was chosen: another look is another timing
     assert choice.name in linear.describe_linear(CPU, dtype)
     weight, x = torch.randn(48, 40).to(dtype), torch.randn(4, 40).to(dtype)
     layer = PackedLinear(weight, None, CPU, lookup=True)

@@ -24,8 +24,8 @@ async def test_a_person_gets_a_seat_that_background_work_had_and_no_text_changes
     prompts = [f"number {number} of the story begins with" for number in range(5)]
     with serving(*SMALL, "--max-num-seqs", "2", "--background-gap-ms", "0") as server:
         async with httpx2.AsyncClient(base_url=server.url) as client:
-            alone = [(await complete(client, prompt, 300, {}))[0] for prompt in prompts]
-            work = [asyncio.create_task(complete(client, prompt, 300, LOW)) for prompt in prompts]
+            alone = [(await complete(client, prompt, 1200, {}))[0] for prompt in prompts]
+            work = [asyncio.create_task(complete(client, prompt, 1200, LOW)) for prompt in prompts]
             await server.until(lambda m: m["vllm:num_requests_running"] == 2 and m["vllm:num_requests_waiting"] == 3)
             lines = (await client.get("/metrics")).text.splitlines()
             (low,) = [line for line in lines if line.startswith("ropeway_requests_running{") and '"low"' in line]

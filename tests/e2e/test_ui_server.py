@@ -38,7 +38,7 @@ def load(url: str, clients: int) -> Iterator[None]:
 
     def client(number: int) -> None:
         while not over.is_set():
-            body = {"model": "bundled", "max_tokens": 80 + 20 * (number % 5), "ignore_eos": True, "seed": number,
+            body = {"model": "bundled", "max_tokens": 400 + 40 * (number % 5), "ignore_eos": True, "seed": number,
                     "messages": [{"role": "user", "content": f"Story {number}. " + "Once more. " * (number % 7 * 4)}],
                     "priority": ("high", "medium", "low")[number % 3]}  # fmt: skip
             httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=60)

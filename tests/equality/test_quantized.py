@@ -60,7 +60,7 @@ def spread(found: torch.Tensor, directory: Path, tokens: list[int]) -> float:
     """Root mean square difference to transformers in float32, as a share of the logits' standard deviation."""
     with torch.no_grad():
         expected = reference(directory)(torch.tensor([tokens])).logits[0]
-    return float((found - expected).pow(2).mean().sqrt() / expected.std())
+        return float((found - expected).pow(2).mean().sqrt() / expected.std())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
