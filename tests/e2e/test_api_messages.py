@@ -37,8 +37,19 @@ def server() -> Iterator[Server]:
         yield up
 
 
+CLIENTS: list[anthropic.Anthropic] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    while CLIENTS:
+        CLIENTS.pop().close()
+
+
 def client(server: Server, **settings: Any) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, **{"api_key": "unused", "max_retries": 0, **settings})
+    CLIENTS.append(anthropic.Anthropic(base_url=server.url, **{"api_key": "unused", "max_retries": 0, **settings}))
+    return CLIENTS[-1]
 
 
 def user(text: Any) -> Any:

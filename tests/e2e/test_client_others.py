@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import anthropic
 import langchain_openai
+import openai
 import pydantic
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
@@ -103,10 +104,16 @@ def test_anthropic_runs_tools_until_the_model_answers(echoing: apiserver.Server)
     assert [block.text for block in final.content if block.type == "text"] == ["one owl"]
 
 
-def test_langchain_chats_streams_and_fills_models(bundled: Server) -> None:
-    where: dict[str, Any] = {"base_url": f"{bundled.url}/v1", "api_key": "unused", "max_retries": 0}
-    model = langchain_openai.ChatOpenAI(model="bundled", temperature=0, max_tokens=12, **where)
-    longer = langchain_openai.ChatOpenAI(model="bundled", seed=1, max_tokens=400, **where)
+@pytest.fixture
+def at(bundled: Server) -> Iterator[dict[str, Any]]:
+    """Where LangChain finds the server, with a connection that ends."""
+    with openai.DefaultHttpxClient() as http:
+        yield {"base_url": f"{bundled.url}/v1", "api_key": "unused", "max_retries": 0, "http_client": http}
+
+
+def test_langchain_chats_streams_and_fills_models(at: dict[str, Any]) -> None:
+    model = langchain_openai.ChatOpenAI(model="bundled", temperature=0, max_tokens=12, **at)
+    longer = langchain_openai.ChatOpenAI(model="bundled", seed=1, max_tokens=400, **at)
     whole = model.invoke("Tell me a story.")
     assert isinstance(whole, AIMessage)
     assert whole.usage_metadata is not None
@@ -124,10 +131,8 @@ def test_langchain_chats_streams_and_fills_models(bundled: Server) -> None:
     assert model.bind_tools([weather]).invoke([HumanMessage("The weather?"), called, result]).content is not None
 
 
-def test_langchain_embeds(bundled: Server) -> None:
-    embeddings = langchain_openai.OpenAIEmbeddings(
-        model="bundled", base_url=f"{bundled.url}/v1", api_key="unused", check_embedding_ctx_length=False, max_retries=0
-    )
+def test_langchain_embeds(at: dict[str, Any]) -> None:
+    embeddings = langchain_openai.OpenAIEmbeddings(model="bundled", check_embedding_ctx_length=False, **at)
     vectors = embeddings.embed_documents(["a fox", "an owl"])
     assert len(vectors) == 2
     assert embeddings.embed_query("a fox") == pytest.approx(vectors[0], abs=1e-3)

@@ -150,6 +150,9 @@ def test_the_page_runs(
             f"{block}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         )
         print(f"{block}\n{done.stdout}")
+    for made in names.values():
+        if hasattr(made, "is_closed") and hasattr(made, "close"):  # a reader's script ends with its process
+            made.close()
 
 
 def shell(folder: Path) -> dict[str, str]:

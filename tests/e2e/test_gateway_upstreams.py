@@ -46,7 +46,7 @@ def garbage(request: Received, wire: Wire) -> None:
 def half_stream(request: Received, wire: Wire) -> None:
     wire.head(kind="text/event-stream")
     wire.raw.sendall(said("one") + said("two") + said("three")[:40])
-    time.sleep(0.1)  # or the reset would overtake what was sent
+    time.sleep(0.5)  # or the reset would overtake what was sent
     wire.reset()
 
 
@@ -54,7 +54,7 @@ def half_answer(request: Received, wire: Wire) -> None:
     body = whole("cut off")
     wire.head(content_length=str(len(body)))
     wire.raw.sendall(body[:50])
-    time.sleep(0.1)
+    time.sleep(0.5)
     wire.reset()
 
 

@@ -18,7 +18,7 @@ namespace ropeway {
 constexpr int PANEL = 16;                   // columns of a panel of W
 constexpr int64_t LINE = 4 * PANEL;         // bytes of a panel that are used together
 constexpr int BAND = 128;                   // rows of x that use a panel while it is cached, before the next panel
-constexpr int64_t AHEAD = 1024;             // bytes of W asked for before they are needed
+constexpr int64_t AHEAD = 4096;             // bytes of a panel of W asked for before they are needed
 constexpr int64_t WORTH_THREADS = 1 << 19;  // elements of W plus a share of the sums: some ten microseconds
 
 // Panels of a packed weight: an even number, so that a tile can always take two.
@@ -41,7 +41,8 @@ struct Place {
     int64_t panel, i, tiles;
 };
 
-// What a tile with few rows fetches ahead: its own P panels, then those of the next tile.
+// What a tile with few rows fetches ahead: its own P panels, then those of the next tile. Into the second level: the
+// first can wait for few lines at a time, and would make the arithmetic wait too.
 template <int P>
 class Stream {
     const char* line_;
@@ -56,7 +57,7 @@ class Stream {
     // For `bytes` of each panel, a line at most.
     ROPEWAY_INLINE void fetch(int64_t bytes) {
         const char* const from = line_ < end_ ? line_ : line_ + (P - 1) * panel_bytes_;
-        ROPEWAY_UNROLL for (int p = 0; p < P; ++p) __builtin_prefetch(from + p * panel_bytes_);
+        ROPEWAY_UNROLL for (int p = 0; p < P; ++p) __builtin_prefetch(from + p * panel_bytes_, 0, 2);
         line_ += bytes;
     }
 };
