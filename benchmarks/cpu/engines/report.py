@@ -163,8 +163,10 @@ def draw(found: Sequence[Table], path: Path) -> None:
     FigureCanvasAgg(drawing)
     for down, model in enumerate(models):
         for across, table in enumerate(found):
-            axes = drawing.add_subplot(len(models), len(found), down * len(found) + across + 1)
             keys = [key for key in table.keys if key[0] == model]
+            if not keys:
+                continue
+            axes = drawing.add_subplot(len(models), len(found), down * len(found) + across + 1)
             names = [name for name, cells in table.rows.items() if any(key in cells for key in keys)]
             width = 0.84 / max(1, len(names))
             for number, name in enumerate(names):
