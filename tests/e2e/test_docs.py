@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import httpx2
+import openai
 import pytest
 from running import ADMIN, Server, serving
 from typer.main import get_command
@@ -151,7 +154,7 @@ def test_the_page_runs(
         )
         print(f"{block}\n{done.stdout}")
     for made in names.values():
-        if hasattr(made, "is_closed") and hasattr(made, "close"):  # a reader's script ends with its process
+        if isinstance(made, (openai.OpenAI, anthropic.Anthropic, httpx2.Client)):  # a script ends with its process
             made.close()
 
 

@@ -7,11 +7,13 @@ from msgspec.structs import replace
 
 
 class RowFault(Struct, frozen=True, array_like=True):
-    """Row number `row` of the plan failed alone; `code` is an error code of `ropeway.errors`."""
+    """Row number `row` of the plan failed alone; `code` is an error code of `ropeway.errors`, `param` the field of the
+    request at fault if it was one."""
 
     row: int
     code: str
     message: str
+    param: str | None = None
 
 
 class TokenLogprob(Struct, frozen=True, array_like=True, gc=False):

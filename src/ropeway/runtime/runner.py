@@ -126,7 +126,10 @@ class Runner:
         return StepResult(
             step=ticket.plan.step,
             tokens=ticket.tokens,
-            faults=[RowFault(number, fault.code, fault.message) for number, fault in sorted(ticket.faults.items())],
+            faults=[
+                RowFault(number, fault.code, fault.message, fault.param)
+                for number, fault in sorted(ticket.faults.items())
+            ],
             seconds=ticket.seconds + sum(copy_seconds),
             copy_seconds=copy_seconds,
             lost=lost,

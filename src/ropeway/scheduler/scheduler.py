@@ -170,7 +170,7 @@ class Scheduler:
                 # What made it fail may already be in its earlier blocks: nobody may build on them.
                 self.memory.forget(seq.keys[: seq.published])
                 seq.due = 0
-                error = ErrorInfo(faults[row.rid].code, faults[row.rid].message)
+                error = ErrorInfo(faults[row.rid].code, faults[row.rid].message, faults[row.rid].param)
                 events.append(self._finish(seq, FinishReason.FAILED, now, error))
                 continue
             computed = row.start + row.count

@@ -95,9 +95,9 @@ def test_a_row_that_fails_takes_nobody_with_it() -> None:
     desk.add(*[request(rid, 8) for rid in (1, 2, 3)])
     desk.step()
     assert desk.scheduler.pool.remembered == 6
-    events = desk.commit(desk.plan(), faults=[RowFault(0, "RW-NAN", "not finite")])
+    events = desk.commit(desk.plan(), faults=[RowFault(0, "RW-NAN", "not finite", "seed")])
     assert [(event.rid, event.error) for event in events] == [
-        (1, ErrorInfo("RW-NAN", "not finite")), (2, None), (3, None),
+        (1, ErrorInfo("RW-NAN", "not finite", "seed")), (2, None), (3, None),
     ]  # fmt: skip
     assert events[0].usage is not None
     assert events[0].usage.total_s == desk.now - 1.0
