@@ -113,7 +113,8 @@ class Begun:
             await asyncio.sleep(self._beat_s)
             by_item = {one.work.item: one for one in self.held}
             if not by_item:
-                continue
+                self._beating = False  # the next one begins it again
+                return
             try:
                 gone = await self.store.items.extend([one.work for one in by_item.values()])
             except StorageError:  # the next beat may come in time
