@@ -24,7 +24,7 @@ def test_the_operator_sees_who_waits_for_what_and_how_long() -> None:
         described = server.http.get("/openapi.json", headers={"authorization": "Bearer client"}).json()
     assert seen["eta_error"] == 0.25
     assert seen["waiting"][0] == {
-        "request": 7, "position": 0, "held_by": "kv-blocks", "reason": "it needs 3 KV blocks more", "eta_seconds": 1.5,
+        "request": 7, "position": 1, "held_by": "kv-blocks", "reason": "it needs 3 KV blocks more", "eta_seconds": 1.5,
     }  # fmt: skip
     assert [wait["request"] for wait in seen["waiting"]] == [7, 9]
     assert "WaitState" in described["components"]["schemas"]

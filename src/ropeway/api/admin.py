@@ -48,7 +48,7 @@ async def get_queue(request: Request) -> Response:
     """What each waiting request waits for, and how long it is expected to."""
     reasons = await api_of(request).service.why()
     error = reasons[0].eta_error if reasons else None
-    waiting = [WaitState(why.rid, why.position, why.holder, why.reason, why.eta_s) for why in reasons]
+    waiting = [WaitState(why.rid, why.position + 1, why.holder, why.reason, why.eta_s) for why in reasons]
     return json_response(QueueState(waiting, error))
 
 

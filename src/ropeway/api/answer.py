@@ -224,7 +224,7 @@ class Answer(Response):
         for why in reasons:
             if why.rid == rid and why.state == "queued":
                 eta = "" if why.eta_s is None else f" eta={why.eta_s:.1f}s"
-                return sse.comment(f"queued position={why.position}{eta}")
+                return sse.comment(f"queued position={why.position + 1}{eta}")
         return sse.KEEP_ALIVE
 
 

@@ -48,6 +48,8 @@ class SeatView(Struct, frozen=True, kw_only=True):
 
 
 class WaitView(Struct, frozen=True, kw_only=True):
+    """As `contract.scene.Waiting`, but with places from 1 (1 = next)."""
+
     id: str
     position: int
     urgency: str
@@ -151,7 +153,7 @@ def _seat(seat: Seat, id: str) -> SeatView:
 
 def _waiting(one: Waiting, id: str, mine: bool) -> WaitView:
     return WaitView(
-        id=id, position=one.position, urgency=_urgency(one.urgency), holder=one.holder,
+        id=id, position=one.position + 1, urgency=_urgency(one.urgency), holder=one.holder,
         reason=one.reason if mine else "", eta_s=one.eta_s,
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ State = Literal["queued", "running", "finished", "failed", "cancelled"]
 class RequestState(Struct, frozen=True, kw_only=True):
     """A request and what it has cost so far.
 
-    While it is queued, `position` is its place in the line (0 = next), `held_by` the limit or scheduling policy that
+    While it is queued, `position` is its place in the line (1 = next), `held_by` the limit or scheduling policy that
     holds it, `reason` what is lacking, and `eta_seconds` when it is expected to board. It is queued as long as all of
     its `sequences` are, the choices of its answer. Times are seconds; what only the engine knows yet is null. `error`
     is what the client was told in place of an answer. `timeline` has the lives of its sequences, as far as the engine
@@ -174,7 +174,7 @@ class Tracked:
             tenant=self.tenant,
             created=int(self.begun_at),
             state=state,
-            position=why.position if why else None,
+            position=why.position + 1 if why else None,
             held_by=why.holder if why else None,
             reason=why.reason if why else None,
             eta_seconds=why.eta_s if why else None,

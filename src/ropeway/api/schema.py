@@ -373,8 +373,9 @@ class SchedulerState(Struct, frozen=True):
 
 
 class WaitState(Struct, frozen=True):
-    """Why a request waits, with the engine's own number for it: `held_by` is a limit or the scheduling policy, or empty
-    if it boards with the next step. It is expected to board in `eta_seconds`; null: too early to tell."""
+    """Why a request waits, with the engine's own number for it: `position` is its place in the line (1 = next),
+    `held_by` a limit or the scheduling policy, or empty if it boards with the next step. It is expected to board in
+    `eta_seconds`; null: too early to tell."""
 
     request: int
     position: int

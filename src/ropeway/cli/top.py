@@ -140,7 +140,7 @@ def _line(frame: dict[str, Any]) -> Any:
     for one in frame["waiting"][:8]:
         eta = "" if one["eta_s"] is None else f"{one['eta_s']:.1f} s"
         why = ": ".join(part for part in (one["holder"], one["reason"]) if part)
-        table.add_row(str(one["position"] + 1), one["id"][:40], one["urgency"], eta, why)
+        table.add_row(str(one["position"]), one["id"][:40], one["urgency"], eta, why)
     return table
 
 

@@ -211,7 +211,7 @@ export class Ropeway {
     if (this.line.querySelector(":active, :focus")) return; // a button under a finger stays where it is
     this.lineHead.textContent = frame.waiting_total ? whole(frame.waiting_total) : "";
     const shown = frame.waiting.slice(0, 50).map((one) => h("li", {},
-      h("span", { class: "place" }, one.position + 1), mark(one.urgency),
+      h("span", { class: "place" }, one.position), mark(one.urgency),
       h("span", { class: "who" }, name(one.id) || "somebody"),
       h("span", { class: "right" }, one.eta_s === null || one.eta_s === undefined ? "" : `≈ ${seconds(one.eta_s)}`),
       mine(one.id) && h("button", { type: "button", class: "plain", title: "Cancel", "aria-label": `Cancel ${one.id}`, on: { click: () => cancel(one.id) } }, "✕"),
