@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
     app.command()(sim)
 
 
-@with_settings(SimConfig, EngineConfig, only=(*SimConfig.__dataclass_fields__, *OBEYED))
+@with_settings(SimConfig, EngineConfig, only=(*SimConfig.__dataclass_fields__, "preset", *OBEYED))
 def sim(
     sweep: Annotated[
         list[str] | None,

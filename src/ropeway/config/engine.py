@@ -138,7 +138,7 @@ class EngineConfig:
         "before fcfs).",
     )  # fmt: skip
     promote_after: float = option(
-        30.0, "Scheduling", "Seconds of waiting that lift a request by one class, so that none starves.", low=0.001
+        30.0, "Scheduling", "Seconds of waiting that lower a priority number by one, so that nobody starves.", low=0.001
     )
     age_cap: float = option(
         10.0, "Scheduling", "Seconds after which sjf and prefix let a request board in order of arrival.", low=0

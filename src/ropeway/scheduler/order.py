@@ -23,7 +23,7 @@ FIRST = -inf
 class Rules:
     """What orders can be told."""
 
-    promote_after: float = 30.0  # seconds of waiting that lift a request by one class
+    promote_after: float = 30.0  # seconds of waiting that lower a priority number by one
     age_cap: float = 10.0  # seconds of waiting after which no score counts any more
     quantum: float = 2000.0  # virtual tokens by which tenants may differ for the sake of cached prefixes
     weights: Mapping[str, float] = field(default_factory=dict)  # tenants' shares; 1 for those not named

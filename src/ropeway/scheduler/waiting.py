@@ -101,7 +101,7 @@ class WaitingRoom:
         return due if seq.urgency else inf
 
     def _class(self, seq: Sequence, now: float) -> int:
-        """Each `promote_after` seconds lift a request by one class, up to the most urgent one asked for."""
+        """Each `promote_after` seconds lower a priority number by one, down to the lowest that was asked for."""
         return max(self._urgent, seq.request.priority - int((now - seq.arrival) / self.order.rules.promote_after))
 
     def _place(self, seq: Sequence, now: float) -> _Spot:

@@ -9,6 +9,7 @@ import pytest
 from simkit import small_config, small_profile
 
 from ropeway.cli.main import main
+from ropeway.contract import FinishReason
 from ropeway.errors import ConfigError
 from ropeway.sim.config import SimConfig
 from ropeway.sim.profile import load_profile, save_profile, shipped
@@ -64,8 +65,6 @@ def test_a_sweep_runs_every_combination_under_the_same_traffic(tmp_path: Path) -
 
 def made(good: int, *, replicas: int, price: float | None = None, wait: float = 0.1) -> Point:
     """A run of ten requests of which `good` met the targets."""
-    from ropeway.contract import FinishReason
-
     outcomes = [
         Outcome(alone(0, 1, 1, n), wait if n < good else 99.0, 1.0, 1, finish=FinishReason.LENGTH) for n in range(10)
     ]
@@ -144,3 +143,15 @@ def test_the_command_refuses_what_it_cannot_do(words: list[str], capsys: pytest.
         main(["sim", "--num-requests", "5", *words])
     assert ended.value.code == 2
     assert "RW-CFG" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["latency", "balanced"])
+def test_the_command_takes_a_preset(preset: str, tmp_path: Path) -> None:
+    """By `latency` no more than thirty-two may wait."""
+    profile, result = tmp_path / "p.json", tmp_path / "r.json"
+    save_profile(small_profile(), profile)
+    words = ["--profile", str(profile), "--num-requests", "60", "--rate", "1e6", "--output-json", str(result)]
+    with pytest.raises(SystemExit):
+        main(["sim", *words, "--preset", preset])
+    [found] = json.loads(result.read_text())
+    assert (found["rejected"] > 0) == (preset == "latency")
