@@ -44,6 +44,8 @@ from ropeway.sim.workload import Arrival, Traffic, endless, generate, scale
 SEED, OTHER = 11, 12
 WORKERS = 1.5
 """Requests of the backlog that a real server has at a time, for each of its seats."""
+MODEL_FLAGS = {"--dtype", "--quantization", "--kv-cache-dtype", "--threads"}
+"""What `--flags` cannot change, since the offline run does not see them."""
 
 
 @dataclass
@@ -138,8 +140,8 @@ def measured(options: argparse.Namespace) -> Iterator[Comparison]:
     tokens = FileTokens(str(locate(options.model)))
     shape = options.workload, options.length_scale, 1500
     work = samples_of(chats(2000, OTHER, *shape), tokens)
-    offline = offline_rate(options.model, work[: options.offline_requests])
-    print(f"offline: {offline:,.0f} tokens/s", flush=True)
+    offline = offline_rate(options.model, work[: options.offline_requests], options.seats)
+    print(f"offline: {offline:,.0f} tokens/s\n", flush=True)
     people = chats(2000, SEED, *shape)
     each = sum(map(tokens_of, people)) / len(people)
     flags = ["--max-num-seqs", str(options.seats), "--max-queue", "4096", *options.flags.split()]
@@ -160,12 +162,12 @@ def samples_of(arrivals: Sequence[Arrival], tokens: FileTokens) -> list[Sample]:
     return [Sample(text_of_length(tokens, a.prompt_len, rng), a.prompt_len, a.output_len) for a in arrivals]
 
 
-def offline_rate(model: str, work: Sequence[Sample]) -> float:
-    """Tokens a second of `LLM.generate` over all of `work`."""
+def offline_rate(model: str, work: Sequence[Sample], seats: int) -> float:
+    """Tokens a second of `LLM.generate` over all of `work`, on as many seats as the server has."""
     from ropeway import LLM, SamplingParams
 
     asked = [SamplingParams(temperature=0.0, max_tokens=s.output_len, ignore_eos=True) for s in work]
-    with LLM(model) as llm:
+    with LLM(model, max_num_seqs=seats) as llm:
         llm.generate([s.prompt for s in work[:4]], asked[:4], use_tqdm=False)
         begun = time.perf_counter()
         answers = llm.generate([s.prompt for s in work], asked, use_tqdm=False)
@@ -209,7 +211,8 @@ async def phase(
         await asyncio.sleep(seconds)
         return await count()
 
-    call = Call(backend="openai-chat", endpoint="/v1/chat/completions", model=model, ignore_eos=True)
+    extra = {"skip_special_tokens": False}  # else they would have no text, and the gap after one be that of two steps
+    call = Call(backend="openai-chat", endpoint="/v1/chat/completions", model=model, ignore_eos=True, extra=extra)
     tasks = [asyncio.create_task(keep_going()) for _ in range(workers)]
     try:
         first, last = asyncio.create_task(count_after(warm)), asyncio.create_task(count_after(due[-1]))
@@ -317,6 +320,11 @@ def main() -> None:
     parser.add_argument("--output-json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    words = {word.partition("=")[0] for word in options.flags.split()}
+    if unfit := sorted(words & MODEL_FLAGS):
+        parser.error(f"--flags with {', '.join(unfit)}: the offline run would be another model's")
+    if options.plot and None not in options.gaps:
+        parser.error("--plot shows the default gap, which is not among --gaps")
     if options.profile:
         profile = load_profile(options.profile)
         title = str(profile)
@@ -324,9 +332,11 @@ def main() -> None:
     else:
         title = f"a real server of {options.model}, {options.rounds} rounds of {options.seconds:g} s"
         runs = measured(options)
-    print(f"{title}\n{HEAD}", flush=True)
-    found = []
+    print(title, flush=True)
+    found: list[Comparison] = []
     for one in runs:
+        if not found:
+            print(HEAD)
         found.append(one)
         print(told(one), flush=True)
     if options.output_json:

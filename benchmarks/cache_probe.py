@@ -39,19 +39,17 @@ class Probe:
         self._vocab = executor.info.vocab_size
         self._numbers = iter(range(1, 1 << 62))
 
-    def ask(self, tenant: str, prompt: list[int]) -> tuple[float, int]:
-        """Seconds until the first token, and cached tokens as the engine reports them."""
+    def ask(self, tenant: str, prompt: list[int]) -> float:
+        """Seconds until the first token."""
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         request = GenerateRequest(
             rid=next(self._numbers), tokens=prompt, sampling=sampling, tenant=tenant, salt=tenant
         )  # fmt: skip
         begun = time.perf_counter()
         self._engine.submit([Submit(request)])
-        cached = 0
         while self._engine.busy:
-            for event in self._engine.step().events:
-                cached = event.cached_tokens
-        return time.perf_counter() - begun, cached
+            self._engine.step()
+        return time.perf_counter() - begun
 
     def rounds(self, count: int, attacker: str, seed: int) -> tuple[list[float], list[float]]:
         """The attacker's times for prompts that the victim had sent, and for others, in an order drawn from `seed`."""
@@ -64,7 +62,7 @@ class Probe:
             decoy = [draw.randrange(self._vocab) for _ in range(PROMPT)]
             # Something is always sent, so that the machine is as warm in either case.
             self.ask(VICTIM, prompt if before else decoy)
-            times[before].append(self.ask(attacker, prompt)[0])
+            times[before].append(self.ask(attacker, prompt))
         return times[True], times[False]
 
 

@@ -34,7 +34,7 @@ def read(path: Path) -> list[Prompt]:
 
 def replay(prompts: Sequence[Prompt], capacity: int, spare: int = 0) -> float:
     """The share of blocks found in a pool of `capacity` blocks, with `spare` more for whoever runs, which between
-    requests hold nothing. Prompts longer than the pool are left out."""
+    requests hold nothing. Prompts longer than the pool find nothing."""
     pool, hits, total = BlockPool(capacity + spare), 0, 0
     ballast = pool.alloc(spare) or []
     for keys in prompts:

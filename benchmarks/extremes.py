@@ -4,7 +4,8 @@
 
 Each case goes over a connection of its own. The time is the server's own (`openai-processing-ms`): from the request's
 head to the answer's, so that a large body's way through the loopback is in it. While the cases run, a second thread
-again and again asks /livez: its slowest answer is for how long a neighbour was kept waiting.
+again and again asks /livez: its slowest answer is for how long a neighbour was kept waiting. Ends with 1 if a case was
+not refused.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -102,7 +104,7 @@ def cases() -> Iterator[Case]:
     yield raw("half a surrogate pair", b'{"prompt":"\\ud83d","n":0}', TEXT)
     yield raw("not UTF-8 in a name", b'{"\xff":1,"messages":[]}')
     yield raw("a field twice, the last wrong", b'{"n":1,"prompt":"a","n":1000000000}', TEXT)
-    yield raw("a million times the same field", b"{" + b'"n":1,' * 300_000 + b'"prompt":"a","n":0}', TEXT)
+    yield raw("300,000 times the same field", b"{" + b'"n":1,' * 300_000 + b'"prompt":"a","n":0}', TEXT)
     yield raw("nothing", b"")
     yield raw("a megabyte of blanks", b" " * 1_000_000)
     yield raw("zero bytes", b"\0" * 1_000_000)
@@ -212,6 +214,7 @@ def main() -> None:
     parser.add_argument("--pid", type=int, help="The server's process, to see its memory.")
     options = parser.parse_args()
     before = used(options.pid)[0] if options.pid else 0.0
+    wrong = 0
     print(f"{'case':42} status       ms  stall ms  {'CPU ms RSS MB ' if options.pid else ''}message")
     for case in cases():
         begun = used(options.pid)[1] if options.pid else 0.0
@@ -223,7 +226,9 @@ def main() -> None:
             resident, spent = used(options.pid)
             cost = f"{spent - begun:6.0f} {resident - before:+6.1f} "
         stall = max(taken) * 1000
+        wrong += not 400 <= answer.status < 500
         print(f"{case.name:42} {answer.status:6} {answer.milliseconds:8.0f} {stall:9.1f}  {cost}{answer.error[:90]!r}")
+    sys.exit(f"{wrong} were not answered with a 4xx." if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ async def until(store: JobStore, batch: Batch, state: BatchState) -> Batch:
         assert found is not None
         if found.status is state:
             return found
+        assert not found.status.ended, found
         await asyncio.sleep(0.1)
 
 

@@ -6,7 +6,7 @@ Without a model, random weights in the layout of a Llama are written to a tempor
 measured with the files in the system's cache: by `--cold` they are dropped from it before each round (which needs no
 privileges, but a file system that listens). Rates are bytes of the files by seconds; each is the best of the rounds.
 
-    reading     the files are read once into one buffer, by one thread and by as many as loading uses
+    reading     the files are read once, by one thread and by as many as loading uses, each into one buffer
     buffers     they are read as for another device than the CPU, which takes everything at once and for nothing
     tensors     each tensor of the checkpoint is brought to the device as it is stored
     model       the whole model is built: fused, converted, packed for its kernels
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -72,10 +73,11 @@ def read(files: list[Path], threads: int) -> None:
     """Every byte of `files` once, `CHUNK` at a time."""
 
     def part(file: Path, begin: int) -> None:
-        with memoryview(buffers.setdefault((file, begin // CHUNK % threads), bytearray(CHUNK))) as into:
-            os.preadv(opened[file], [into], begin)
+        if not hasattr(local, "into"):
+            local.into = memoryview(bytearray(CHUNK))
+        os.preadv(opened[file], [local.into], begin)
 
-    buffers: dict[tuple[Path, int], bytearray] = {}
+    local = threading.local()
     opened = {file: os.open(file, os.O_RDONLY) for file in files}
     places = [(file, begin) for file in files for begin in range(0, file.stat().st_size, CHUNK)]
     with ThreadPoolExecutor(threads) as pool:

@@ -1,4 +1,4 @@
-"""What it costs to let thousands wait: microseconds to add one, and to let the next few board, by policy.
+"""What it costs to let thousands wait: microseconds to add one, to let one board, and to look who is next, by policy.
 
     python benchmarks/orders.py [WAITING]
 
@@ -18,8 +18,7 @@ from ropeway.scheduler import ORDERS, FixedTokens, Newest, Resources, Scheduler,
 
 
 def measure(policy: str, waiting: int, steps: int = 200) -> tuple[float, float, float]:
-    """Median microseconds of adding a request, of a step in which somebody boards, and of one in which nobody can,
-    although a seat is free."""
+    """Median microseconds of adding a request, of letting one board, and of a look at the head of the queue."""
     random = Random(1)
     resources = Resources(num_blocks=4096, block_size=16, slots=64, max_model_len=2048, max_step_tokens=1 << 20)
     scheduler = Scheduler(resources, make_order(policy), Newest(), FixedTokens(1 << 20))

@@ -30,6 +30,8 @@ ENGINE = EngineConfig(
 )
 LONGEST = 2048
 """What clients allow for an answer. How long it gets, nobody knows beforehand."""
+MOST = 3000
+"""Requests of a simulation. Some take fewer."""
 
 Row = tuple[str, Report]
 
@@ -62,7 +64,7 @@ class Study:
 
 def orders(study: Study) -> Iterator[str]:
     for name, arrivals in (("conversation", study.conversation), ("code", study.code)):
-        at = study.at_load(arrivals[:3000], 1.0)
+        at = study.at_load(arrivals, 1.0)
         rules: dict[str, dict[str, object]] = {
             "fcfs": {}, "sjf": {}, "sjf, age cap 5 s": {"scheduling_policy": "sjf", "age_cap": 5.0}, "hrrn": {},
         }  # fmt: skip
@@ -136,7 +138,7 @@ def halved(profile: Profile) -> Profile:
 
 
 def deadlines(study: Study) -> Iterator[str]:
-    at = [dataclasses.replace(a, ttft_deadline_s=TARGETS.ttft) for a in study.at_load(study.conversation[:3000], 1.2)]
+    at = [dataclasses.replace(a, ttft_deadline_s=TARGETS.ttft) for a in study.at_load(study.conversation, 1.2)]
     found = {p: study.run(at, scheduling_policy=p) for p in ("fcfs", "sjf", "deadline")}
     yield f"### Overload: 1.2 times what the machine can do, first tokens wanted within {TARGETS.ttft:g} s"
     yield ""
@@ -227,15 +229,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare scheduling policies in simulation.")
     parser.add_argument("--conversation", type=Path, help="Azure conversation trace (CSV)")
     parser.add_argument("--code", type=Path, help="Azure code trace (CSV)")
-    parser.add_argument("--num-requests", type=int, default=3000)
+    parser.add_argument("--num-requests", type=int, default=MOST, help=f"of each simulation at most (up to {MOST:,})")
     parser.add_argument("--profile", default="h200-8b-estimate")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--write", type=Path, help="page whose results to replace")
     parser.add_argument("--plot", type=Path, help="PNG with TTFT distributions of the orders")
     options = parser.parse_args()
+    if bool(options.conversation) != bool(options.code):
+        parser.error("--conversation and --code go together: the page says where its traffic is from")
     begun = time.perf_counter()
-    study = Study(load_profile(options.profile), options.conversation, options.code, options.num_requests)
-    lines = [f"{study.count:,} requests of {study.source}; {study.profile}. Targets: first token within "
+    study = Study(load_profile(options.profile), options.conversation, options.code, min(MOST, options.num_requests))
+    lines = [f"At most {study.count:,} requests of {study.source}; {study.profile}. Targets: first token within "
              f"{TARGETS.ttft:g} s, {1000 * TARGETS.gap:g} ms a token.", ""]  # fmt: skip
     print(*lines, sep="\n")
     for part in options.parts.split(","):

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from backfill import samples_of
 
 from ropeway.bench.config import LoadConfig
-from ropeway.bench.datasets import FileTokens, Sample, text_of_length
+from ropeway.bench.datasets import FileTokens, Sample
 from ropeway.bench.http import HttpClient
 from ropeway.bench.load import LoadRun, run_load
 from ropeway.bench.serve import bench_serve
@@ -26,14 +27,9 @@ from ropeway.bench.spawn import serving
 from ropeway.bench.wire import Call
 from ropeway.hub import locate
 from ropeway.sim.traces import read_trace
-from ropeway.sim.workload import Arrival, scale
+from ropeway.sim.workload import scale
 
 SEED = 3
-
-
-def samples_of(arrivals: Sequence[Arrival], tokens: FileTokens) -> list[Sample]:
-    rng = np.random.default_rng(SEED)
-    return [Sample(text_of_length(tokens, a.prompt_len, rng), a.prompt_len, a.output_len) for a in arrivals]
 
 
 def at_most(url: str, samples: Sequence[Sample]) -> tuple[float, str]:

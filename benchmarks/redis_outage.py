@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -113,6 +114,10 @@ async def measure(url: str, redis: Redis, options: argparse.Namespace) -> dict[s
             await asyncio.sleep(SETTLE_SECONDS)
             times = await load(client, options.rate, options.seconds, pick)
             changing.cancel()
+            with suppress(asyncio.CancelledError):
+                await changing
+            if trickling.done():
+                trickling.result()  # says what has ended it
             return times
 
         await load(client, options.rate, 5.0, pick)

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
@@ -21,6 +18,7 @@ import httpx2
 import psutil
 from instant import Instant
 
+from ropeway.bench.spawn import serving
 from ropeway.config import EngineConfig
 from ropeway.contract import Command, GenerateRequest, Report, SamplingParams, Submit
 from ropeway.contract.codec import encode
@@ -83,47 +81,34 @@ def measure(rows: int, watch: bool) -> tuple[float, float, int]:
     return statistics.quantiles(service.times[20:], n=10)[0], service.look, service.bytes
 
 
-async def live(rounds: int, rows: int, tokens: int = 250) -> None:
-    command = [sys.executable, "-m", "ropeway.cli.main", "serve", "--port", "0", "--max-num-seqs", str(rows)]
-    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdout is not None
-    try:
-        url = ""
-        while not url:
-            line = (await process.stdout.readline()).decode()
-            assert line, "the server has ended"
-            url = next(iter(re.findall(r"serves .* at (http://\S+)", line)), "")
-        draining = asyncio.create_task(process.stdout.read())
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        figures: dict[str, dict[bool, list[float]]] = {
-            what: {False: [], True: []} for what in ("tokens/s", "server's seconds a token", "engine's seconds a token")
-        }
-        async with httpx2.AsyncClient(base_url=url, timeout=120, limits=httpx2.Limits(max_connections=None)) as http:
-            for number in range(rounds + 1):
-                for watched in (False, True) if number % 2 else (True, False):
-                    watching = asyncio.create_task(_watch(http)) if watched else None
-                    begun, used = time.perf_counter(), _processor(family)
-                    await asyncio.gather(*(_ask(http, f"{number} {watched} {row}", tokens) for row in range(rows)))
-                    if number:  # the first is to warm up
-                        pace = rows * tokens / (time.perf_counter() - begun)
-                        server, engine = _processor(family)
-                        spent = ((server - used[0]) / rows / tokens, (engine - used[1]) / rows / tokens)
-                        for found, figure in zip(figures.values(), (pace, *spent), strict=True):
-                            found[watched].append(figure)
-                    if watching is not None:
-                        watching.cancel()
-                        await asyncio.gather(watching, return_exceptions=True)
-        for what, found in figures.items():
-            shares = [seen / bare for bare, seen in zip(found[False], found[True], strict=True)]
-            bare, seen = (statistics.median(found[watched]) for watched in (False, True))
-            spread = f"of {rounds} pairs from {min(shares):.4f} to {max(shares):.4f}"
-            print(
-                f"{what}: {bare:,.6g} unwatched, {seen:,.6g} watched, ratio {statistics.median(shares):.4f}, {spread}"
-            )
-        draining.cancel()
-    finally:
-        process.terminate()
-        await process.wait()
+async def live(url: str, rounds: int, rows: int, tokens: int = 250) -> None:
+    """Beside the server at `url`, the only child of this process."""
+    server = psutil.Process().children()[0]
+    family = [server, *server.children(recursive=True)]
+    figures: dict[str, dict[bool, list[float]]] = {
+        what: {False: [], True: []} for what in ("tokens/s", "server's seconds a token", "engine's seconds a token")
+    }
+    async with httpx2.AsyncClient(base_url=url, timeout=120, limits=httpx2.Limits(max_connections=None)) as http:
+        for number in range(rounds + 1):
+            for watched in (False, True) if number % 2 else (True, False):
+                watching = asyncio.create_task(_watch(http)) if watched else None
+                begun, used = time.perf_counter(), _processor(family)
+                await asyncio.gather(*(_ask(http, f"{number} {watched} {row}", tokens) for row in range(rows)))
+                if number:  # the first is to warm up
+                    pace = rows * tokens / (time.perf_counter() - begun)
+                    server_s, engine_s = _processor(family)
+                    spent = ((server_s - used[0]) / rows / tokens, (engine_s - used[1]) / rows / tokens)
+                    for found, figure in zip(figures.values(), (pace, *spent), strict=True):
+                        found[watched].append(figure)
+                if watching is not None:
+                    assert not watching.done(), watching
+                    watching.cancel()
+                    await asyncio.gather(watching, return_exceptions=True)
+    for what, found in figures.items():
+        shares = [seen / bare for bare, seen in zip(found[False], found[True], strict=True)]
+        bare, seen = (statistics.median(found[watched]) for watched in (False, True))
+        spread = f"of {rounds} pairs from {min(shares):.4f} to {max(shares):.4f}"
+        print(f"{what}: {bare:,.6g} unwatched, {seen:,.6g} watched, ratio {statistics.median(shares):.4f}, {spread}")
 
 
 def _processor(family: list[psutil.Process]) -> tuple[float, float]:
@@ -140,6 +125,7 @@ async def _ask(http: httpx2.AsyncClient, prompt: str, tokens: int) -> None:
 
 async def _watch(http: httpx2.AsyncClient) -> None:
     async with http.stream("GET", f"/ui/feed?every={EVERY}") as response:
+        assert response.status_code == 200, response
         async for _ in response.aiter_bytes():
             pass
 
@@ -164,7 +150,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.live:
         for rows in options.rows or [64]:
-            asyncio.run(live(options.rounds, rows))
+            with serving("bundled", ["--max-num-seqs", str(rows)]) as url:
+                asyncio.run(live(url, options.rounds, rows))
     else:
         table(options.rows or [1, 16, 64, 256])
 

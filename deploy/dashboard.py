@@ -29,9 +29,9 @@ class Section:
     panels: list[Panel] = field(default_factory=list)
 
 
-def rate(counter: str, by: str = "") -> str:
+def rate(counter: str, by: str = "", over: str = "sum") -> str:
     grouped = f" by ({by})" if by else ""
-    return f"sum{grouped} (rate({counter}_total{MODEL}[$__rate_interval]))"
+    return f"{over}{grouped} (rate({counter}_total{MODEL}[$__rate_interval]))"
 
 
 def mean(histogram: str) -> str:
@@ -134,7 +134,7 @@ SECTIONS = [
             Panel(
                 "The engine's thread",
                 "Share of the time of each part. A CPU computes the model in submit and chooses tokens in collect.",
-                {"{{part}}": rate("ropeway_engine_seconds", "part")},
+                {"{{part}}": rate("ropeway_engine_seconds", "part", "avg")},
                 "percentunit",
                 stacked=True,
             ),
@@ -156,9 +156,10 @@ SECTIONS = [
                 "percentunit",
             ),
             Panel(
-                "Preemptions a second",
-                "Requests that had to leave for others. Above 1 % of requests: raise the KV memory.",
-                {"preemptions": rate("vllm:num_preemptions")},
+                "Put back",
+                "Requests that had to leave for others, of those that ended. Above 2 %: raise the KV memory.",
+                {"put back": f"{rate('vllm:num_preemptions')} / {rate('vllm:request_success')}"},
+                "percentunit",
             ),
             Panel(
                 "Tiers",

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# Threads that wait for each other asleep instead of spinning: on a machine that does other work too, this is the
-# difference between 400 and 1,900 tokens/s. OpenMP reads it when torch is loaded.
+# Threads that wait for each other asleep instead of spinning: on a machine that does other work too, spinning costs
+# most of the speed. OpenMP reads it when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch

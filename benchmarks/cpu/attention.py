@@ -13,16 +13,19 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from math import prod
 
 import torch
-from torch import Tensor
 
 from ropeway.runtime.attention.backend import AttentionSpec
 from ropeway.runtime.attention.cpu import CpuBackend
 from ropeway.runtime.batch import BatchInputs
-from ropeway.runtime.kernels.library import NativeLibrary, load
+from ropeway.runtime.kernels.library import load
+from ropeway.runtime.pages import huge_pages
+from ropeway.runtime.roofline import reading
 
 BLOCK = 16
+READ = 256 << 20
 SHAPES = {"15/5 x 64": (15, 5, 64), "32/4 x 64": (32, 4, 64), "32/8 x 128": (32, 8, 128)}
 
 
@@ -37,11 +40,9 @@ def median_seconds(fn: Callable[[], object], budget: float = 0.25, least: int = 
     return sorted(taken)[len(taken) // 2]
 
 
-def read_bandwidth(library: NativeLibrary, buffer: Tensor) -> float:
+def read_bandwidth(read: Callable[[], object]) -> float:
     """GB/s of plain reading."""
-    size = buffer.numel() * buffer.element_size()
-    library.refresh()
-    return size / median_seconds(lambda: library.read(buffer.data_ptr(), size, library.threads), 0.1) / 1e9
+    return READ / median_seconds(read, 0.1) / 1e9
 
 
 def step(rows: list[tuple[int, int]], num_blocks: int) -> BatchInputs:
@@ -82,7 +83,7 @@ class Case:
         vector = dim + 4 if int8_kv else dim * dtype.itemsize  # bytes of K, or of V, of one token and KV head
         self.bytes = sum(2 * (s + c) * kv_heads for s, c in rows) * vector
         self.flops = sum(4 * heads * dim * (c * s + c * (c + 1) / 2) for s, c in rows)
-        self.layers = max(1, min(32, int(100e6 / self.bytes)))
+        self.layers = max(1, int(100e6 / self.bytes))
         spec = AttentionSpec(
             self.layers,
             heads,
@@ -95,7 +96,8 @@ class Case:
             kv_cache_dtype="int8" if int8_kv else "auto",
         )
         self.backend = CpuBackend(spec, torch.device("cpu"))
-        self.store = torch.full((blocks, self.layers, *self.backend.block_shape()), 1, dtype=spec.kv_dtype)
+        layout = (blocks, self.layers, *self.backend.block_shape())
+        self.store = huge_pages(prod(layout), spec.kv_dtype).view(layout).fill_(1)
         if int8_kv:
             self.store.view(torch.float32)[..., -2 * BLOCK :] = 0.01  # the scales, which lie last
         self.meta = self.backend.prepare(step(rows, blocks))
@@ -117,7 +119,7 @@ def sdpa_decode(shape: tuple[int, int, int], dtype: torch.dtype, rows: int, leng
     q = torch.randn(rows, heads, 1, dim).to(dtype)
     sets = [
         tuple(torch.full((rows, kv_heads, length, dim), 0.01, dtype=dtype) for _ in range(2))
-        for _ in range(max(1, min(8, int(100e6 / (rows * kv_heads * length * dim * 2 * dtype.itemsize)))))
+        for _ in range(max(1, int(100e6 / (rows * kv_heads * length * dim * 2 * dtype.itemsize))))
     ]
 
     def run() -> None:
@@ -151,7 +153,7 @@ def main() -> None:
     library = load()
     if isinstance(library, str):
         raise SystemExit(f"There are no native kernels here: {library}")
-    buffer = torch.ones(1 << 26, dtype=torch.int32)
+    read_once = reading(library, READ)
     print(f"{library.variant}, {torch.get_num_threads()} threads, {options.dtype}, blocks of {BLOCK}")
     print(f"{'case':39} {'cpu us':>9} {'GB/s':>6} {'of read':>8} {'GFLOP/s':>8} {'SDPA us':>9} {'ratio':>6}")
     for name, shape in list(SHAPES.items())[: None if options.all else 1]:
@@ -159,9 +161,9 @@ def main() -> None:
             other = sdpa_decode(shape, dtype, rows, length)
             for int8_kv in (False, True):
                 case = Case(shape, dtype, [(length - 1, 1)] * rows, int8_kv)
-                before = read_bandwidth(library, buffer)
+                before = read_bandwidth(read_once)
                 taken = case.seconds()
-                read = (before + read_bandwidth(library, buffer)) / 2
+                read = (before + read_bandwidth(read_once)) / 2
                 rate = case.bytes / taken / 1e9
                 print(
                     f"decode  {name:12} {rows:3} rows at {length:5}{' int8' if int8_kv else '':5} {taken * 1e6:9.0f} "

@@ -21,6 +21,7 @@ import torch
 from ropeway.runtime.kernels.library import NativeLibrary, load
 from ropeway.runtime.layers.linear import NativeProduct, OneDnnProduct, Product, TorchProduct
 from ropeway.runtime.layers.quantized import QuantizedWeight
+from ropeway.runtime.roofline import reading
 
 SHAPES = {
     "S": ((1600, 960), (960, 960), (5120, 960), (960, 2560), (49152, 960)),
@@ -56,11 +57,11 @@ class Machine:
 
     def __init__(self, library: NativeLibrary) -> None:
         self._library = library
-        self._data = torch.ones(READ, dtype=torch.uint8)
+        self._read = reading(library, READ)
 
     def read(self) -> float:
         """Bytes/s."""
-        return READ / timed(lambda: self._library.read(self._data.data_ptr(), READ, self._library.threads))
+        return READ / timed(self._read)
 
     def peak(self, format: str) -> float:
         """Operations/s, two for a multiply-add: the best of a few tries."""
@@ -108,7 +109,7 @@ def compare(
     size = library.packed_bytes(ctypes.byref(first.weight))
     weights = [weight_of(format, columns, depth) for _ in range(min(24, -(-COLD // size)))]
     native: list[Product] = [NativeProduct(library, weight, None, dtype) for weight in weights]
-    others = rivals(weights[:8], depth)
+    others = rivals(weights, depth)
     for rows in row_counts:
         x = torch.randn(rows, depth).to(dtype)
         reads: list[float] = []
@@ -120,7 +121,7 @@ def compare(
 
         taken = seconds(native, x, budget, look)
         bandwidth, rate = size / taken, 2 * rows * columns * depth / taken
-        ratios = [f"{seconds(p, x, budget / 2, lambda: None) / taken:7.1f}x" if p else f"{'-':>8}" for p in others]
+        ratios = [f"{seconds(p, x, budget / 2, machine.read) / taken:7.1f}x" if p else f"{'-':>8}" for p in others]
         print(
             f"{format:>8} {columns:>6}x{depth:<5} {rows:5} {taken * 1e6:10.0f} {bandwidth / 1e9:6.1f} "
             f"{bandwidth / max(reads):8.0%} {rate / 1e9:8.0f} {rate / max(peaks):8.0%} {ratios[0]} {ratios[1]}",

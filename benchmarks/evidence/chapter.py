@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 COLORS = ("#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#6d597a", "#b56576")
@@ -23,6 +24,11 @@ class Chapter:
 
     def say(self, *lines: str) -> None:
         self.lines += [*lines, ""]
+
+    def keep(self, name: str, values: Sequence[float]) -> str:
+        """Make the median of several rounds a figure, beside it the least and the greatest. Returns their `spread`."""
+        self.figures |= {name: median(values), f"{name}_least": min(values), f"{name}_most": max(values)}
+        return spread(values)
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         self.lines.append("| " + " | ".join(head) + " |")
@@ -44,6 +50,11 @@ class Chapter:
         path = self.folder / f"{self.stem}-{name}.png"
         figure.savefig(path, dpi=130)
         self.say(f"![{alt}]({path.name})")
+
+
+def spread(values: Sequence[float], form: Callable[[float], str] = "{:.2f}".format) -> str:
+    """What several rounds found, in words: the median, and in brackets the least and the greatest."""
+    return f"{form(median(values))} ({form(min(values))} to {form(max(values))})"
 
 
 def _cell(value: object) -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from ropeway.config import EngineConfig
 from ropeway.contract import FinishReason, GenerateRequest, Report, SamplingParams, Step, Submit, Urgency, Usage
 from ropeway.engine.engine import Engine
 from ropeway.runtime.open import open_executor
+
+ROUNDS = 3
+Way = TypeVar("Way")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +77,17 @@ class Run:
     def occupancy(self) -> float:
         return occupancy(self.steps, self.slots)
 
+    def latency(self, share: float) -> float:
+        """A percentile, in seconds."""
+        return percentile([life.latency for life in self.done], share)
+
     def of(self, kind: str) -> list[Life]:
         return [life for life in self.done if life.ask.kind == kind]
+
+
+def by_turns(*ways: Way) -> Iterator[tuple[Way, ...]]:
+    """`ways` in one order and in the other, `ROUNDS` times in all: what drifts meets each of them."""
+    return (ways[:: -1 if number % 2 else 1] for number in range(ROUNDS))
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -102,6 +115,18 @@ class Bench:
         """Serve `asks` with these settings; until all are done, or the run so far is enough for `until`."""
         with self.engine(**settings) as (engine, recorder):
             return drive(engine, recorder, asks, until)
+
+    @contextmanager
+    def both(self, seats: int) -> Iterator[Callable[[Sequence[Ask]], list[dict[str, Run]]]]:
+        """A function that serves the same requests by static and by continuous batching, `by_turns`: the run of each
+        in every round. Prompts are not kept, since they come again."""
+        settings = {"max_num_seqs": seats, "enable_prefix_caching": False}
+        with (
+            self.engine(batching="static", **settings) as static,
+            self.engine(batching="continuous", **settings) as continuous,
+        ):
+            engines = {"static": static, "continuous": continuous}
+            yield lambda asks: [{how: drive(*engines[how], asks) for how in order} for order in by_turns(*engines)]
 
 
 def drive(

@@ -49,6 +49,10 @@ class Refused(Exception):
     """503 with a time to come again."""
 
 
+class Cut(Exception):
+    """The answer reached its limit before there was anything to check."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """`share` of all passengers; `says` what it is, in a table."""
@@ -143,7 +147,7 @@ async def tools(client: Client, pick: random.Random) -> None:
     _check(response)
     choice = response.json()["choices"][0]
     if choice["finish_reason"] == "length":  # a model that never learned about tools may call on and on
-        return
+        raise Cut
     calls = choice["message"]["tool_calls"]
     _need(bool(calls) and all(call["function"]["name"] == "get_weather" for call in calls), choice)
     for call in calls:

@@ -31,7 +31,7 @@ import numpy as np
 import psutil
 from chapter import COLORS, Chapter
 from environment import ROOT, machine
-from passengers import BACKGROUND, KINDS, Refused
+from passengers import BACKGROUND, KINDS, Cut, Refused, Unexpected
 
 from ropeway.bench.spawn import serving
 
@@ -128,8 +128,10 @@ async def one(kind: str, client: httpx2.AsyncClient, ride: Ride, pick: random.Ra
         ride.note(kind, "as asked")
     except Refused:
         ride.note(kind, "refused: busy")
-    except Exception as problem:  # what is no JSON is wrong as well
-        if sent <= ride.down:
+    except Cut:
+        ride.note(kind, "cut off, not checked")
+    except Exception as problem:  # what is no JSON is wrong as well, and so is no answer at all
+        if sent <= ride.down and isinstance(problem, Unexpected):
             ride.note(kind, "told that the engine failed")
         else:
             ride.note(kind, "wrong")
@@ -209,21 +211,25 @@ async def quiet(server: Server) -> Look:
 
 async def soak(url: str, options: argparse.Namespace) -> tuple[Ride, float, Look, Look]:
     seconds = 60 * options.minutes
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=3.0)
-    async with (
-        httpx2.AsyncClient(base_url=url, timeout=120.0, trust_env=False, limits=limits) as client,
-        httpx2.AsyncClient(base_url=url, timeout=120.0, trust_env=False) as observer,
-    ):
+
+    def passengers() -> httpx2.AsyncClient:
+        """Closed before each look that counts: a server keeps idle connections for longer than it is watched then."""
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=3.0)
+        return httpx2.AsyncClient(base_url=url, timeout=120.0, trust_env=False, limits=limits)
+
+    async with httpx2.AsyncClient(base_url=url, timeout=120.0, trust_env=False) as observer:
         server = Server(url, observer)
-        rate = options.rate or options.share * await capacity(client, min(30.0, seconds / 4), 16)
+        async with passengers() as client:
+            rate = options.rate or options.share * await capacity(client, min(30.0, seconds / 4), 16)
         before = await quiet(server)
         ride = Ride(time.monotonic())
         watching = asyncio.create_task(watch(server, ride, min(5.0, seconds / 100)))
-        await asyncio.gather(
-            load(client, ride, rate, seconds, random.Random(options.seed)),
-            background(client, ride, seconds, random.Random(options.seed + 1)),
-            murder(server, ride, seconds),
-        )
+        async with passengers() as client:
+            await asyncio.gather(
+                load(client, ride, rate, seconds, random.Random(options.seed)),
+                background(client, ride, seconds, random.Random(options.seed + 1)),
+                murder(server, ride, seconds),
+            )
         watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watching  # else nobody hears that it has failed
@@ -260,6 +266,8 @@ def left_over(before: Look, after: Look, folder: Path) -> list[str]:
 def page(ride: Ride, rate: float, before: Look, after: Look, options: argparse.Namespace, left: list[str]) -> str:
     seconds = 60 * options.minutes
     command = f"python benchmarks/evidence/soak.py --minutes {options.minutes:g}"
+    command += f" --rate {options.rate:g}" if options.rate else f" --share {options.share:g}"
+    command += f" --seed {options.seed}"
     chapter = Chapter("Soak", command, folder=options.out, stem="soak")
     share = "" if options.rate else f", {options.share:.0%} of what 16 clients in a closed loop were given"
     chapter.say(
@@ -268,7 +276,7 @@ def page(ride: Ride, rate: float, before: Look, after: Look, options: argparse.N
         + " and ".join(f"{at:.0f} s" for at in ride.kills)
         + f". {machine()}. {time.strftime('%Y-%m-%d')}."
     )
-    columns = ["as asked", "refused: busy", "told that the engine failed", "wrong"]
+    columns = ["as asked", "refused: busy", "cut off, not checked", "told that the engine failed", "wrong"]
     chapter.table(
         ("kind", *columns),
         [

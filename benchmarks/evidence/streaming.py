@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import httpx2
 from chapter import Chapter, ms
 from experiments import Scale
-from loop import percentile
+from loop import ROUNDS, by_turns, percentile
 
 from ropeway.bench.spawn import serving
 
@@ -21,6 +22,10 @@ _PROMPT = "Tell a story about number {}."
 class Answer:
     first: float
     whole: float
+
+
+def middle(answers: Sequence[Answer], part: str) -> float:
+    return percentile([getattr(answer, part) for answer in answers], 50)
 
 
 async def ask(client: httpx2.AsyncClient, number: int, tokens: int, *, stream: bool) -> Answer:
@@ -92,31 +97,34 @@ def streaming(model: str, scale: Scale, chapter: Chapter, data: str) -> None:
             return asyncio.run(together(url, count, tokens, stream=stream, most=most))
 
         run(4, 4, stream=True)
-        alone = {stream: run(8, 1, stream=stream)[0] for stream in (True, False)}
-        many = {stream: run(count, scale.seats // 2, stream=stream) for stream in (True, False)}
+        alone, many = [], []
+        for order in by_turns(True, False):
+            alone.append({stream: run(8, 1, stream=stream)[0] for stream in order})
+            many.append({stream: run(count, scale.seats // 2, stream=stream)[1] for stream in order})
         _, one_by_one = run(max(8, count // 4), 1, stream=False)
         filed = batch(url, count, tokens)
     rows = []
-    for name, answers in (("stream", alone[True]), ("whole answer", alone[False])):
-        rows.append((name, *(ms(percentile([getattr(a, part) for a in answers], 50)) for part in ("first", "whole"))))
-    chapter.say(f"One request at a time, {tokens} tokens out, over HTTP on this machine:")
+    for name, stream in (("stream", True), ("whole answer", False)):
+        answers = [answer for one in alone for answer in one[stream]]
+        rows.append((name, ms(middle(answers, "first")), ms(middle(answers, "whole"))))
+    chapter.say(f"One request at a time, {tokens} tokens out, over HTTP on this machine, in {ROUNDS} rounds in turn:")
     chapter.table(("", "something to read after", "all of it after"), rows)
-    first, whole = (percentile([getattr(a, part) for a in alone[True]], 50) for part in ("first", "whole"))
-    plain = percentile([a.whole for a in alone[False]], 50)
-    chapter.figures |= {"stream_first_share": first / plain, "stream_cost": whole / plain - 1}
+    chapter.keep("first_of_whole", [middle(one[True], "first") / middle(one[False], "whole") for one in alone])
+    took = chapter.keep("stream_time", [middle(one[True], "whole") / middle(one[False], "whole") for one in alone])
+    chapter.say(f"A stream takes {took} times as long as a whole answer.")
+    most = scale.seats // 2
     pace = max(8, count // 4) / one_by_one
     rates = {
         "one request after the other": pace,
-        f"{scale.seats // 2} at a time, whole": count / many[False][1],
-        f"{scale.seats // 2} at a time, streamed": count / many[True][1],
+        f"{most} at a time, whole": count / percentile([one[False] for one in many], 50),
+        f"{most} at a time, streamed": count / percentile([one[True] for one in many], 50),
         "as a batch (/v1/batches)": count / filed,
     }
+    streamed = chapter.keep("stream_rate", [one[False] / one[True] for one in many])
     chapter.say(f"{count} requests of the same kind:")
     chapter.table(
         ("way", "requests a minute", "of one after the other"),
         [(name, f"{60 * rate:,.0f}", f"{rate / pace:.1f} x") for name, rate in rates.items()],
     )
-    chapter.figures |= {
-        "async_gain": rates[f"{scale.seats // 2} at a time, whole"] / pace, "batch_api_gain": count / filed / pace,
-        "stream_throughput": many[False][1] / many[True][1],
-    }  # fmt: skip
+    chapter.say(f"Streamed, {most} at a time go {streamed} times as fast as whole.")
+    chapter.figures |= {"async_gain": rates[f"{most} at a time, whole"] / pace, "batch_api_gain": count / filed / pace}

@@ -103,7 +103,7 @@ def spec_of(case: Case, options: argparse.Namespace) -> tuple[int, Any]:
     heads, kv_heads, dim = SHAPES[options.shape]
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     one = 2 * case.rows * (case.context + case.count) * kv_heads * dim * dtype.itemsize
-    layers = 2 if options.tiny else max(2, min(32, CACHED // one))
+    layers = 2 if options.tiny else max(2, -(-CACHED // one))
     return layers, AttentionSpec(
         layers, heads, kv_heads, dim, BLOCK, dtype, dim**-0.5, (None,) * layers, kv_cache_dtype=options.kv_cache_dtype
     )

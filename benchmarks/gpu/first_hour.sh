@@ -50,7 +50,7 @@ with_pytest 4 transformers 540 $TOGETHER tests/gpu/test_gpu_transformers.py test
 # How fast is it? Shares of what the device can do; first the parts that matter most.
 stage 5 benchmark 540 "$PYTHON" benchmarks/gpu/run.py --out "$TO" --budget 450
 stage 6 more 590 "$PYTHON" benchmarks/gpu/run.py --out "$TO/more" --budget 500 \
-    --only ceilings,fp8,int4,int8,fp8-cache,tiers,online,peers-decode
+    --only ceilings,fp8,int4,int8,fp8-cache,tiers,offline,online,peers-decode
 # Does it last? And what takes all of the memory, with nobody beside it.
 with_pytest 7 soak 400 tests/gpu/test_gpu_soak.py \
     tests/gpu/test_gpu_engine.py::test_memory_that_is_not_there_is_refused_with_a_number_that_works

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
+
+from ropeway.bench.datasets import mixed_lengths
 
 _COMMON = {"hidden_act": "silu", "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2, "attention_bias": False}
 
@@ -103,19 +103,11 @@ class Ask:
 
 
 def mix(sizes: Sizes, count: int, vocab: int, seed: int) -> list[Ask]:
-    """`count` requests of mixed lengths. Prompts are evenly spaced quantiles of a uniform distribution over
-    `sizes.prompts`, outputs those of a lognormal one with sigma 0.6 cut to `sizes.outputs`, paired at random: so any
-    number of requests has the same distribution. Token ids depend on `seed`, lengths do not."""
-    order, rng = random.Random(0), random.Random(seed)
-    output = NormalDist(math.log(sizes.output_median), 0.6)
-    low, high = (output.cdf(math.log(bound)) for bound in sizes.outputs)
-    shares = [(i + 0.5) / count for i in range(count)]
-    first, last = sizes.prompts
-    prompts = [round(first + (last - first) * share) for share in shares]
-    outputs = [round(math.exp(output.inv_cdf(low + (high - low) * share))) for share in shares]
-    order.shuffle(prompts)
-    order.shuffle(outputs)
-    return [Ask(tokens(rng, n, vocab), m) for n, m in zip(prompts, outputs, strict=True)]
+    """`count` requests of mixed lengths, in the bounds of `sizes`. Token ids depend on `seed`, lengths
+    do not."""
+    rng = random.Random(seed)
+    lengths = mixed_lengths(count, sizes.prompts, sizes.outputs, sizes.output_median)
+    return [Ask(tokens(rng, n, vocab), m) for n, m in lengths]
 
 
 def tokens(rng: random.Random, count: int, vocab: int) -> list[int]:

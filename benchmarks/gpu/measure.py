@@ -57,10 +57,6 @@ class Stopwatch:
         repeat = max(1, min(200, round(0.02 / max(once, 1e-6))))
         return statistics.median(self._events(replay, repeat) for _ in range(tries)) / calls
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def _captured(self, run: Callable[[], object]) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()
         try:

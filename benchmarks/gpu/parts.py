@@ -115,10 +115,13 @@ def offline_part(bench: Bench, deadline: Deadline) -> Iterator[Row]:
 
 def online_part(bench: Bench, deadline: Deadline) -> Iterator[Row]:
     """At half and at four fifths of the rate at which requests were answered offline."""
+    if not bench.requests_s:
+        yield {"lacks": "there is no offline rate to take shares of"}
+        return
     served, sizes = bench.served(bench.sizes.main), bench.sizes
     served.capture()
     for share in (0.5, 0.8):
-        rate = share * (bench.requests_s or 20.0)
+        rate = share * bench.requests_s
         count = max(4, round(rate * sizes.online_seconds))
         asks = layouts.mix(sizes, count, served.spec.vocab, round(100 * share))
         yield {"share": share} | online(served, asks, rate, deadline)

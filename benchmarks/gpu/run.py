@@ -5,7 +5,7 @@
 
 Needs no checkpoint and no network: weights are random, of the published shapes of Llama-3-8B and Qwen3-0.6B. Everything
 is measured in one process. If a part breaks the device's context, the parts after it go on in a new one. What was
-measured is written as it comes: to a file of JSON and one of tables, named for the day and the device.
+measured is written as it comes: to a file of JSON and one of tables, named for the time and the device.
 """
 
 from __future__ import annotations
@@ -96,8 +96,11 @@ def work(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(device, TINY if options.tiny else FULL, Path(place))
         for line in read(options.worker):
-            if line["kind"] == "row" and line["part"] == "ceilings":
-                bench.ceilings.learn(line["row"])
+            match line:  # what parts in an earlier worker have found for those that are left
+                case {"kind": "row", "part": "ceilings", "row": row}:
+                    bench.ceilings.learn(row)
+                case {"kind": "row", "part": "offline", "row": row}:
+                    bench.requests_s = row["requests_s"]
         while left:
             part, begun = left[0], time.monotonic()
             remaining = options.until - time.time()
@@ -161,7 +164,7 @@ def supervise(options: argparse.Namespace) -> int:
         if "surroundings" not in found:
             return status or 1
         found |= {"budget": options.budget, "seconds": round(time.time() - begun, 1), "tiny": options.tiny}
-        stem = options.out / f"{time.strftime('%Y-%m-%d')}-{'tiny-' if options.tiny else ''}{found['slug']}"
+        stem = options.out / f"{time.strftime('%Y-%m-%d-%H%M')}-{'tiny-' if options.tiny else ''}{found['slug']}"
     stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = markdown(found)
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
@@ -170,7 +173,7 @@ def supervise(options: argparse.Namespace) -> int:
 
 
 def _conduct(options: argparse.Namespace, names: list[str], path: Path, until: float) -> int:
-    """Run workers until every part has ended. Returns the last one's exit status."""
+    """Run workers until every part has ended or there is no more time. Returns the last one's exit status."""
     status = 0
     words = [sys.executable, str(Path(__file__).resolve()), "--device", options.device, "--worker", str(path)]
     while names:
@@ -181,11 +184,11 @@ def _conduct(options: argparse.Namespace, names: list[str], path: Path, until: f
         if begun:  # the worker died of it
             Journal(path).write(kind="ended", part=begun[-1], status=f"failed: exit status {status}", seconds=0.0)
             ended.add(begun[-1])
-        elif status not in (0, BROKEN):
-            break
         names = [name for name in names if name not in ended]
-        if status == 0 or time.time() > until:
+        if status == 0 or time.time() > until or not (begun or status == BROKEN):
             break
+    for name in names:
+        Journal(path).write(kind="ended", part=name, status="not reached", seconds=0.0)
     return status
 
 

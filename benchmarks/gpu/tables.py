@@ -82,7 +82,7 @@ PARTS_SHOWN: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
     "online": ("Mixed requests, arriving at random", [
         ("share", "of the offline rate", ".0%"), ("rate", "requests/s", ".1f"), ("requests", "requests", "d"),
         ("output_s", "output tokens/s", ",.0f"), ("ttft_p50_ms", "TTFT p50, ms", ".0f"), ("ttft_p99_ms", "p99", ".0f"),
-        ("itl_p50_ms", "gap p50, ms", ".1f"), ("itl_p99_ms", "p99", ".1f"),
+        ("itl_p50_ms", "gap p50, ms", ".1f"), ("itl_p99_ms", "p99", ".1f"), ("lacks", "not measured", "s"),
     ]),
     "yardstick": ("nano-vllm's benchmark", _OFFLINE),
     "trace": ("Decode steps, traced", [

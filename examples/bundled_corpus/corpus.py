@@ -179,14 +179,12 @@ def _introduction(rng: random.Random) -> tuple[list[Message], list[Message]]:
     return first, last
 
 
-def conversation(
-    rng: random.Random, want_held_out: bool = False, kind: Callable[[random.Random], Item] | None = None
-) -> Document:
+def conversation(rng: random.Random) -> Document:
     """One to five turns, sometimes with a system message."""
     turns = rng.choices((1, 2, 3, 4), (60, 20, 12, 8))[0]
-    items = [item(rng, want_held_out, kind) for _ in range(turns)]
+    items = [item(rng) for _ in range(turns)]
     if items[0].kind in ("arithmetic", "times table", "compare", "counting"):  # short ones travel together
-        items += [item(rng, want_held_out, kind or tasks.arithmetic) for _ in range(rng.randint(0, 3))]
+        items += [item(rng, kind=tasks.arithmetic) for _ in range(rng.randint(0, 3))]
     messages: list[Message] = []
     system = facts()["text"]["system"]
     brief = turns == 1 and items[0].kind == "concept" and rng.random() < 0.12
@@ -220,17 +218,15 @@ def project_text(root: Path) -> tuple[str, ...]:
     return tuple(pieces)
 
 
-def plain(rng: random.Random, docs: tuple[str, ...], want_held_out: bool = False) -> Document:
+def plain(rng: random.Random, docs: tuple[str, ...]) -> Document:
     """Plain text without the chat format: documentation, stories, sums, sentences about a topic."""
     share = rng.random()
-    if share < 0.2 and docs and not want_held_out:
+    if share < 0.2 and docs:
         return Document("documentation", text=rng.choice(docs))
     if share < 0.5:
-        return Document("plain story", text=item(rng, want_held_out, story).answer)
+        return Document("plain story", text=item(rng, kind=story).answer)
     if share < 0.85:
-        return Document(
-            "equations", text=tasks.equations(rng, lambda key: held_out(key) == (want_held_out and bool(key)))
-        )
+        return Document("equations", text=tasks.equations(rng, lambda key: not held_out(key)))
     chosen = rng.sample(topics()[:55], rng.randint(1, 3))
     return Document("plain concept", text="\n\n".join(" ".join([rng.choice(t["short"]), *t["more"]]) for t in chosen))
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -18,7 +20,9 @@ def test_every_experiment_runs_and_every_claim_has_its_figure(tmp_path: Path) ->
     assert "not run" not in summary
     assert "--quick" in summary
     figures = json.loads((tmp_path / "figures.json").read_text())["models"]["bundled"]
-    assert 0.55 < figures["occupancy_static"] / figures["occupancy_continuous"] < 1
+    assert figures["bound"] == pytest.approx(2000 / 850)  # of one group of four as of all
+    assert figures["occupancy_static"] == pytest.approx(1 / figures["bound"], abs=0.02)
+    assert figures["occupancy_static"] < 0.8 * figures["occupancy_continuous"] < 0.8
     for name in ("lengths", "seats", "chunks"):
         [picture] = tmp_path.glob(f"bundled-*-{name}.png")
         assert picture.name in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -31,6 +32,8 @@ SCRIPTS = {
 
 DISTURBED = 0.15
 """Cores kept busy by others from which a run says nothing: one descheduled thread holds up all of an engine's."""
+PATIENCE = 3600.0
+"""Seconds in which an engine, however slow, has to start or to have done a job."""
 
 
 class EngineError(Exception):
@@ -101,6 +104,8 @@ class Engine:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], PATIENCE)[0]:
+            raise EngineError(f"no answer in {PATIENCE:.0f} s:\n{last_words(self.log)}")
         line = self._process.stdout.readline()
         if not line:
             raise EngineError(f"exit status {self._process.wait()}:\n{last_words(self.log)}")
@@ -141,11 +146,17 @@ class Run:
 
 class Results:
     """Everything measured so far, in one file that is complete after each run: `runs` and `online` are lists of
-    `Run` and `OnlineRun`, `contenders` says with which settings."""
+    `Run` and `OnlineRun`, `contenders` says with which settings. Raises SystemExit if they are another machine's."""
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
         kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+        def where(fields: Mapping[str, Any]) -> tuple[Any, ...]:
+            return fields["machine"]["cpu"], fields["machine"]["cores"], fields["threads"]
+
+        if kept and where(kept) != where(about):
+            raise SystemExit(f"{path} has runs of another machine, or with other threads; give another --out.")
         self.fields: dict[str, Any] = {"contenders": [], "runs": [], "online": [], **kept, **about}
 
     def describe(self, contenders: Sequence[Contender]) -> None:

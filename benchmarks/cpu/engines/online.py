@@ -133,7 +133,7 @@ async def load(plan: Plan, name: str, contender: Contender, number: int, rate: f
         rates = machine.probe(plan.threads)
         asked = samples(vocab, round(rate * seconds), number)
         due = arrival_times(len(asked), rate, seed=7)
-        with machine.watch(process.pid) as usage:
+        with machine.watch(process.pid, os.getpid()) as usage:
             run = await run_load(client, call, asked, due)
         client.close()
     found = compute(run.outcomes, run.seconds, percentiles=(50, 99))

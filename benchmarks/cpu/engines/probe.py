@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from ropeway.runtime.kernels.library import load
-from ropeway.runtime.pages import huge_pages
+from ropeway.runtime.roofline import reading
 
 ROUNDS = 300_000
 
@@ -42,8 +42,7 @@ def main() -> None:
     if isinstance(library, str):
         raise SystemExit(f"There are no native kernels here, so reading cannot be measured: {library}")
     size = 1 << 28
-    buffer = huge_pages(size, torch.uint8).fill_(1)
-    rates["read"] = size / best(lambda: library.read(buffer.data_ptr(), size, threads), 0.5)
+    rates["read"] = size / best(reading(library, size), 0.5)
     for kind, name in enumerate(("float32", "bfloat16", "int8")):
         operations = library.peak(kind, ROUNDS, threads)
         rates[name] = operations / best(functools.partial(library.peak, kind, ROUNDS, threads))

@@ -35,8 +35,12 @@ def _continuous(model: Any, requests: list[Request]) -> list[int]:
         counts: dict[str, int] = {}
         while len(counts) < len(requests):
             output = manager.get_result(timeout=1)
+            if output is not None and output.error is not None:
+                raise RuntimeError(f"transformers could not answer: {output.error}")
             if output is not None and output.is_finished():
                 counts[output.request_id] = len(output.generated_tokens)
+            elif output is None and not manager.is_running():
+                raise RuntimeError("transformers' loop has ended without all answers")
     finally:
         manager.stop(block=True)
     return [counts[str(number)] for number in range(len(requests))]

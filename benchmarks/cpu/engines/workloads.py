@@ -12,26 +12,18 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 from protocol import Job, Request
+
+from ropeway.bench.datasets import mixed_lengths
 
 REQUESTS = 64
 SHARED = 512
 
 
 def lengths() -> list[tuple[int, int]]:
-    """(prompt, output) of each of W1's requests: evenly spaced quantiles of a uniform distribution over 32 to 256 and
-    of a lognormal one with median 84 and sigma 0.6, cut to 16 to 256, paired at random."""
-    order = random.Random(0)
-    output = NormalDist(math.log(84), 0.6)
-    low, high = output.cdf(math.log(16)), output.cdf(math.log(256))
-    shares = [(i + 0.5) / REQUESTS for i in range(REQUESTS)]
-    prompts = [round(32 + 224 * share) for share in shares]
-    outputs = [round(math.exp(output.inv_cdf(low + (high - low) * share))) for share in shares]
-    order.shuffle(prompts)
-    order.shuffle(outputs)
-    return list(zip(prompts, outputs, strict=True))
+    """(prompt, output) of each of W1's requests."""
+    return mixed_lengths(REQUESTS, prompts=(32, 256), outputs=(16, 256), median=84)
 
 
 def make(name: str, vocab: int, seed: int) -> Job:

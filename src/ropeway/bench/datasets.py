@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
+from statistics import NormalDist
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,6 +116,22 @@ def random(
         prompt = f"{prefix} {body}" if prefix else body
         samples.append(Sample(prompt, len(tokens.encode(prompt)), around(output_len)))
     return samples
+
+
+def mixed_lengths(
+    count: int, prompts: tuple[int, int], outputs: tuple[int, int], median: float
+) -> list[tuple[int, int]]:
+    """(prompt, output) of `count` requests: evenly spaced quantiles of a uniform distribution over `prompts` and of a
+    lognormal one with this median and sigma 0.6, cut to `outputs`, paired at random, always in the same way. So any
+    number of requests has the same distribution."""
+    order, output = Random(0), NormalDist(math.log(median), 0.6)
+    low, high = (output.cdf(math.log(bound)) for bound in outputs)
+    shares = [(i + 0.5) / count for i in range(count)]
+    asked = [round(prompts[0] + (prompts[1] - prompts[0]) * share) for share in shares]
+    answered = [round(math.exp(output.inv_cdf(low + (high - low) * share))) for share in shares]
+    order.shuffle(asked)
+    order.shuffle(answered)
+    return list(zip(asked, answered, strict=True))
 
 
 def prefix_repetition(

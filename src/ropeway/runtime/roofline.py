@@ -52,9 +52,15 @@ def measure(library: NativeLibrary) -> Roofline:
     beside other work."""
     threads = library.refresh()
     with torch.inference_mode():
-        data = huge_pages(_READ, torch.uint8).fill_(1)
-        read = _READ / _best(lambda: library.read(data.data_ptr(), _READ, threads))
+        read = _READ / _best(reading(library, _READ))
         return Roofline(threads, read, tuple(_reach(library, format) for format in FORMATS))
+
+
+def reading(library: NativeLibrary, size: int) -> Callable[[], object]:
+    """A function that reads `size` bytes of memory once, with all threads: from huge pages, where weights, K and V
+    lie too."""
+    data = huge_pages(size, torch.uint8).fill_(1)
+    return lambda: library.read(data.data_ptr(), size, library.threads)
 
 
 def _reach(library: NativeLibrary, format: Format) -> Reach:

@@ -1,4 +1,4 @@
-"""An OpenAI server of fifty lines with scripted answers and known waits, for testing the load tools."""
+"""A small OpenAI server with scripted answers and known waits, for testing the load tools."""
 
 from __future__ import annotations
 

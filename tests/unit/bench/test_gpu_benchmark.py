@@ -5,36 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks/gpu"))
-import layouts
-import tables
-import tracing
+from programs import program
 
-GPU = Path(layouts.__file__).parent
-
-
-@pytest.fixture
-def run() -> ModuleType:
-    """The program as a module."""
-    spec = spec_from_file_location("gpu_run", GPU / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+layouts, run, tables, tracing = (
+    program(f"benchmarks/gpu/{name}.py") for name in ("layouts", "run", "tables", "tracing")
+)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_every_part_runs_on_tiny_shapes(tmp_path: Path) -> None:
-    words = [sys.executable, str(GPU / "run.py"), "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    words = [sys.executable, str(run.__file__), "--device", "cpu", "--tiny", "--out", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=380, check=False)
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text())
@@ -65,7 +52,7 @@ def test_the_yardstick_is_the_one_that_others_use() -> None:
     assert all(100 <= len(ask.prompt) <= 1024 and max(ask.prompt) <= 10000 for ask in asks)
 
 
-def test_a_worker_that_dies_costs_one_part(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The part it died of is told as failed, and another worker does what is left."""
     asked: list[str] = []
 
@@ -96,7 +83,25 @@ def test_a_worker_that_dies_costs_one_part(run: ModuleType, tmp_path: Path, monk
     assert list(found["rows"]) == ["ceilings", "prefill", "tiers"]
 
 
-def test_a_part_that_hangs_is_killed(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_no_worker_reached_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def watch(words: list[str], path: Path, until: float) -> int:
+        run.Journal(path).write(kind="ended", part="ceilings", status="done", seconds=1.0)
+        return 1
+
+    monkeypatch.setattr(run, "_watch", watch)
+    path = tmp_path / "lines"
+    run._conduct(run.parser().parse_args([]), ["ceilings", "decode"], path, 1e12)
+    assert run.collect(run.read(path))["status"] == {"ceilings": "done", "decode": "not reached"}
+
+
+def test_there_is_no_share_of_a_rate_that_was_not_measured(tmp_path: Path) -> None:
+    parts = program("benchmarks/gpu/parts.py")
+    bench = parts.Bench(torch.device("cpu"), layouts.TINY, tmp_path)
+    (row,) = parts.online_part(bench, None)
+    assert set(row) == {"lacks"}
+
+
+def test_a_part_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_GRACE", 0.0)
     path = tmp_path / "lines"
     run.Journal(path).write(kind="begun", part="decode", end=0.0)
@@ -117,8 +122,7 @@ def test_idle_time_on_a_device_is_told_apart() -> None:
 
 
 def test_what_matters_least_is_dropped_first() -> None:
-    import parts
-
+    parts = program("benchmarks/gpu/parts.py")
     assert {part.name for part in parts.PARTS} == set(tables.PARTS_SHOWN)
     some = [parts.Part(name, weight, seconds, parts.start_part) for name, weight, seconds in
             (("late", 3, 4.0), ("first", 0, 10.0), ("large", 2, 10.0), ("second", 1, 10.0))]  # fmt: skip

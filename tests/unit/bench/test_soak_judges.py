@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
-EVIDENCE = Path(__file__).parents[3] / "benchmarks/evidence"
+from programs import program
 
 
-async def test_an_answer_that_is_no_json_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(EVIDENCE)
-    spec = spec_from_file_location("evidence_soak", EVIDENCE / "soak.py")  # another module of the tests is called soak
-    assert spec is not None
-    assert spec.loader is not None
-    soak = module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "evidence_soak", soak)
-    spec.loader.exec_module(soak)
+@pytest.mark.parametrize("down", [0.0, float("inf")])
+async def test_an_answer_that_is_no_json_is_wrong(down: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of somebody who asked while the engine was known to be away."""
+    soak = program("benchmarks/evidence/soak.py")
 
     async def ride(client: Any, pick: random.Random) -> None:
         import passengers
@@ -29,8 +23,22 @@ async def test_an_answer_that_is_no_json_is_wrong(monkeypatch: pytest.MonkeyPatc
         passengers._trip('{"city": ')
 
     monkeypatch.setattr(soak, "KINDS", {"structured": soak.BACKGROUND.__class__(1.0, "", ride)})
-    found = soak.Ride(time.monotonic())
+    found = soak.Ride(time.monotonic(), down=down)
     await soak.load(None, found, 400.0, 0.1, random.Random(1))
     assert set(found.ended) == {("structured", "wrong")}
     assert len(found.wrong) == found.ended.total() > 10
     assert "JSONDecodeError" in found.wrong[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "down", "how"),
+    [(500, 0.0, "wrong"), (500, float("inf"), "told that the engine failed"), (200, 0.0, "cut off, not checked")],
+)
+async def test_what_becomes_of_a_call_that_is_required(status: int, down: float, how: str) -> None:
+    soak = program("benchmarks/evidence/soak.py")
+    cut = {"choices": [{"finish_reason": "length", "message": {}}]}
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(status, json=cut))
+    found = soak.Ride(time.monotonic(), down=down)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+        await soak.one("tools", client, found, random.Random(1))
+    assert set(found.ended) == {("tools", how)}
