@@ -40,7 +40,7 @@ test: $(DEVELOP) $(LITELLM) $(BUILT) ## run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-gpu: $(DEVELOP) $(BUILT) ## run what computes on a GPU there; without one only the kernels, in Triton's interpreter
-	$(BIN)/python -m pytest tests/gpu_kernels tests/gpu tests/unit/runtime/test_runner.py $(ARGS)
+	$(BIN)/python -m pytest tests/gpu_kernels tests/gpu tests/unit/runtime/test_lane.py tests/unit/runtime/test_runner.py $(ARGS)
 
 lint: $(DEVELOP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -85,7 +85,7 @@ lock: ## renew constraints.txt: the newest of everything, in an environment of i
 	rm -rf build/lock
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist bench-results .coverage* src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
