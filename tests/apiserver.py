@@ -20,16 +20,38 @@ from ropeway.api.app import create_app
 from ropeway.api.server import serve
 from ropeway.api.state import Api
 from ropeway.config import ServerConfig
+from ropeway.contract import ExecutorInfo
 from ropeway.engine.engine import Engine
 from ropeway.errors import RopewayError
 from ropeway.observe.metrics import Metrics
 from ropeway.remote.host import ThreadLink
+from ropeway.service.echo import EchoService
 from ropeway.service.loader import ModelText
-from ropeway.service.request import TextService
+from ropeway.service.request import TextRequest, TextService, TextStream
 from ropeway.service.service import EngineTextService
+from ropeway.text.tokenizer import ByteTokenizer
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Server")
+
+INFO = ExecutorInfo(
+    model="fake", device="sim", dtype="none", num_blocks=64, block_size=16, max_slots=2, max_model_len=512,
+    vocab_size=258,
+)  # fmt: skip
+TEXT = ModelText(name="fake", tokenizer=ByteTokenizer(), template=None, eos_ids=(), context_limit=512, generation={})
+"""What an engine without a model serves: see `over`."""
+
+
+class Recorder(EchoService):
+    """An echo that remembers what it was asked."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.requests: list[TextRequest] = []
+
+    async def submit(self, request: TextRequest) -> TextStream:
+        self.requests.append(request)
+        return await super().submit(request)
 
 
 class Server:

@@ -1,4 +1,4 @@
-"""Small random checkpoints of every supported kind, made by transformers, and what transformers computes with them."""
+"""Small random checkpoints of the native families, made by transformers, and what transformers computes with them."""
 
 from __future__ import annotations
 

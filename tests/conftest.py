@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -49,46 +50,30 @@ def equally_fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     linear.choose.cache_clear()
 
 
+def each_once(save: Callable[[str, Path], Path], folders: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoints by their kinds, each made when it is first wanted."""
+    return functools.cache(lambda kind: save(kind, folders.mktemp(kind)))
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A small random checkpoint by the name of its kind in `checkpoints.KINDS`, made once a session."""
-    made: dict[str, Path] = {}
+    from checkpoints import save
 
-    def make(kind: str) -> Path:
-        from checkpoints import save
-
-        if kind not in made:
-            made[kind] = save(kind, tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return make
+    return each_once(save, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A small random encoder by the name of its kind in `encoder_checkpoints.ENCODERS`, made once a session."""
-    made: dict[str, Path] = {}
+    from encoder_checkpoints import save_encoder
 
-    def make(kind: str) -> Path:
-        from encoder_checkpoints import save_encoder
-
-        if kind not in made:
-            made[kind] = save_encoder(kind, tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return make
+    return each_once(save_encoder, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A small random checkpoint with experts by its kind in `expert_checkpoints.EXPERTS`, made once a session."""
-    made: dict[str, Path] = {}
+    from expert_checkpoints import save_experts
 
-    def make(kind: str) -> Path:
-        from expert_checkpoints import save_experts
-
-        if kind not in made:
-            made[kind] = save_experts(kind, tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return make
+    return each_once(save_experts, tmp_path_factory)

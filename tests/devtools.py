@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import os
@@ -177,6 +176,13 @@ class Page:
             f"e.dispatchEvent(new Event(kind, {{bubbles: true}})); }})(document.querySelector({json.dumps(selector)}))"
         )
 
+    def write(self, text: str) -> None:
+        """What is to be said in the playground."""
+        self.turn(2)
+        self.until("document.querySelector('.settings select')?.options.length")
+        self.run("document.querySelector('#say').focus()")
+        self.send("Input.insertText", text=text)
+
     def choose_file(self, selector: str, file: Path) -> None:
         self.until(f"document.querySelector({json.dumps(selector)})")
         node = self.send("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")["result"]
@@ -195,10 +201,6 @@ class Page:
         self.send("HeapProfiler.collectGarbage")
         metrics = self.send("Performance.getMetrics")["metrics"]
         return int(next(one["value"] for one in metrics if one["name"] == "JSHeapUsedSize"))
-
-    def picture(self, path: Path, *, whole: bool = False) -> None:
-        data = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
-        path.write_bytes(base64.b64decode(data))
 
     def close(self) -> None:
         self._browser.send("Target.closeTarget", targetId=self._target)

@@ -215,7 +215,10 @@ def _read(raw: socket.socket) -> Received | None:
     first, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     while len(body) < int(headers.get("content-length", "0")):
-        body += raw.recv(65536)
+        part = raw.recv(65536)
+        if not part:
+            return None
+        body += part
     return Received(first.split(" ")[1], headers, body)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ropeway.accounts import Accounts, Limits
-from ropeway.accounts.accounts import open_accounts
-from ropeway.accounts.usage import Query, UsageRow, ask
+from accountkit import new_key, used
+from ropeway.accounts.usage import UsageRow
+from ropeway.errors import StorageError
+from ropeway.jobs.begun import Begun
 from ropeway.jobs.records import Batch, Counts, FileRecord
+from ropeway.jobs.sqlite_queue import SqliteQueue
 from ropeway.jobs.store import JobStore
+from ropeway.jobs.work import Reply
 from waiting import eventually
 
 TENANT = "tenant"
@@ -27,6 +31,27 @@ def quick_folder() -> Iterator[Path]:
     shared = "/dev/shm"
     with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
         yield Path(folder)
+
+
+class Timed(JobStore):
+    """Tables whose clock is set, and whose disk is `full` when a test says so."""
+
+    def __init__(self, folder: Path) -> None:
+        self.now = 1.8e9
+        self.full = False
+        super().__init__(folder, clock=lambda: self.now)
+
+    async def write(self, work: Callable[[Any], Any]) -> Any:
+        if self.full:
+            raise StorageError("The disk is full.")
+        return await super().write(work)
+
+
+def die(process: SqliteQueue | Begun) -> None:
+    """End as a process ends that is killed: the kernel gives its lock back."""
+    lock, process._presence._lock = process._presence._lock, None
+    assert lock is not None
+    os.close(lock)
 
 
 def request(custom_id: str, *, model: str = "m", **more: Any) -> dict[str, Any]:
@@ -46,25 +71,31 @@ async def upload(store: JobStore, data: bytes, *, tenant: str = TENANT, **more: 
         return await store.files.add(draft, tenant=tenant, filename="input.jsonl", purpose="batch", **more)
 
 
-async def new_key(folder: Path) -> str:
-    """The id of a key of the server with that folder."""
-    accounts = Accounts(folder)
-    _, account = await accounts.create("app", Limits(models=("m",), budget_tokens=10**9))
-    await accounts.close()
-    return account.id
+def paying(folder: Path) -> str:
+    """The id of a new key of the server with that folder."""
+    return new_key(folder, "app", models=("m",), budget_tokens=10**9)[1].id
 
 
 async def charged(store: JobStore, seconds: float = 60.0) -> list[UsageRow]:
     """The usage by key of the server of `store`, once some process has entered all that is to be charged."""
     await eventually(lambda: store.charges.first(1), lambda owed: not owed, seconds, 0.02)
-    with closing(open_accounts(store.folder)) as found:
-        return found.read_now(lambda c: ask(c, Query(by=("key",))))
+    return used(store.folder, by=("key",))
 
 
 async def submit(store: JobStore, data: bytes, *, tenant: str = TENANT, **more: Any) -> Batch:
     """Upload `data`, and make a batch of it."""
     file = await upload(store, data, tenant=tenant)
     return await store.batches.create(tenant=tenant, endpoint=ENDPOINT, input_file_id=file.id, **more)
+
+
+async def answer_all(store: JobStore) -> int:
+    """Compute all that waits. Returns how much that was."""
+    reply, count = Reply(status=200, body=b"{}", request_id="r"), 0
+    while works := await store.items.claim("w", 100):
+        ends = await asyncio.gather(*(store.items.finish(work.item, work.attempt, reply) for work in works))
+        assert all(ends)
+        count += len(ends)
+    return count
 
 
 async def again(store: JobStore, batch: Batch) -> Batch:

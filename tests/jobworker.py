@@ -1,11 +1,12 @@
 """A worker process for tests to kill, around a caller that writes down each call: the witness of what was really done.
 
     python tests/jobworker.py FOLDER --witness FILE [--concurrency N] [--call-ms MS] [--ahead SECONDS] [--largest BYTES]
+        [--redis URL] [--beat SECONDS]
 
 Runs until SIGTERM. `--ahead` puts its wall clock forward, which is how a test lets leases run out without waiting.
-`--largest` lets it write no file beyond that size, as a full disk would. Every answer names the process that gave it,
-and custom ids that begin with "bad" are answered 400. Where there are keys, an answer costs two tokens read and three
-written.
+`--largest` lets it write no file beyond that size, as a full disk would. With `--redis` it takes work from there; each
+`--beat` seconds it says that it lives. Every answer names the process that gave it, and custom ids that begin with
+"bad" are answered 400. Where there are keys, an answer costs two tokens read and three written.
 """
 
 from __future__ import annotations

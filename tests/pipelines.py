@@ -1,8 +1,9 @@
-"""Executors on the CPU that run the code of devices which compute beside the host."""
+"""Settings of small models, and executors on the CPU that run the code of devices which compute beside the host."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,19 @@ class SpoilingLane(CpuLane):
         return staged
 
 
-def executor(directory: Path, way: str, **options: Any) -> LocalExecutor:
-    """A model of `tests/checkpoints.py`, carried out in one of the `WAYS`."""
-    values = {"num_kv_blocks": 80, "block_size": 8, "max_num_seqs": 6, "max_num_batched_tokens": 64} | options
+def config_of(directory: Path, **changes: Any) -> EngineConfig:
+    """For a model of `tests/checkpoints.py`: in float32, with memory for a few short sequences."""
+    values: dict[str, Any] = {
+        "dtype": "float32", "threads": 1, "max_model_len": 96, "num_kv_blocks": 80, "block_size": 8, "max_num_seqs": 6,
+        "max_num_batched_tokens": 64,
+    } | changes  # fmt: skip
+    return EngineConfig(model=str(directory), **values)
+
+
+def executor(config: EngineConfig, way: str) -> LocalExecutor:
+    """Of a model that is carried out in one of the `WAYS`."""
     depth = "1" if way == "one" else "2"
-    config = EngineConfig(
-        model=str(directory), dtype="float32", threads=1, max_model_len=96, pipeline_depth=depth, **values
-    )
-    made = LocalExecutor(config)
+    made = LocalExecutor(replace(config, pipeline_depth=depth))
     assert made.info.depth == int(depth)
     runner = made.runner
     if way != "one":
@@ -49,10 +55,10 @@ def executor(directory: Path, way: str, **options: Any) -> LocalExecutor:
         runner.lane = runner.tokens.lane = SpoilingLane()
     if way == "recorded":
         assert runner.tokens is not None
+        hidden = load_spec(Path(config.model)).hidden
         runner.graphs = Graphs(
-            runner.model, runner.kv, runner.tokens, runner.lane, config.max_num_seqs, load_spec(directory).hidden,
-            torch.float32,
-        )  # fmt: skip
+            runner.model, runner.kv, runner.tokens, runner.lane, config.max_num_seqs, hidden, torch.float32
+        )
         assert made.capture() == len(runner.graphs.sizes)
     runner.sampler._guide = Parity()
     return made

@@ -74,8 +74,8 @@ def redis_running() -> Iterator[RedisServer]:
     # Paths of sockets must be short, so not in the folder of a test.
     with tempfile.TemporaryDirectory(prefix="rw") as folder:
         server = RedisServer(Path(folder))
-        server.start()
         try:
+            server.start()
             yield server
         finally:
             server.kill()

@@ -12,7 +12,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 import waiting
-from apiserver import Server
+from apiserver import Recorder, Server
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextChunk, TextRequest, TextStream
 from ropeway.text.dialect import choose
@@ -39,19 +39,17 @@ class Held:
             yield chunk
 
 
-class Service(EchoService):
+class Service(Recorder):
     """An echo that remembers what it was asked, and can be held before it says anything. It calls tools like Hermes,
     and thinks like Qwen."""
 
     def __init__(self, **settings: Any) -> None:
         dialect = choose(ByteTokenizer(), "", tool_call_parser="hermes", reasoning_parser="qwen3")
         super().__init__(dialect=dialect, **settings)
-        self.requests: list[TextRequest] = []
         self.opened = asyncio.Event()
         self.opened.set()
 
     async def submit(self, request: TextRequest) -> Any:
-        self.requests.append(request)
         return Held(await super().submit(request), self.opened)
 
 

@@ -17,26 +17,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import msgspec
 import psutil
 
-from apiserver import over
+from apiserver import INFO, TEXT, over
 from ropeway.api import feed
 from ropeway.config import EngineConfig
-from ropeway.contract import ExecutorInfo, SamplingParams, StepResult
+from ropeway.contract import SamplingParams, StepResult
 from ropeway.engine.engine import Engine
 from ropeway.kv import pool
 from ropeway.scene.watcher import Watcher
-from ropeway.service.loader import ModelText
 from ropeway.service.request import TextRequest, TextService
 from ropeway.sim import FakeExecutor
-from ropeway.text.tokenizer import ByteTokenizer
 
 SEATS = 24
-INFO = ExecutorInfo(
-    model="fake", device="sim", dtype="none", num_blocks=1024, block_size=16, max_slots=SEATS, max_model_len=512,
-    vocab_size=258,
-)  # fmt: skip
-TEXT = ModelText(name="fake", tokenizer=ByteTokenizer(), template=None, eos_ids=(), context_limit=512, generation={})
 PAUSE = 0.0005
 """Seconds between two looks, at least."""
 
@@ -66,7 +60,10 @@ def main() -> None:
     feed.EVERY = feed.LEAST = PAUSE  # type: ignore[misc]
     feed.SHARE = 1  # type: ignore[misc]
     pool.PAST = REMEMBERED  # type: ignore[misc]
-    engine = Engine(Brief(INFO), EngineConfig(max_num_seqs=SEATS, max_num_batched_tokens=256))
+    engine = Engine(
+        Brief(msgspec.structs.replace(INFO, num_blocks=1024, max_slots=SEATS)),
+        EngineConfig(max_num_seqs=SEATS, max_num_batched_tokens=256),
+    )
     with over(engine, TEXT, stream_timeout=30.0) as server:
         assert isinstance(engine.executor, Watcher)
         engine.executor.lives._keep = REMEMBERED

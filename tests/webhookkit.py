@@ -55,9 +55,10 @@ class Receiver:
 
     async def until(self, hits: int) -> None:
         """Return when there have been so many requests."""
-        while len(self.hits) < hits:
-            self.arrived.clear()
-            await self.arrived.wait()
+        async with asyncio.timeout(60):
+            while len(self.hits) < hits:
+                self.arrived.clear()
+                await self.arrived.wait()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1

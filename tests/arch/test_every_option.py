@@ -1,6 +1,6 @@
 """Every setting is read where something runs, every option by its command, and some test or page that runs gives each.
 
-`python tests/arch/test_every_option.py` prints them all, with the places where they are read and given.
+`PYTHONPATH=tests python tests/arch/test_every_option.py` prints all, with the places where they are read and given.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import pytest
 import typer
 from typer.models import OptionInfo
 
+from pages import PAGES, ROOT, blocks, flags_of
 from ropeway.accounts.account import Limits
 from ropeway.bench.config import DatasetConfig, LoadConfig
 from ropeway.cli.main import app
@@ -31,7 +32,6 @@ from ropeway.config import EngineConfig, ServerConfig, settings
 from ropeway.config.accounts import KeyLimits
 from ropeway.sim.config import SimConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 SRC, TESTS = ROOT / "src" / "ropeway", ROOT / "tests"
 
 CONFIGS = (EngineConfig, ServerConfig, SimConfig, LoadConfig, DatasetConfig, KeyLimits)
@@ -44,9 +44,6 @@ _BEFORE = {"preset"}
 """What is used up while settings are read: `load` replaces it by what it stands for."""
 
 _MAKERS = {cls.__name__ for cls in CONFIGS} | {"JobsConfig", "Limits", "replace", "LLM", "dict"}
-_FENCE = re.compile(
-    r"^(<!-- not run:.*-->\n)?```(?:sh|console)\n(.*?)^```|<!-- server: (.+?) -->", re.MULTILINE | re.DOTALL
-)
 
 
 # Where settings are read: attributes of what is annotated as a config, or made from such a thing.
@@ -248,12 +245,12 @@ def told() -> dict[str, Told]:
     # Functions that take any field of a config make one.
     makers = _MAKERS | {function.name for function in functions if function.args.kwarg is not None}
     found = {str(path.relative_to(TESTS)): of_test(nodes, makers) for path, nodes in files.items()}
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for number, match in enumerate(_FENCE.finditer(page.read_text(encoding="utf-8"))):
-            script = match[2] or match[3] or ""
-            if not match[1]:
-                words = set(shlex.split(script.replace("\\\n", " "), comments=True))
-                found[f"{page.name}#{number}"] = Told(words, text=script)
+    for page in PAGES:
+        found[page] = Told(set(flags_of(page)))
+        for block in blocks(page):
+            if block.language in ("sh", "console") and block.not_run is None:
+                words = set(shlex.split(block.commands.replace("\\\n", " "), comments=True))
+                found[str(block)] = Told(words, text=block.commands)
     return found
 
 

@@ -80,7 +80,6 @@ def test_a_mutant_is_the_program_with_that_one_change(operators: ModuleType) -> 
     listed = operators.mutants(Path("m.py"), SOURCE)
     by_change = {mutant.after: mutant for mutant in listed}
     assert ends(by_change["MOST = 5"].code()) != plain
-    assert ends(by_change["if low > 4:"].code()) == ends(by_change["if low > 4:"].code())
     assert ends(compile(SOURCE, "m.py", "exec")) == ends(by_change["if low > 4:"].code()), "the others are undone"
 
 

@@ -10,16 +10,15 @@ import pytest
 import torch
 
 from ropeway.errors import KernelError
-from ropeway.runtime import cpu_info
 from ropeway.runtime.attention.backend import AttentionBackend, AttentionSpec
 from ropeway.runtime.attention.cpu import CpuBackend
 from ropeway.runtime.attention.reference import ReferenceBackend
 from ropeway.runtime.attention.rotation import Rotation
 from ropeway.runtime.kernels.build import VARIANTS
-from ropeway.runtime.kernels.library import load
 from ropeway.runtime.kernels.ops import TorchOps
 from ropeway.runtime.layers.norm import RMSNorm
 
+from .native import library_of
 from .paged import CPU, World, assert_close, spec_of
 
 KINDS = [
@@ -32,24 +31,12 @@ Kind = dict[str, Any]
 Make = Callable[[AttentionSpec], AttentionBackend]
 
 
-def _implementations() -> list[object]:
-    flags = cpu_info.detect().flags
-    lacking = {n: not cpu_info.ISA_FLAGS[v.isa] <= flags for n, v in VARIANTS.items()}
-    native = [
-        pytest.param(name, marks=pytest.mark.skipif(lacking[name], reason=f"this processor lacks {VARIANTS[name].isa}"))
-        for name in VARIANTS
-    ]
-    return ["reference", "reference-batched", *native]
-
-
-@pytest.fixture(params=_implementations())
+@pytest.fixture(params=["reference", "reference-batched", *VARIANTS])
 def make(request: pytest.FixtureRequest) -> Make:
     name = request.param
     if name.startswith("reference"):
         return lambda spec: ReferenceBackend(spec, CPU, batch_decode=name == "reference-batched")
-    library = load(name)
-    if isinstance(library, str):
-        pytest.skip(library)
+    library = library_of(name)
 
     def native(spec: AttentionSpec) -> AttentionBackend:
         reason = CpuBackend.supports(spec, CPU)
@@ -364,10 +351,7 @@ def test_neighbours_threads_and_chunks_do_not_matter(make: Make, kind: Kind) -> 
 
 def test_a_wrong_block_table_is_an_error() -> None:
     world = World(spec_of(), 8)
-    library = load()
-    if isinstance(library, str):
-        pytest.skip(library)
-    backend = CpuBackend(world.spec, CPU, library=library)
+    backend = CpuBackend(world.spec, CPU, library=library_of())
     store = world.store(backend)
     line = world.line(40)
     world.step(backend, store, [(line, 39)])

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import stat
+import subprocess
 import threading
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ropeway.runtime.kernels import build, library
 from ropeway.runtime.kernels.ops import NativeOps, TorchOps, select_ops
 from ropeway.runtime.layers import linear
 
+from .native import library_of, skip_without
 from .paged import spec_of
 
 CPU = torch.device("cpu")
@@ -167,9 +169,24 @@ def test_a_compiler_too_old_for_the_best_builds_the_next(
     assert tried == ["generic"]
 
 
+@pytest.mark.parametrize("variant", build.VARIANTS)
+def test_the_kernels_load_where_there_is_a_compiler_for_them(variant: str, tmp_path: Path) -> None:
+    """All other tests skip what is native where it does not load, for whatever reason."""
+    skip_without(variant)
+    try:
+        compiler = build.find_compiler()
+    except KernelError as error:
+        pytest.skip(error.message)
+    (tmp_path / "empty.cpp").write_text("#include <omp.h>\n")
+    flags = (*build.FLAGS, *build.VARIANTS[variant].flags, "-shared", "-o", str(tmp_path / "empty.so"))
+    if subprocess.run([*compiler, *flags, str(tmp_path / "empty.cpp")], capture_output=True, check=False).returncode:
+        pytest.skip(f"{compiler[0]} cannot build for {variant}")
+    loaded = library.load(variant)
+    assert not isinstance(loaded, str), loaded
+
+
 def test_select_prefers_native_and_names_reasons() -> None:
-    if isinstance(library.load(), str):
-        pytest.skip("no native kernels here")
+    library_of()
     backend, passed = select(spec_of(), CPU)
     assert backend.name == "cpu"
     assert passed == []

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ropeway.runtime import cpu_info
 from ropeway.runtime.kernels.build import VARIANTS
-from ropeway.runtime.kernels.library import load
 from ropeway.runtime.layers import linear
 from ropeway.runtime.layers.linear import Make, NativeProduct, OneDnnProduct, PackedLinear, TorchProduct
+
+from .native import library_of
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16)
@@ -24,12 +24,7 @@ def make(request: pytest.FixtureRequest) -> Make:
         return TorchProduct
     if request.param == "oneDNN":
         return OneDnnProduct
-    if not cpu_info.ISA_FLAGS[VARIANTS[request.param].isa] <= cpu_info.detect().flags:
-        pytest.skip(f"this processor lacks {VARIANTS[request.param].isa}")
-    library = load(request.param)
-    if isinstance(library, str):
-        pytest.skip(library)
-    return functools.partial(NativeProduct, library)
+    return functools.partial(NativeProduct, library_of(request.param))
 
 
 def skip_if_unsupported(make: Make, dtype: torch.dtype) -> None:
@@ -66,12 +61,7 @@ def test_product(make: Make, columns: int, depth: int, bias: bool, dtype: torch.
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_row_does_not_depend_on_its_neighbours(variant: str, dtype: torch.dtype) -> None:
-    if not cpu_info.ISA_FLAGS[VARIANTS[variant].isa] <= cpu_info.detect().flags:
-        pytest.skip(f"this processor lacks {VARIANTS[variant].isa}")
-    library = load(variant)
-    if isinstance(library, str):
-        pytest.skip(library)
-    product = NativeProduct(library, torch.randn(272, 500).to(dtype), None)
+    product = NativeProduct(library_of(variant), torch.randn(272, 500).to(dtype), None)
     x = torch.randn(203, 500).to(dtype)
     together = product(x)
     for begin, end in ((0, 1), (202, 203), (5, 7), (4, 7), (90, 103), (3, 8), (7, 16), (0, 100)):

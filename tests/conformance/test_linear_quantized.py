@@ -12,11 +12,13 @@ from torch import Tensor
 from ropeway.errors import ModelError
 from ropeway.runtime import cpu_info
 from ropeway.runtime.kernels.build import VARIANTS
-from ropeway.runtime.kernels.library import NativeLibrary, load
+from ropeway.runtime.kernels.library import NativeLibrary
 from ropeway.runtime.layers import linear
 from ropeway.runtime.layers.integer import OneDnnInt8Product, TorchIntProduct, quantize_rows
 from ropeway.runtime.layers.linear import NativeProduct, PackedLinear
 from ropeway.runtime.layers.quantized import QuantizedWeight
+
+from .native import library_of
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16)
@@ -27,15 +29,6 @@ ROWS = (1, 2, 3, 5, 6, 7, 11, 13, 16, 96, 97, 130)
 @pytest.fixture(params=VARIANTS)
 def library(request: pytest.FixtureRequest) -> NativeLibrary:
     return library_of(request.param)
-
-
-def library_of(variant: str) -> NativeLibrary:
-    if not cpu_info.ISA_FLAGS[VARIANTS[variant].isa] <= cpu_info.detect().flags:
-        pytest.skip(f"this processor lacks {VARIANTS[variant].isa}")
-    library = load(variant)
-    if isinstance(library, str):
-        pytest.skip(library)
-    return library
 
 
 def draw(kind: str, columns: int, depth: int, group: int = 32) -> QuantizedWeight:
@@ -188,7 +181,7 @@ def test_levels_choose_what_they_name() -> None:
     assert linear.choose("cpu", torch.bfloat16, "int4", 3).name in sentence
 
 
-def test_onednn_is_refused_where_its_bytes_saturate() -> None:
+def test_onednn_serves_with_vnni_and_elsewhere_only_if_it_is_right() -> None:
     fault = linear._fault(functools.partial(OneDnnInt8Product, dtype=torch.float32), torch.float32, "int8")
     if any("vnni" in flag or "amx_int8" in flag for flag in cpu_info.detect().flags):
         assert fault is None

@@ -8,10 +8,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from ropeway.runtime import cpu_info
 from ropeway.runtime.kernels.build import VARIANTS
-from ropeway.runtime.kernels.library import load
 from ropeway.runtime.kernels.ops import NativeOps, Ops, TorchOps, select_ops
+
+from .native import library_of
 
 FLOATS = (torch.float32, torch.bfloat16)
 
@@ -20,12 +20,7 @@ FLOATS = (torch.float32, torch.bfloat16)
 def ops(request: pytest.FixtureRequest) -> Ops:
     if request.param == "torch":
         return TorchOps()
-    if not cpu_info.ISA_FLAGS[VARIANTS[request.param].isa] <= cpu_info.detect().flags:
-        pytest.skip(f"this processor lacks {VARIANTS[request.param].isa}")
-    library = load(request.param)
-    if isinstance(library, str):
-        pytest.skip(library)
-    return NativeOps(library)
+    return NativeOps(library_of(request.param))
 
 
 def interpreted(ops: Ops, x: torch.Tensor) -> bool:

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from ropeway.contract import SamplingParams
 from ropeway.errors import EngineError, NumericalError, RequestError, RopewayError
-from ropeway.runtime import cpu_info
 from ropeway.runtime.kernels.build import VARIANTS
-from ropeway.runtime.kernels.library import load
 from ropeway.runtime.kernels.ops import TorchOps
 from ropeway.runtime.noise import uniforms
 from ropeway.runtime.sampler import Sampler, Want
 from ropeway.runtime.slots import Slot, bitmask
+
+from .native import library_of
 
 SLACK = 3e-6
 """Relative difference of sums in float32 and float64, within which either neighbour is right."""
@@ -28,12 +28,7 @@ SLACK = 3e-6
 def sampler(request: pytest.FixtureRequest) -> Sampler:
     if request.param == "torch":
         return Sampler(TorchOps())
-    if not cpu_info.ISA_FLAGS[VARIANTS[request.param].isa] <= cpu_info.detect().flags:
-        pytest.skip(f"this processor lacks {VARIANTS[request.param].isa}")
-    library = load(request.param)
-    if isinstance(library, str):
-        pytest.skip(library)
-    return Sampler(TorchOps(), library)
+    return Sampler(TorchOps(), library_of(request.param))
 
 
 def want(sampling: SamplingParams, seed: int, tokens: list[int], generated: int = 0) -> Want:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import VOCAB
+from ropeway.errors import KernelError
 from ropeway.modelspec import load_spec
 from ropeway.runtime.attention.backend import AttentionBackend, AttentionSpec
 from ropeway.runtime.attention.cpu import CpuBackend
@@ -26,6 +27,7 @@ from ropeway.runtime.models.registry import MODELS
 from ropeway.runtime.weights.loader import Weights
 from ropeway.runtime.weights.quant import quantize_int4, quantize_int8
 
+from .native import library_of
 from .paged import Line, World, spec_of
 
 Make = Callable[[str], Path]
@@ -37,9 +39,7 @@ pytestmark = pytest.mark.usefixtures("equally_fast")
 
 @pytest.fixture(autouse=True)
 def _native() -> None:
-    library = load()
-    if isinstance(library, str):
-        pytest.skip(library)
+    library_of()
 
 
 def model_of(
@@ -199,7 +199,7 @@ def test_a_negative_block_is_refused(checkpoint: Make) -> None:
     session = Session(attention, (20,))
     inputs = session.inputs([(session.lines[0], 20)])
     inputs.block_tables[0, 1] = -1
-    with pytest.raises(Exception, match="negative id"):
+    with pytest.raises(KernelError, match="negative id"):
         fused(model).forward(inputs, session.store(model))
 
 

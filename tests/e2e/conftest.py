@@ -8,6 +8,7 @@ import pytest
 from running import ADMIN, Server, serving
 
 import apiserver
+from devtools import Browser, browsing
 from responding import Service
 from ropeway.service.echo import EchoService
 from ropeway.text.dialect import choose
@@ -28,6 +29,13 @@ def echoing() -> Iterator[apiserver.Server]:
     with apiserver.running(
         EchoService(tokenizer=tokenizer, dialect=choose(tokenizer, "", tool_call_parser="hermes"))
     ) as up:
+        yield up
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """For modules that are skipped where none is installed."""
+    with browsing(tmp_path_factory.mktemp("browser")) as up:
         yield up
 
 

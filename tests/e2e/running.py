@@ -12,8 +12,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
+import openai
 import psutil
 
 from waiting import eventually, until
@@ -40,10 +42,20 @@ class Server:
         return await asyncio.to_thread(self.process.wait, seconds)
 
     @property
-    def engine(self) -> psutil.Process:
-        """The engine's process. Raises StopIteration if there is none."""
+    def engines(self) -> list[psutil.Process]:
+        """The processes of its engines."""
         children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if "ropeway.cli.engine" in " ".join(child.cmdline()))
+        return [child for child in children if "ropeway.cli.engine" in " ".join(child.cmdline())]
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The only engine's process."""
+        [engine] = self.engines
+        return engine
+
+    def client(self) -> openai.OpenAI:
+        """OpenAI's client, for a `with` to close."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
 
     async def metrics(self, key: str = "") -> dict[str, float]:
         """Samples of /metrics that need no labels to tell them apart."""
@@ -68,25 +80,37 @@ class Server:
             await eventually(lambda: client.get(path), lambda answer: answer.status_code == status, seconds, 0.02)
 
 
+def environment() -> dict[str, str]:
+    """That of whoever runs the tests without their settings; compiled kernels stay where they are."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("ROPEWAY_") or k == "ROPEWAY_CACHE_DIR"}
+
+
+def ropeway(*words: str, check: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    given = {"env": environment(), "input": "", "capture_output": True, "text": True, "timeout": 120, **options}
+    return subprocess.run([sys.executable, "-m", "ropeway", *words], check=check, **given)
+
+
 @contextmanager
 def serving(*flags: str, model: str = "bundled", small: Sequence[str] = SMALL) -> Iterator[Server]:
     """Start `ropeway serve` on a free port, wait until it is ready, and check that it leaves no process behind."""
     named = [] if "--routes" in flags else [model]
     command = [sys.executable, "-m", "ropeway.cli.main", "serve", *named, "--port", "0", *small, *flags]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ROPEWAY_") or k == "ROPEWAY_CACHE_DIR"}
+    variables = environment()
     with tempfile.TemporaryDirectory() as folder:
-        environment["ROPEWAY_DATA_DIR"] = str(Path(folder) / "data")  # unless a flag names one that lasts
+        variables["ROPEWAY_DATA_DIR"] = str(Path(folder) / "data")  # unless a flag names one that lasts
         log = Path(folder) / "log"
         with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
         try:
             yield Server(process, _until_ready(process, log), log)
         finally:
             family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            _end(process)
+            ended = _end(process)
             _, alive = psutil.wait_procs(family, 5)
             for orphan in alive:
                 orphan.kill()
+            assert ended, f"the server does not end at SIGTERM:\n{log.read_text()[-2000:]}"
             assert not alive, f"the server left processes behind:\n{log.read_text()[-2000:]}"
 
 
@@ -103,7 +127,8 @@ def _until_ready(process: subprocess.Popen[bytes], log: Path, seconds: float = 1
     return found.group(1)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> bool:
+    """Whether the server ends when it is asked to; it has ended in any case."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
@@ -111,3 +136,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+            return False
+    return True

@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -20,11 +17,12 @@ import httpx2
 import msgspec
 import openai
 import pytest
+from running import ropeway
 
+from accountkit import auth, new_key, used
 from apiserver import Server, running
-from ropeway.accounts import Account, Limits, keys
+from ropeway.accounts import keys
 from ropeway.accounts.accounts import open_accounts
-from ropeway.accounts.usage import Query, UsageRow, ask
 from ropeway.api.inside import URLS, Inside
 from ropeway.api.middleware import ADMIN, PUBLIC, SHARED
 from ropeway.api.ui import HOMES
@@ -69,39 +67,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     (folder / "prices.yaml").write_text(PRICES)
-    make(folder, "first", Limits())  # so that the server is closed from its first moment on
+    new_key(folder, "first")  # so that the server is closed from its first moment on
     with running(
         EchoService(), data_dir=str(folder), prices=str(folder / "prices.yaml"), admin_key="owner", api_key="fixed"
     ) as up:
         yield up
 
 
-def make(folder: Path, name: str, limits: Limits, **fields: Any) -> tuple[str, Account]:
-    with closing(open_accounts(folder)) as store:
-        return store.write_now(lambda connection: keys.create(connection, name, limits, **fields))
-
-
 @pytest.fixture(scope="module")
 def key(folder: Path) -> Callable[..., str]:
     """Makes a key with limits."""
-    return lambda **limits: make(folder, uuid4().hex, Limits(**limits))[0]
-
-
-def auth(key: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {key}"}
-
-
-def used(folder: Path, **query: Any) -> list[UsageRow]:
-    with closing(open_accounts(folder)) as store:
-        return store.read_now(lambda connection: ask(connection, Query(**query)))
+    return lambda **limits: new_key(folder, uuid4().hex, **limits)[0]
 
 
 def test_every_route_asks_who_one_is(server: Server, folder: Path) -> None:
     """All routes there are, found by asking the application, for nobody, strangers, former clients, clients and the
     administrator."""
-    user, _ = make(folder, "user", Limits())
-    revoked, _ = make(folder, "former", Limits())
-    expired, _ = make(folder, "late", Limits(), expires=int(time.time()) - 1)
+    user, _ = new_key(folder, "user")
+    revoked, _ = new_key(folder, "former")
+    expired, _ = new_key(folder, "late", expires=int(time.time()) - 1)
     with closing(open_accounts(folder)) as store:
         store.write_now(lambda connection: keys.revoke(connection, "former"))
     wrong = [None, "", "wrong", user[:-1], user + "x", user.upper(), f"{user},{user}", revoked, expired]
@@ -151,7 +135,8 @@ def test_what_is_left_is_what_was_not_used(
     server: Server, folder: Path, key: Callable[..., str], url: str, body: dict[str, Any]
 ) -> None:
     """The client's account, the headers and the ledger agree to the token, once the answer is complete."""
-    limited = key(tokens_per_minute=100_000, requests_per_minute=100)
+    begun = time.monotonic()
+    limited = key(tokens_per_minute=600, requests_per_minute=100)
     answer = server.http.post(url, json=body, headers=auth(limited))
     assert answer.status_code == 200, answer.text
 
@@ -163,8 +148,7 @@ def test_what_is_left_is_what_was_not_used(
     after = server.http.get("/v1/models", headers=auth(limited))
     assert row.requests == 1
     left = int(after.headers["x-ratelimit-remaining-tokens"])
-    refilled = 100_000 / 60 * 5
-    assert 0 <= left - (100_000 - row.total_tokens) <= refilled or left == 100_000
+    assert 0 <= left - (600 - row.total_tokens) <= 10 * (time.monotonic() - begun) + 1, "ten a second come back"
     assert after.headers["x-ratelimit-limit-requests"] == "100"
     assert int(after.headers["x-ratelimit-remaining-requests"]) in (99, 100)
     assert row.cost == pytest.approx((row.prompt_tokens * 2 + row.completion_tokens * 10) / 1e6)
@@ -217,7 +201,7 @@ def test_the_openai_client_understands_all_of_it(server: Server, key: Callable[.
     assert names == {
         f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
     }
-    assert re.fullmatch(r"6s|5\.\d+s", told.headers["x-ratelimit-reset-requests"])
+    assert re.fullmatch(r"[1-6](\.\d+)?s", told.headers["x-ratelimit-reset-requests"])
     with pytest.raises(openai.AuthenticationError):
         ask("rw-nobody")
     with pytest.raises(openai.NotFoundError) as missing:
@@ -256,8 +240,9 @@ def test_anthropics_client_is_told_in_its_own_words(server: Server, key: Callabl
 
 def test_a_stream_that_is_broken_off_pays_what_it_used(folder: Path) -> None:
     with running(EchoService(delay=0.05), data_dir=str(folder)) as slow:
-        limited, account = make(folder, "broken-off", Limits(tokens_per_minute=1000, concurrency=1))
+        limited, account = new_key(folder, "broken-off", tokens_per_minute=1000, concurrency=1)
         body = {"prompt": "x" * 300, "max_tokens": 300, "stream": True}
+        begun = time.monotonic()
         with slow.http.stream("POST", "/v1/completions", json=body, headers=auth(limited)) as stream:
             left = int(stream.headers["x-ratelimit-remaining-tokens"])
             assert 400 <= left < 410, "the prompt and the longest answer are set aside"
@@ -272,8 +257,8 @@ def test_a_stream_that_is_broken_off_pays_what_it_used(folder: Path) -> None:
         slow.http.get("/v1/usage", headers=auth(limited))
         [row] = used(folder, by=(), key=account.id)
         assert row.prompt_tokens == 300
-        assert 2 <= row.completion_tokens < 60
-        assert 0 <= left - (1000 - row.total_tokens) < 60
+        assert 2 <= row.completion_tokens < 300
+        assert 0 <= left - (1000 - row.total_tokens) <= 1000 / 60 * (time.monotonic() - begun) + 1
         assert (
             slow.http.post("/v1/completions", json={**body, "max_tokens": 1}, headers=auth(limited)).status_code == 200
         )
@@ -330,7 +315,7 @@ def test_a_job_is_paid_by_its_key_and_asks_no_rate(server: Server, folder: Path,
     assert not used(folder, by=("key",), key=account), "it is paid for where its answer is kept"
 
 
-def test_a_deferred_request_is_paid_by_who_deferred_it(server: Server, folder: Path, key: Callable[..., str]) -> None:
+def test_a_deferred_request_is_paid_by_who_deferred_it(server: Server, key: Callable[..., str]) -> None:
     limited, other = key(requests_per_minute=1, tokens_per_minute=1), key(models=("other",))
     body = {**BODIES[CHAT], "deferred": True, "priority": "low"}
     refused = server.http.post(CHAT, json=body, headers=auth(other))
@@ -351,16 +336,13 @@ def test_an_open_server_closes_when_it_gets_its_first_key(tmp_path: Path) -> Non
     """The key is made by the command, in a process of its own."""
     with running(EchoService(), data_dir=str(tmp_path)) as up:
         assert up.http.get("/v1/models").status_code == 200
-        command = [sys.executable, "-m", "ropeway.cli.main", "keys", "create", "alice", "--data-dir", str(tmp_path)]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("ROPEWAY_")}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        where = ("--data-dir", str(tmp_path))
+        done = ropeway("keys", "create", "alice", *where, check=True)
         secret = done.stdout.strip()
         assert secret not in done.stderr
         until(lambda: up.http.get("/v1/models").status_code == 401)
         assert up.http.get("/v1/models", headers=auth(secret)).status_code == 200
-        subprocess.run(
-            [*command[:4], "revoke", "alice", *command[6:]], check=True, env=environment, capture_output=True
-        )
+        ropeway("keys", "revoke", "alice", *where, check=True)
         until(lambda: up.http.get("/v1/models", headers=auth(secret)).status_code == 401)
 
 

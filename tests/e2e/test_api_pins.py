@@ -7,21 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from apiserver import Server, over
+from apiserver import INFO, TEXT, Server, over
 from ropeway.config import EngineConfig
-from ropeway.contract import ExecutorInfo
 from ropeway.engine.engine import Engine
-from ropeway.service.loader import ModelText
 from ropeway.sim import FakeExecutor
-from ropeway.text.tokenizer import ByteTokenizer
 
-INFO = ExecutorInfo(
-    model="fake", device="sim", dtype="none", num_blocks=64, block_size=16, max_slots=2, max_model_len=512,
-    vocab_size=258,
-)  # fmt: skip
-TEXT = ModelText(
-    name="fake", tokenizer=ByteTokenizer(), template=None, eos_ids=(), context_limit=512, generation={}
-)  # fmt: skip
 OWNER = {"authorization": "Bearer owner"}
 CLIENT = {"authorization": "Bearer client"}
 TENANT = hashlib.sha256(b"client").hexdigest()[:16]

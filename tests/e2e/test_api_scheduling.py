@@ -7,46 +7,24 @@ from typing import Any
 
 import pytest
 
-from apiserver import Server, over, running
+from apiserver import INFO, TEXT, Recorder, Server, over, running
 from ropeway.config import EngineConfig
-from ropeway.contract import ExecutorInfo
 from ropeway.engine.engine import Engine
 from ropeway.service.echo import EchoService
-from ropeway.service.loader import ModelText
-from ropeway.service.request import TextRequest, TextStream
+from ropeway.service.request import TextRequest
 from ropeway.sim import FakeExecutor
-from ropeway.text.tokenizer import ByteTokenizer
 
-INFO = ExecutorInfo(
-    model="fake", device="sim", dtype="none", num_blocks=64, block_size=16, max_slots=2, max_model_len=512,
-    vocab_size=258,
-)  # fmt: skip
-TEXT = ModelText(
-    name="fake", tokenizer=ByteTokenizer(), template=None, eos_ids=(), context_limit=512, generation={}
-)  # fmt: skip
 OWNER = {"authorization": "Bearer owner"}
 
 
-class Listening(EchoService):
-    """Keeps what it is asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[TextRequest] = []
-
-    async def submit(self, request: TextRequest) -> TextStream:
-        self.asked.append(request)
-        return await super().submit(request)
-
-
-def _ask(server: Server, service: Listening, headers: dict[str, str] | None = None, **fields: Any) -> TextRequest:
+def _ask(server: Server, service: Recorder, headers: dict[str, str] | None = None, **fields: Any) -> TextRequest:
     response = server.http.post("/v1/completions", json={"prompt": "x", **fields}, headers=headers or {})
     assert response.status_code == 200, response.text
-    return service.asked.pop()
+    return service.requests.pop()
 
 
 def test_deadlines_reach_the_service_in_seconds() -> None:
-    service = Listening()
+    service = Recorder()
     with running(service, request_timeout=60.0, ttft_deadline_ms=2500) as server:
         plain = _ask(server, service)
         assert (plain.deadline_s, plain.ttft_deadline_s) == (60.0, 2.5)
@@ -58,19 +36,19 @@ def test_deadlines_reach_the_service_in_seconds() -> None:
                 refused = server.http.post("/v1/completions", json={"prompt": "x", field: wrong})
                 assert refused.status_code == 400
                 assert refused.json()["error"]["param"] == field
-    service = Listening()
+    service = Recorder()
     with running(service) as server:
         assert _ask(server, service).ttft_deadline_s is None
 
 
 def test_only_a_trusted_header_names_the_tenant() -> None:
-    service = Listening()
+    service = Recorder()
     with running(service, api_key="k") as server:
         key = {"authorization": "Bearer k"}
         own = _ask(server, service, key).tenant
         assert len(own) == 16
         assert _ask(server, service, {**key, "x-tenant": "other"}).tenant == own
-    service = Listening()
+    service = Recorder()
     with running(service, api_key="k", tenant_header="X-Tenant") as server:
         assert _ask(server, service, {**key, "x-tenant": "acme.eu"}).tenant == "acme.eu"
         assert _ask(server, service, key).tenant == own

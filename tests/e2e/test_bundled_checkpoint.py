@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+import torch
+import transformers
+from bundled_corpus.corpus import Document
+from bundled_files import encode
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = ROOT / "src" / "ropeway" / "bundled"
-sys.path.insert(0, str(ROOT / "examples"))
 
 CHATS = {
     "Hello": r"hello|hi\b",
@@ -88,10 +88,6 @@ def test_chat_template_renders_several_turns(tokenizer: Any) -> None:
 
 
 def test_training_rows_are_what_the_chat_template_renders(tokenizer: Any) -> None:
-    from bundled_corpus.corpus import Document
-    from bundled_files import encode
-    from tokenizers import Tokenizer
-
     turns = (
         {"role": "user", "content": "What is 74 + 7?"},
         {"role": "assistant", "content": "81"},

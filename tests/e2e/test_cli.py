@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
-from running import Server, serving
+from running import Server, ropeway, serving
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +21,9 @@ def server() -> Iterator[Server]:
         yield server
 
 
-def ropeway(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+def run(*arguments: str, **options: Any) -> tuple[int, str, str]:
     """Run a command; returns exit code, stdout, stderr."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ROPEWAY_") or k == "ROPEWAY_CACHE_DIR"}
-    command = [sys.executable, "-m", "ropeway", *arguments]
-    done = subprocess.run(
-        command, env=environment, input=stdin, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = ropeway(*arguments, **options)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -58,21 +53,19 @@ def test_banner_says_what_runs_where_and_how_to_ask(server: Server) -> None:
 
 
 def test_chat_and_complete_print_the_answer_alone(server: Server) -> None:
-    code, out, err = ropeway("chat", "--url", server.url, "--quick", "Hello!", "--temperature", "0")
+    code, out, err = run("chat", "--url", server.url, "--quick", "Hello!", "--temperature", "0")
     assert (code, err) == (0, "")
     assert len(out.strip()) > 3
-    again = ropeway("chat", "--url", server.url, "--temperature", "0", stdin="Hello!\n/stats\n")
+    again = run("chat", "--url", server.url, "--temperature", "0", input="Hello!\n/stats\n")
     assert again[1].startswith(out)
     assert "tokens/s" in again[1]
-    code, out, err = ropeway(
-        "complete", "--url", f"{server.url}/v1/", "--quick", "Once upon a time", "--max-tokens", "8"
-    )
+    code, out, err = run("complete", "--url", f"{server.url}/v1/", "--quick", "Once upon a time", "--max-tokens", "8")
     assert (code, err) == (0, "")
     assert out.strip()
 
 
 def test_bench_serve_measures_a_real_server(server: Server, tmp_path: Path) -> None:
-    code, out, err = ropeway(
+    code, out, err = run(
         "bench", "serve", "--base-url", server.url, "--num-prompts", "6", "--random-input-len", "12",
         "--random-output-len", "5", "--ignore-eos", "--request-rate", "50", "--max-concurrency", "3",
         "--num-warmups", "1", "--backend", "openai-chat", "--save-result", "--save-detailed",
@@ -88,9 +81,7 @@ def test_bench_serve_measures_a_real_server(server: Server, tmp_path: Path) -> N
 
 
 def test_bench_says_so_when_nothing_succeeds(server: Server) -> None:
-    code, out, err = ropeway(
-        "bench", "serve", "--base-url", server.url, "--num-prompts", "2", "--model", "no-such-model"
-    )
+    code, out, err = run("bench", "serve", "--base-url", server.url, "--num-prompts", "2", "--model", "no-such-model")
     assert code == 1
     assert "no-such-model" in err
     assert re.search(r"^Failed requests: +2 *$", out, re.MULTILINE)
@@ -98,20 +89,20 @@ def test_bench_says_so_when_nothing_succeeds(server: Server) -> None:
 
 def test_port_in_use_and_broken_model_end_with_one_line_and_exit_code_2(server: Server, tmp_path: Path) -> None:
     port = server.url.rsplit(":", 1)[1]
-    code, _, err = ropeway("serve", "--port", port)
+    code, _, err = run("serve", "--port", port)
     assert code == 2
     assert err.strip().splitlines()[-1].startswith("RW-CFG: Port")
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
-    code, _, err = ropeway("serve", str(tmp_path), "--port", "0")
+    code, _, err = run("serve", str(tmp_path), "--port", "0")
     assert code == 2
     assert err.strip().splitlines()[-1].startswith("RW-MODEL: ")
-    code, _, err = ropeway("serve", "--port", "0", "--num-kv-blocks", "2", "--max-model-len", "512")
+    code, _, err = run("serve", "--port", "0", "--num-kv-blocks", "2", "--max-model-len", "512")
     assert code == 2
     assert re.match(r"RW-MEM: .*--num-kv-blocks 32", err.strip().splitlines()[-1])
 
 
 def test_offline_benchmarks(tmp_path: Path) -> None:
-    code, out, err = ropeway(
+    code, out, err = run(
         "bench", "throughput", "--num-prompts", "4", "--random-input-len", "8", "--random-output-len", "4",
         "--num-kv-blocks", "256", "--output-json", str(tmp_path / "t.json"),
     )  # fmt: skip
@@ -119,7 +110,7 @@ def test_offline_benchmarks(tmp_path: Path) -> None:
     assert re.search(r"^Throughput: [\d.]+ requests/s, [\d.]+ total tokens/s, [\d.]+ output tokens/s$", out, re.M)
     result = json.loads((tmp_path / "t.json").read_text())
     assert (result["num_requests"], result["total_num_tokens"]) == (4, 4 * 12)
-    code, out, err = ropeway(
+    code, out, err = run(
         "bench", "batching", "--lengths", "2,4,8", "--num-prompts", "9", "--max-num-seqs", "3", "--input-len", "4",
         "--num-kv-blocks", "256", "--plot", str(tmp_path / "seats.png"), "--output-json", str(tmp_path / "b.json"),
     )  # fmt: skip

@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,62 +25,13 @@ import pytest
 from running import ADMIN, Server, serving
 from typer.main import get_command
 
+from pages import PAGES, ROOT, blocks, flags_of
 from ropeway.cli.main import app
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted(["README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
 RUN, SHOWN = {"python", "sh", "console"}, {"text", "json", "yaml", "mermaid", "jinja", "lark", "http"}
 
-_FENCE = re.compile(r"^( *)```(.*)$")
-_NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
-_SERVER = re.compile(r"<!-- server: (.+?) -->")
 _ADDRESS = re.compile(r"(?:127\.0\.0\.1|localhost):8000")
 _CLIENTS = re.compile(r"\bropeway (chat|complete|requests \w+|batches \w+|canary \w+)\b")
-
-
-@dataclass(frozen=True)
-class Block:
-    page: str
-    line: int
-    language: str
-    text: str
-    not_run: str | None
-
-    def __str__(self) -> str:
-        return f"{self.page}:{self.line}"
-
-    @property
-    def commands(self) -> str:
-        """What a shell is to run."""
-        if self.language == "sh":
-            return self.text
-        return "\n".join(line[2:] for line in self.text.splitlines() if line.startswith("$ "))
-
-
-def blocks(page: str) -> list[Block]:
-    found, reason, inside = [], None, None
-    for number, line in enumerate((ROOT / page).read_text().splitlines(), 1):
-        fence = _FENCE.match(line)
-        if inside is None and fence is None and line.strip():
-            mark = _NOT_RUN.fullmatch(line.strip())
-            reason = mark[1] if mark else None
-        elif inside is None and fence is not None:
-            inside = (number, fence[1], fence[2].strip(), [])
-        elif inside is not None and fence is not None:
-            start, indent, language, lines = inside
-            text = "\n".join(one.removeprefix(indent) for one in lines)
-            found.append(Block(page, start, language, text, reason))
-            inside = reason = None
-        elif inside is not None:
-            inside[3].append(line)
-    assert inside is None, f"{page}: a block that never ends"
-    return found
-
-
-def flags_of(page: str) -> tuple[str, ...]:
-    asked = _SERVER.search((ROOT / page).read_text())
-    words = shlex.split(asked[1]) if asked else []
-    return tuple(str(ROOT / word) if (ROOT / word).is_file() else word for word in words)
 
 
 @pytest.fixture(scope="module")

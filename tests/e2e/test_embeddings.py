@@ -59,7 +59,7 @@ async def test_an_encoder_behind_the_openai_client(sentences: Path) -> None:
     assert [one["score"] for one in scores] == pytest.approx([float(vectors[0] @ v) for v in vectors], abs=1e-5)
 
 
-def test_offline_it_is_the_same(sentences: Path, checkpoint: Make) -> None:
+def test_offline_it_is_the_same(sentences: Path) -> None:
     with LLM(str(sentences), threads=1, max_num_seqs=4) as llm:
         for text, output in zip(TEXTS, llm.embed(TEXTS), strict=True):
             np.testing.assert_allclose(output.outputs.embedding, mean(sentences, text), atol=1e-5)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
-import psutil
 import pytest
-from running import ADMIN, serving
+from running import ADMIN, ropeway, serving
 
 from gatewaykit import fine, gateway, upstreams
 from ropeway.cli.main import main
@@ -94,14 +91,14 @@ def test_deferred_requests_take_the_same_ways(tmp_path: Path) -> None:
                 post("/v1/chat/completions", json={**later, "model": "far"}),
             ]
             assert [one.status_code for one in accepted] == [202, 202]
-            assert not other.requests or other.requests[0].json["model"] == "theirs"
             said = []
             for one in accepted:
                 path = one.headers["location"]
                 job = until(lambda path=path: ended(server.http.get(path).json()))
                 said.append(job["response"]["body"]["choices"][0]["message"]["content"])
             assert said == ["later", "fine"]
-            assert len(other.requests) == 1  # the check was not sent there
+            [sent] = other.requests  # the check was not sent there
+            assert sent.json["model"] == "theirs"
             wrong = post("/v1/chat/completions", json={**later, "temperature": "hot"})
             assert wrong.status_code == 400
 
@@ -135,8 +132,7 @@ routes:
 
 def test_a_server_that_cannot_have_its_models_does_not_start(tmp_path: Path) -> None:
     (tmp_path / "routes.yaml").write_text("deployments: {a: {model: ./none}}")
-    command = [sys.executable, "-m", "ropeway.cli.main", "serve", "--routes", "routes.yaml", "--port", "0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = ropeway("serve", "--routes", "routes.yaml", "--port", "0", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("RW-MODEL: ")
 
@@ -164,7 +160,7 @@ async def test_real_engines(tmp_path: Path) -> None:
             used.append(answer.headers["x-ropeway-deployment"])
             assert answer.parse().usage.completion_tokens == 4
         assert sorted(used) == ["careful", "careful", "quick", "quick"]
-        assert len(engines(server.process.pid)) == 2
+        assert len(server.engines) == 2
         own = httpx2.AsyncClient(base_url=server.url, headers={"authorization": f"Bearer {ADMIN}"})
         async with client, own as admin:
             text = (await admin.get("/metrics")).text
@@ -182,9 +178,9 @@ async def test_real_engines(tmp_path: Path) -> None:
             assert {name: one["phase"] for name, one in state.items()} == {
                 "quick": "stopped", "careful": "stopped", "spare": "ready",
             }  # fmt: skip
-            assert len(engines(server.process.pid)) == 1
+            assert len(server.engines) == 1
             # An engine that dies is its deployment's failure; the server stays, and so do the others.
-            engines(server.process.pid)[0].kill()
+            server.engines[0].kill()
             assert (await client.completions.create(model="careful", prompt="Once", max_tokens=2)).usage
             stopped = await admin.post("/admin/deployments/careful/stop")
             assert stopped.json()["takes_requests"] is False
@@ -200,9 +196,3 @@ async def test_real_engines(tmp_path: Path) -> None:
 def told(stream: str) -> list[dict[str, Any]]:
     """The data of server-sent events."""
     return [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: ")]
-
-
-def engines(pid: int) -> list[psutil.Process]:
-    """The engine processes of a server."""
-    children = psutil.Process(pid).children()
-    return [child for child in children if "ropeway.cli.engine" in " ".join(child.cmdline())]

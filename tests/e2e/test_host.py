@@ -18,7 +18,7 @@ from ropeway.config import EngineConfig
 from ropeway.contract import Cancel, Drain, GenerateRequest, Ready, Report, SamplingParams, Step, Stopped, Submit
 from ropeway.contract.channel import LinkState
 from ropeway.contract.scene import PARTS, Noted
-from ropeway.errors import EngineError, NotReadyError
+from ropeway.errors import EngineError, ModelError, NotReadyError
 from ropeway.remote.host import EngineHost
 
 SIM = (sys.executable, "-m", "ropeway.sim.process")
@@ -169,7 +169,7 @@ async def test_an_engine_that_cannot_start_says_why_and_is_not_restarted() -> No
         raise SystemExit(serve_fd0(make))
     """)
     host = EngineHost(EngineConfig(), (sys.executable, "-c", program))
-    with pytest.raises(Exception, match="no such checkpoint: nowhere"):
+    with pytest.raises(ModelError, match=r"^no such checkpoint: nowhere"):
         await host.start()
     await host.stop()
 
@@ -180,7 +180,7 @@ async def test_an_exception_in_a_step_reaches_the_streams_with_its_message() -> 
         from ropeway.sim.process import make_executor
         def make(config):
             executor = make_executor(config)
-            submit, executor.steps = executor.submit, 0
+            submit = executor.submit
             def broken(plan):
                 if plan.step > 5:
                     raise ZeroDivisionError("planted")

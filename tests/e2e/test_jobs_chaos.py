@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobkit import again, charged, jsonl, new_key, quick_folder, request, results, submit
+from jobkit import again, charged, jsonl, paying, quick_folder, request, results, submit
 from ropeway.jobs.items import LEASE_SECONDS
 from ropeway.jobs.keeper import Keeper
 from ropeway.jobs.records import Batch, BatchState
@@ -116,9 +116,9 @@ def mixed(count: int) -> bytes:
     ],
 )
 async def test_killed_at_any_point(scene: Scene, failpoint: str, items: int) -> None:
-    """B01. The second process finds everything that the first left, and computes again at most what was in flight. Each
+    """The second process finds everything that the first left, and computes again at most what was in flight. Each
     answer that counts is paid for once."""
-    batch = await submit(scene.store, mixed(items), key=await new_key(scene.store.folder))
+    batch = await submit(scene.store, mixed(items), key=paying(scene.store.folder))
     died = scene.worker("--concurrency", str(CONCURRENCY), failpoint=failpoint)
     assert await dead(died) == -signal.SIGKILL
     before = sum(scene.calls().values())
@@ -135,7 +135,7 @@ async def test_killed_at_any_point(scene: Scene, failpoint: str, items: int) -> 
 
 
 async def test_a_frozen_owner_that_wakes_late_is_refused(scene: Scene) -> None:
-    """B02. It stops with an answer in hand; the other one's clock says that its lease is over.
+    """It stops with an answer in hand; the other one's clock says that its lease is over.
 
     Its calls are slow, so that nothing is being written in that moment: who is frozen while it writes to the tables
     holds up everybody on this directory, as SQLite has one writer.
@@ -188,7 +188,8 @@ async def test_sigterm_gives_everything_back_at_once(scene: Scene) -> None:
 
 @pytest.mark.timeout(180 + ITEMS / 50)
 async def test_killed_again_and_again(scene: Scene) -> None:
-    """B07."""
+    """Processes killed at random moments, each after a while, until a batch is done: nothing is lost, and at most what
+    was in flight is computed again."""
     dice = random.Random(7)
     batch = await submit(scene.store, mixed(ITEMS))
     begun = time.monotonic()

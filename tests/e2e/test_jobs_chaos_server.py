@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 import httpx2
-import openai
 import pytest
-from running import Server, serving
+from running import serving
 
 ITEMS = int(os.environ.get("ROPEWAY_CHAOS_SERVER_ITEMS", "0"))
 LIFE_SECONDS = 5.0
@@ -27,10 +26,6 @@ def line(number: int) -> bytes:
     return json.dumps({"custom_id": f"c{number}", "method": "POST", "url": URL, "body": body}).encode() + b"\n"
 
 
-def client_of(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600 + ITEMS / 20)
 @pytest.mark.skipif(not ITEMS, reason="long; set ROPEWAY_CHAOS_SERVER_ITEMS")
@@ -39,7 +34,7 @@ def test_a_server_killed_again_and_again(tmp_path: Path) -> None:
     flags = ("--data-dir", str(tmp_path / "data"), "--max-batch-requests", "1000000")
     batch_id, kills, begun = "", 0, time.monotonic()
     while True:
-        with serving(*flags) as server, client_of(server) as client:
+        with serving(*flags) as server, server.client() as client:
             if not batch_id:
                 data = b"".join(map(line, range(ITEMS)))
                 file = client.files.create(file=("in.jsonl", data), purpose="batch")

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import httpx2
-import openai
-from running import Server, serving
+from running import serving
 
 from waiting import until
 
 ITEMS = 60
-
-
-def client_of(server: Server) -> Any:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
 
 
 def line(n: int) -> bytes:
@@ -27,7 +21,7 @@ def line(n: int) -> bytes:
 def test_durable_work_outlives_kill_9_of_the_server(tmp_path: Path) -> None:
     flags = ("--data-dir", str(tmp_path / "data"))
     body = {"model": "bundled", "prompt": "Later:", "max_tokens": 300, "ignore_eos": True, "deferred": True}
-    with serving(*flags) as server, client_of(server) as client:
+    with serving(*flags) as server, server.client() as client:
         name = client.files.create(file=("in.jsonl", b"".join(map(line, range(ITEMS)))), purpose="batch").id
         batch = client.batches.create(input_file_id=name, endpoint="/v1/completions", completion_window="24h")
         job = httpx2.post(f"{server.url}/v1/completions", json={**body, "priority": "low"}).json()
@@ -41,7 +35,7 @@ def test_durable_work_outlives_kill_9_of_the_server(tmp_path: Path) -> None:
         until(lambda: client.responses.retrieve(response.id), lambda one: one.output_text)
         server.process.kill()
         server.process.wait(60)
-    with serving(*flags) as server, client_of(server) as client:
+    with serving(*flags) as server, server.client() as client:
         before = client.batches.retrieve(batch.id)
         assert before.request_counts.completed >= 5, "what was answered is not computed again"
         over = until(lambda: client.batches.retrieve(batch.id), lambda one: one.status == "completed")

@@ -42,7 +42,7 @@ def _prompt(number: int) -> list[int]:
 
 
 def _answers(scheduler: Scheduler, executor: LocalExecutor, numbers: Iterable[int]) -> dict[int, list[int]]:
-    """Greedy answers to some prompts, all at once, and their cached tokens."""
+    """Greedy answers to some prompts, all at once."""
     texts: dict[int, list[int]] = {}
     for number in numbers:
         scheduler.add(GenerateRequest(rid=number, tokens=_prompt(number), sampling=GREEDY), 0.0)

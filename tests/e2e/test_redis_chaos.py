@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from jobkit import again, charged, jsonl, new_key, quick_folder, results, submit
+from jobkit import again, charged, jsonl, paying, quick_folder, results, submit
 from redisserver import RedisServer, redis_running
 from ropeway.jobs.records import Batch
 from ropeway.jobs.store import JobStore
@@ -76,7 +76,7 @@ def members(count: int, redis: RedisServer, *, call_ms: float) -> Iterator[list[
 async def accept(member: Member, count: int, prefix: str) -> Batch:
     """A batch of so many requests of a key, in the tables of a server that does not run yet."""
     store = JobStore(member.folder)
-    batch = await submit(store, jsonl(count, prefix), key=await new_key(member.folder))
+    batch = await submit(store, jsonl(count, prefix), key=paying(member.folder))
     store.close()
     return batch
 
@@ -100,7 +100,7 @@ async def completed(member: Member, batch: Batch, seconds: float = 60.0) -> int:
 
 
 async def test_two_servers_share_what_one_accepted() -> None:
-    with redis_running() as redis, members(2, redis, call_ms=20) as (owner, helper):
+    with redis_running() as redis, members(2, redis, call_ms=100) as (owner, helper):
         batch = await accept(owner, 300, "shared")
         helper.start()
         with redis.client as client:

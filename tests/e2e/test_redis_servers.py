@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ import httpx2
 import pytest
 from running import Server, serving
 
+from accountkit import auth, new_key
 from redisserver import redis_running
-from ropeway.accounts import Limits, keys
-from ropeway.accounts.accounts import open_accounts
 from waiting import eventually
 
 
@@ -25,15 +23,6 @@ async def post(server: Server, key: str, **more: Any) -> dict[str, Any]:
 async def get(server: Server, key: str, path: str) -> dict[str, Any]:
     async with httpx2.AsyncClient(base_url=server.url, headers=auth(key), timeout=30.0) as client:
         return dict((await client.get(path)).raise_for_status().json())
-
-
-def auth(key: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {key}"}
-
-
-def new_key(folder: Path, name: str, **limits: Any) -> str:
-    with closing(open_accounts(folder)) as store:
-        return store.write_now(lambda connection: keys.create(connection, name, Limits(**limits)))[0]
 
 
 async def ended(server: Server, key: str, jobs: list[str]) -> bool:
@@ -57,9 +46,9 @@ async def test_servers_share_jobs_and_do_without_redis(tmp_path: Path) -> None:
     """The one knows the keys and the prices, the other has never heard of them."""
     (tmp_path / "prices.yaml").write_text("models:\n  bundled: {input: 1, output: 1}\n")
     priced = ("--prices", str(tmp_path / "prices.yaml"))
-    key = new_key(tmp_path / "one", "alice")
-    poor = new_key(tmp_path / "one", "poor", budget_cost=0.0003)
-    narrow = new_key(tmp_path / "one", "narrow", max_prompt_tokens=2)
+    key = new_key(tmp_path / "one", "alice")[0]
+    poor = new_key(tmp_path / "one", "poor", budget_cost=0.0003)[0]
+    narrow = new_key(tmp_path / "one", "narrow", max_prompt_tokens=2)[0]
     with redis_running() as redis:
         shared = ("--redis-url", redis.url, "--job-concurrency", "2")
         with (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from click.testing import Result
-from running import SMALL, Server
+from running import SMALL, Server, environment, ropeway
 from typer.testing import CliRunner
 
 from ropeway.cli.main import app
@@ -20,7 +19,6 @@ from ropeway.errors import RequestError
 from waiting import until
 
 ITEMS = 80
-ROPEWAY = (sys.executable, "-m", "ropeway.cli.main")
 
 
 def line(n: int, **changes: Any) -> dict[str, Any]:
@@ -28,15 +26,10 @@ def line(n: int, **changes: Any) -> dict[str, Any]:
     return {"custom_id": f"c{n}", "method": "POST", "url": "/v1/completions", "body": body} | changes
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def words(folder: Path, *more: str) -> list[str]:
     flags = ["-i", str(folder / "in.jsonl"), "-o", str(folder / "out.jsonl"), "--model", "bundled"]
     flags += ["--output-tmp-dir", str(folder / "kept")]
-    return [*ROPEWAY, "run-batch", *flags, *SMALL, *more]
-
-
-def ropeway(arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ROPEWAY_") or k == "ROPEWAY_CACHE_DIR"}
-    return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return ["run-batch", *flags, *SMALL, *more]
 
 
 def write(path: Path, wanted: Sequence[Any]) -> None:
@@ -59,7 +52,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     ]
     write(tmp_path / "in.jsonl", ["\ufeff", *(line(n) for n in range(ITEMS)), "\n", *odd])
     partial = tmp_path / "kept" / "out.jsonl.partial"
-    with subprocess.Popen(command(tmp_path, "--max-inflight", "4"), stderr=subprocess.PIPE) as process:
+    command = [sys.executable, "-m", "ropeway", *words(tmp_path, "--max-inflight", "4")]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE) as process:
         until(lambda: (partial.exists() and partial.read_bytes().count(b"\n") >= 10) or process.poll() is not None)
         assert process.poll() is None, process.stderr and process.stderr.read()
         process.kill()
@@ -68,7 +62,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     kept = partial.read_bytes().count(b"\n") - 1
     assert kept >= 9
     assert not (tmp_path / "out.jsonl").exists(), "there is no output before all of it is there"
-    done = ropeway(command(tmp_path), tmp_path)
+    done = ropeway(*words(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"going on after {kept} of {ITEMS + 6} requests" in done.stderr
     assert f"{ITEMS + 6} of {ITEMS + 6} done, 4 failed" in done.stderr

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
+import psutil
 import pytest
 from pydantic import BaseModel, Field
 from running import Server
@@ -82,11 +83,11 @@ def test_structured_outputs_streamed_and_not(client: openai.OpenAI, asked: dict[
     ],
 )
 def test_hostile_ones_are_refused_in_time(bundled: Server, client: openai.OpenAI, asked: dict[str, Any]) -> None:
-    engine = bundled.engine
-    before = engine.memory_info().rss
+    server = psutil.Process(bundled.process.pid)
+    before = server.memory_info().rss
     begun = time.monotonic()
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="bundled", prompt="a", extra_body={"structured_outputs": asked})
-    assert time.monotonic() - begun < 10.0  # it would take minutes without limits
+    assert time.monotonic() - begun < 60.0  # it would take minutes without limits
     assert caught.value.param == "structured_outputs"
-    assert engine.memory_info().rss - before < 32 * 2**20
+    assert server.memory_info().rss - before < 32 * 2**20

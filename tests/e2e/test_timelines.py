@@ -18,21 +18,14 @@ import pytest
 from running import ADMIN
 from running import Server as Process
 
-from apiserver import Server, over
+from apiserver import INFO, TEXT, Server, over
 from ropeway.cli.main import main
 from ropeway.config import EngineConfig
-from ropeway.contract import ExecutorInfo, StepResult
+from ropeway.contract import StepResult
 from ropeway.engine.engine import Engine
-from ropeway.service.loader import ModelText
 from ropeway.sim import FakeExecutor
-from ropeway.text.tokenizer import ByteTokenizer
 from waiting import until
 
-INFO = ExecutorInfo(
-    model="fake", device="sim", dtype="none", num_blocks=64, block_size=16, max_slots=2, max_model_len=512,
-    vocab_size=258,
-)  # fmt: skip
-TEXT = ModelText(name="fake", tokenizer=ByteTokenizer(), template=None, eos_ids=(), context_limit=512, generation={})
 OWNER, CLIENT, OTHER = ({"authorization": f"Bearer {key}"} for key in ("owner", "client", "other"))
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -133,7 +126,7 @@ def test_the_batch_is_seen_at_work(server: Server, pool: concurrent.futures.Thre
         lambda found: sum(event["event"] == "finished" for frame in found for event in frame["events"]) >= 5,
     )
     until(lambda: server.call(lambda: server.app.state.hub.number))
-    answers = [pool.submit(ask, server, name) for name in names]
+    answers = [pool.submit(ask, server, name, tokens=300) for name in names]
     hello, found = watching.result(30)
     assert [answer.result().status_code for answer in answers] == [200] * 5
     (engine,) = hello["engines"]

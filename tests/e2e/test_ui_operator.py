@@ -11,18 +11,12 @@ from pathlib import Path
 import pytest
 
 from apiserver import Server
-from devtools import Browser, Page, browsing, installed
+from devtools import Browser, Page, installed
 from ropeway.gateway.canaries import Canaries
 from ropeway.gateway.outcome import Outcome
 from uikit import Batch, StubFeed, showing
 
 pytestmark = pytest.mark.skipif(installed() is None, reason="no Chromium is installed")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browsing(tmp_path_factory.mktemp("browser")) as up:
-        yield up
 
 
 @pytest.fixture
@@ -93,4 +87,7 @@ def test_a_batch_from_a_file_to_its_output(page: Page, tmp_path: Path) -> None:
     page.until("document.querySelector('main').innerText.includes('3 of 3')")
     page.until("document.querySelector('main').innerText.includes('lines.jsonl')")
     page.click("main button", "Output")
-    page.until("performance.getEntriesByType('resource').some(e => /output.*content$|file-.*content$/.test(e.name))")
+    page.until(
+        "performance.getEntriesByType('resource').some("
+        r"e => /\/files\/[^/]+\/content$/.test(e.name) && e.responseStatus === 200)"
+    )

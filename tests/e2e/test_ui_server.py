@@ -10,16 +10,10 @@ import httpx2
 import pytest
 from running import ADMIN, Server
 
-from devtools import Browser, Page, browsing, installed
+from devtools import Browser, Page, installed
 
 pytestmark = pytest.mark.skipif(installed() is None, reason="no Chromium is installed")
 TAKEN = "Number(document.querySelectorAll('.tiles b')[4].innerText.split(' ')[0])"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browsing(tmp_path_factory.mktemp("browser")) as up:
-        yield up
 
 
 @pytest.fixture
@@ -90,10 +84,7 @@ def test_a_request_is_ended_from_its_seat(page: Page, bundled: Server) -> None:
 
 
 def test_a_chat_with_its_timeline(page: Page) -> None:
-    page.turn(2)
-    page.until("document.querySelector('.settings select')?.options.length")
-    page.run("document.querySelector('#say').focus()")
-    page.send("Input.insertText", text="Once upon a time")
+    page.write("Once upon a time")
     page.press("Enter")
     page.until("document.querySelector('.turn .life .bar .decode')", 40)
     told = page.run("document.querySelector('.turn .life').innerText")

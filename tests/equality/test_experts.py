@@ -3,53 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from many_ways import in_many_ways
+from many_ways import CONDITIONS, LENGTHS, ROUNDING, Run, executor, expected, in_many_ways, logits, spread
 from safetensors.torch import load_file
-from test_quantized import ROUNDING, logits, spread
-from test_whole_engine import CONDITIONS, LENGTHS, NUMBER, Run
 
-from checkpoints import greedy, prompt
+from checkpoints import prompt
 from expert_checkpoints import EXPERTS, rewritten, stacked
-from ropeway.config import EngineConfig
 from ropeway.errors import ConfigError, ModelError
 from ropeway.modelspec import load_spec
-from ropeway.runtime.local import LocalExecutor
 from ropeway.runtime.weights.export import write_quantized
 from ropeway.runtime.weights.quant import quantize_int8, rounding
 
 Make = Callable[[str], Path]
+native = partial(executor, model_impl="native")
 NEAR = {"int8": 0.3, "int4": 0.9}
 """Rounded weights change some choices of experts, and with them logits as a whole, so this is no more than near."""
 
 
-@cache
-def expected(directory: Path, tokens: tuple[int, ...]) -> list[int]:
-    return greedy(directory, list(tokens), NUMBER)
-
-
-def executor(directory: Path, **changes: object) -> LocalExecutor:
-    values = {"dtype": "float32", "threads": 1, "num_kv_blocks": 80, "block_size": 8, "max_num_seqs": 8} | changes
-    return LocalExecutor(EngineConfig(model=str(directory), model_impl="native", max_model_len=128, **values))  # type: ignore[arg-type]
-
-
-def in_all_ways(directory: Path, **changes: object) -> None:
-    in_many_ways(executor(directory, **changes), partial(expected, directory))
-
-
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_equals_generate(experts: Make, kind: str) -> None:
-    in_all_ways(experts(kind))
+    in_many_ways(native(experts(kind)), experts(kind))
 
 
 @pytest.mark.parametrize("level", ["0", "1"])
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek-v3"])
 def test_equals_generate_without_native_kernels(experts: Make, kind: str, level: str) -> None:
-    in_all_ways(experts(kind), kernel_level=level)
+    in_many_ways(native(experts(kind), kernel_level=level), experts(kind))
 
 
 @pytest.mark.parametrize("depth", ["1", "2"])
@@ -71,7 +54,7 @@ def test_in_the_whole_engine(experts: Make, kind: str, condition: str, depth: st
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek-v2"])
 def test_prefix_hits_and_swapping(experts: Make, kind: str) -> None:
     directory = experts(kind)
-    run = Run(directory, blind=True, num_kv_blocks=12, kv_host_gib=0.01, preemption_mode="swap")
+    run = Run(directory, blind=True, num_kv_blocks=14, kv_host_gib=0.01, preemption_mode="swap")
     tokens = [prompt(40, 40), prompt(40, 40)[:31], prompt(40, 40)[:20] + prompt(2, 30), *map(prompt, (9, 7), (9, 33))]
     for rid, asked in enumerate(tokens):
         run.ask(rid, asked)
@@ -79,6 +62,9 @@ def test_prefix_hits_and_swapping(experts: Make, kind: str) -> None:
     run.steps()
     for rid, asked in enumerate(tokens):
         assert run.tokens[rid] == expected(directory, tuple(asked))
+    scheduler = run.engine.scheduler
+    assert scheduler.counters.cache_hits > 0
+    assert sum(shelf.hits for shelf in scheduler.memory.lower) > 0
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "deepseek-v3"])
@@ -96,7 +82,7 @@ def test_stacked_experts_are_the_same(experts: Make, tmp_path: Path, kind: str) 
 def test_plans_what_is_loaded(experts: Make, kind: str) -> None:
     spec = load_spec(experts(kind), kind, "native")
     assert spec.parameters == spec.stored_parameters > spec.active_parameters
-    loaded = executor(experts(kind))
+    loaded = native(experts(kind))
     assert loaded.info.weight_bytes == 4 * spec.parameters
     block = loaded.runner.kv.data[0]
     assert block.numel() * block.element_size() == 8 * spec.kv_bytes_per_token("float32")
@@ -157,4 +143,4 @@ def test_a_missing_expert_is_named(experts: Make, tmp_path: Path) -> None:
     del tensors["model.layers.2.mlp.experts.5.up_proj.weight"]
     directory = rewritten(experts("qwen3-moe"), tmp_path / "less", tensors)
     with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.experts\.5\.up_proj\.weight"):
-        executor(directory)
+        native(directory)

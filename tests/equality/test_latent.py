@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_quantized import logits, spread
+from many_ways import logits, spread
 from torch import Tensor
 
 from checkpoints import prompt

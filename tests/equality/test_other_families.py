@@ -7,17 +7,15 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
-from many_ways import in_many_ways
-from test_whole_engine import CONDITIONS, LENGTHS, NUMBER, Run
+from many_ways import CONDITIONS, LENGTHS, Run, executor, expected, in_many_ways
 
-from checkpoints import greedy, prompt
+from checkpoints import prompt
 from generic_checkpoints import FAMILIES, REFUSED, save
-from ropeway.config import EngineConfig
 from ropeway.errors import ModelError
 from ropeway.modelspec import GenericSpec, load_spec
-from ropeway.runtime.local import LocalExecutor
 
 Make = Callable[[str], Path]
+foreign = partial(executor, model_impl="transformers")
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +24,10 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return cache(lambda name: save(name, tmp_path_factory.mktemp(name)))
 
 
-def executor(directory: Path, **changes: object) -> LocalExecutor:
-    values = {"dtype": "float32", "threads": 1, "num_kv_blocks": 80, "block_size": 8, "max_num_seqs": 8} | changes
-    return LocalExecutor(EngineConfig(model=str(directory), model_impl="transformers", max_model_len=128, **values))  # type: ignore[arg-type]
-
-
-@cache
-def expected(directory: Path, tokens: tuple[int, ...]) -> list[int]:
-    return greedy(directory, list(tokens), NUMBER)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_equals_generate(family: Make, name: str) -> None:
     directory = family(name)
-    in_many_ways(executor(directory), partial(expected, directory))
+    in_many_ways(foreign(directory), directory)
 
 
 @pytest.mark.parametrize("condition", ["chunks-of-7", "starved", "static", "level-0-starved"])
@@ -96,4 +84,4 @@ def test_plans_what_is_loaded(family: Make, name: str) -> None:
 def test_refused_with_the_reason(family: Make, name: str, reason: str) -> None:
     assert name in REFUSED
     with pytest.raises(ModelError, match=reason):
-        executor(family(name))
+        foreign(family(name))

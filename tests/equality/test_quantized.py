@@ -11,19 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from many_ways import ROUNDING, WEIGHTS, logits, spread
 
-from checkpoints import prompt, reference
+from checkpoints import prompt
 from quantized_checkpoints import LAYOUTS, save_quantized
-from ropeway.config import EngineConfig
-from ropeway.contract import Admit, Row, SamplingParams
-from ropeway.runtime.gather import gather
-from ropeway.runtime.local import LocalExecutor
 
 Make = Callable[[str], Path]
-ROUNDING = 0.02
-"""Activations in int8, against the same weights in float32."""
-WEIGHTS = {"int8": 0.03, "int4": 0.3}
-"""Weights too, against the plain checkpoint: random weights have no slack, so int4 shows."""
 
 
 @pytest.fixture(scope="module")
@@ -40,27 +33,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(directory)
     return directory
-
-
-def logits(directory: Path, tokens: list[int], **changes: object) -> torch.Tensor:
-    """Of all positions, one token to a step."""
-    values = {"dtype": "float32", "threads": 1, "num_kv_blocks": 8, "max_model_len": 128} | changes
-    runner = LocalExecutor(EngineConfig(model=str(directory), **values)).runner  # type: ignore[arg-type]
-    size = len(tokens)
-    runner.slots.admit(Admit(0, 0, 0, tokens, size, 0, list(range(8)), SamplingParams(), ()), 0)
-    found = []
-    for start in range(size):
-        row = Row(0, 0, 0, start, 1, True, [])
-        runner.slots.extend(row)
-        found.append(runner.model.forward(gather([row], runner.slots, runner.lane), runner.kv.data))
-    return torch.cat(found)
-
-
-def spread(found: torch.Tensor, directory: Path, tokens: list[int]) -> float:
-    """Root mean square difference to transformers in float32, as a share of the logits' standard deviation."""
-    with torch.no_grad():
-        expected = reference(directory)(torch.tensor([tokens])).logits[0]
-        return float((found - expected).pow(2).mean().sqrt() / expected.std())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

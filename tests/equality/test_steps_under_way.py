@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
+from many_ways import LENGTHS, NUMBER, Run, expected
 
-from blind import Blind
-from checkpoints import greedy, prompt
-from invariants import check
-from pipelines import Parity, executor
-from ropeway.config import EngineConfig
+from checkpoints import prompt
+from pipelines import WAYS, Parity, executor
 from ropeway.contract import FinishReason, GenerateRequest, SamplingParams, Submit, TokenEvent
 from ropeway.contract.message import Cancel
-from ropeway.engine import engine
-from ropeway.engine.engine import Engine
-from ropeway.scheduler import Scheduler
 
 Make = Callable[[str], Path]
-NUMBER = 16
-LENGTHS = (3, 58, 9, 33, 17, 41)
 STARVED = {"num_kv_blocks": 12, "max_num_batched_tokens": 40}
 SWAPPED = {**STARVED, "kv_host_gib": 0.01, "preemption_mode": "swap"}
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -37,40 +28,27 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "starved-and-swapped": SWAPPED,
     "static": {"batching": "static", "max_num_seqs": 4},
 }
-GREEDY = {"temperature": 0.0}
 CANCELLED = (3, 10)
 
 
-class Run:
-    """An engine, and what it has answered so far."""
+class Rated(Run):
+    """A run in one of the `WAYS`, and the tokens whose probability was told."""
 
-    def __init__(self, directory: Path, way: str, *, blind: bool = False, **options: Any) -> None:
-        self.executor = executor(directory, way, **options)
-        config = EngineConfig(**{"block_size": 8, "max_num_seqs": 6, "max_num_batched_tokens": 64} | options)
-        with patch.object(engine, "Scheduler", partial(Scheduler, forecast=Blind())) if blind else nullcontext():
-            self.engine = Engine(self.executor, config)
-        self.tokens: dict[int, list[int]] = {}
+    def __init__(self, directory: Path, way: str, **options: Any) -> None:
+        super().__init__(directory, execute=partial(executor, way=way), **options)
         self.rated: dict[int, list[int]] = {}
-        self.final: dict[int, TokenEvent] = {}
 
     def ask(self, rid: int, tokens: list[int], **wishes: Any) -> None:
-        sampling = SamplingParams(**{"max_tokens": NUMBER, **wishes})
-        self.tokens[rid], self.rated[rid] = [], []
-        self.engine.submit([Submit(GenerateRequest(rid=rid, tokens=tokens, sampling=sampling))])
+        self.rated[rid] = []
+        super().ask(rid, tokens, **wishes)
+
+    def take(self, event: TokenEvent) -> None:
+        super().take(event)
+        if event.extra is not None:
+            self.rated[event.rid] += [one.token for one in event.extra.logprobs]
 
     def cancel(self, rid: int) -> None:
         self.engine.submit([Cancel(rid)])
-
-    def steps(self, count: int = 100_000) -> None:
-        while self.engine.busy and count:
-            count -= 1
-            for event in self.engine.step().events:
-                self.tokens[event.rid] += event.tokens
-                if event.extra is not None:
-                    self.rated[event.rid] += [one.token for one in event.extra.logprobs]
-                if event.finish is not None:
-                    self.final[event.rid] = event
-            check(self.engine.scheduler)
 
     def blocks(self, rid: int) -> list[int]:
         return next(seq.blocks for seq in self.engine.scheduler.running if seq.rid == rid)
@@ -81,13 +59,13 @@ class Run:
 @pytest.mark.parametrize("kind", ["llama", "mistral-window"])
 def test_equals_transformers(checkpoint: Make, kind: str, condition: str, way: str) -> None:
     directory = checkpoint(kind)
-    run = Run(directory, way, blind="starved" in condition, **CONDITIONS[condition])
+    run = Rated(directory, way, blind="starved" in condition, **CONDITIONS[condition])
     for rid, length in enumerate(LENGTHS):
-        run.ask(rid, prompt(length, length), **GREEDY)
+        run.ask(rid, prompt(length, length))
         run.steps(2)
     run.steps()
     for rid, length in enumerate(LENGTHS):
-        assert run.tokens[rid] == greedy(directory, prompt(length, length), NUMBER), f"prompt of {length}"
+        assert run.tokens[rid] == expected(directory, tuple(prompt(length, length))), f"prompt of {length}"
     counters = run.engine.scheduler.counters
     assert (counters.preemptions > 0) == ("starved" in condition)
     if "swapped" in condition:
@@ -99,7 +77,7 @@ def wishes_of(rid: int) -> dict[str, Any]:
     """All kinds of sampling, half of which the device can do by itself. Many tokens end an answer, so that steps are
     under way for sequences that have ended."""
     kinds: list[dict[str, Any]] = [
-        GREEDY,
+        {"temperature": 0.0},
         {"temperature": 1.0},
         {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
         {"temperature": 1.2, "min_p": 0.05, "min_tokens": 4},
@@ -112,10 +90,10 @@ def wishes_of(rid: int) -> dict[str, Any]:
     return {"seed": rid, "stop_token_ids": tuple(range(20, 50)), "max_tokens": 24, **kinds[rid % len(kinds)]}
 
 
-def crowd(directory: Path, way: str, seed: int, **options: Any) -> Run:
+def crowd(directory: Path, way: str, seed: int, **options: Any) -> Rated:
     """Requests of all kinds come, share beginnings, are cancelled, and end when they like."""
     dice = random.Random(seed)
-    run = Run(directory, way, blind=True, **options)
+    run = Rated(directory, way, blind=True, **options)
     common = prompt(seed, 30)
     for rid in range(18):
         run.ask(rid, common[: dice.choice([0, 16, 30])] + prompt(rid, dice.randint(1, 20)), **wishes_of(rid))
@@ -129,7 +107,7 @@ def crowd(directory: Path, way: str, seed: int, **options: Any) -> Run:
 @pytest.mark.parametrize(("seed", "options"), [(1, {}), (2, STARVED), (3, SWAPPED), (4, {"max_num_seqs": 2})])
 def test_all_kinds_of_requests_together(checkpoint: Make, seed: int, options: dict[str, Any]) -> None:
     directory = checkpoint("llama")
-    runs = [crowd(directory, way, seed, **options) for way in ("one", "two", "recorded")]
+    runs = [crowd(directory, way, seed, **options) for way in WAYS]
     for rid in range(18):
         one, two, recorded = (run.tokens[rid] for run in runs)
         if rid in CANCELLED:  # perhaps a step earlier or later
@@ -142,14 +120,13 @@ def test_all_kinds_of_requests_together(checkpoint: Make, seed: int, options: di
         assert {run.final[rid].finish for run in runs} <= {FinishReason.STOP, FinishReason.LENGTH}
     assert len({len(tokens) for tokens in runs[0].tokens.values()}) > 3
     for run in runs:
-        assert run.executor.runner.slots.taken.keys() <= set(range(6))
         assert run.engine.scheduler.pool.available == run.engine.scheduler.pool.num_blocks
 
 
 def test_a_grammar_is_followed_beside_rows_that_run_ahead(checkpoint: Make) -> None:
-    run = Run(checkpoint("llama"), "two")
+    run = Rated(checkpoint("llama"), "two")
     for rid in range(4):
-        run.ask(rid, prompt(rid, 9), seed=rid, **({"grammar": "parity"} if rid % 2 else {}))
+        run.ask(rid, prompt(rid, 9), seed=rid, temperature=1.0, **({"grammar": "parity"} if rid % 2 else {}))
     run.steps()
     for rid in range(4):
         tokens = prompt(rid, 9) + run.tokens[rid]
@@ -161,22 +138,22 @@ def test_a_grammar_is_followed_beside_rows_that_run_ahead(checkpoint: Make) -> N
 def test_nan_in_one_sequence_leaves_the_others_untouched(checkpoint: Make, way: str) -> None:
     """A step for it is under way when the fault is heard of. Others then take its blocks."""
     directory = checkpoint("llama")
-    run = Run(directory, way, num_kv_blocks=40)
+    run = Rated(directory, way, num_kv_blocks=40)
     for rid, length in enumerate(LENGTHS):
-        run.ask(rid, prompt(length, length), **GREEDY)
+        run.ask(rid, prompt(length, length))
     run.steps(4)
     poisoned = run.blocks(1)
-    run.executor.runner.kv.data[poisoned] = torch.nan
+    run.engine.executor.runner.kv.data[poisoned] = torch.nan
     run.steps()
     for rid, length in enumerate(LENGTHS):
-        run.ask(10 + rid, prompt(90 + length, length), **GREEDY)
+        run.ask(10 + rid, prompt(90 + length, length))
     run.steps()
     assert run.final[1].finish is FinishReason.FAILED
     assert run.final[1].error is not None
     assert run.final[1].error.code == "RW-NAN"
-    clean = Run(directory, "one")
+    clean = Rated(directory, "one")
     for rid in run.tokens:
-        clean.ask(rid, prompt(LENGTHS[rid % 10] + 90 * (rid >= 10), LENGTHS[rid % 10]), **GREEDY)
+        clean.ask(rid, prompt(LENGTHS[rid % 10] + 90 * (rid >= 10), LENGTHS[rid % 10]))
     clean.steps()
     for rid in run.tokens.keys() - {1}:
         assert run.tokens[rid] == clean.tokens[rid]
@@ -201,9 +178,9 @@ def test_a_step_that_raises_fails_one_row_of_it_and_no_later_one(checkpoint: Mak
     """The row that is to blame is found by halving, while its token is known to nobody but the device; a row for it is
     in the next step already."""
     directory = checkpoint("qwen3")
-    clean = Run(directory, "one")
+    clean = Rated(directory, "one")
     for rid, length in enumerate(LENGTHS):
-        clean.ask(rid, prompt(length, length), **GREEDY)
+        clean.ask(rid, prompt(length, length))
     clean.steps()
     rid, at = next(
         (rid, at)
@@ -211,10 +188,10 @@ def test_a_step_that_raises_fails_one_row_of_it_and_no_later_one(checkpoint: Mak
         for at, token in enumerate(output[2:-4], 2)
         if sum(token in prompt(n, n) for n in LENGTHS) + sum(out.count(token) for out in clean.tokens.values()) == 1
     )
-    run = Run(directory, "two")
-    bomb = run.executor.runner.model = Bomb(run.executor.runner.model, clean.tokens[rid][at])
+    run = Rated(directory, "two")
+    bomb = run.engine.executor.runner.model = Bomb(run.engine.executor.runner.model, clean.tokens[rid][at])
     for number, length in enumerate(LENGTHS):
-        run.ask(number, prompt(length, length), **GREEDY)
+        run.ask(number, prompt(length, length))
     run.steps()
     assert run.final[rid].finish is FinishReason.FAILED
     assert run.final[rid].error is not None
@@ -228,7 +205,7 @@ def test_a_step_that_raises_fails_one_row_of_it_and_no_later_one(checkpoint: Mak
 def test_vectors_are_the_same(checkpoint: Make) -> None:
     found: list[dict[int, bytes]] = []
     for way in ("one", "two"):
-        run = Run(checkpoint("llama"), way, max_num_batched_tokens=11)
+        run = Rated(checkpoint("llama"), way, max_num_batched_tokens=11)
         for rid, kind in enumerate(["last", "mean", "cls", ""]):
             sampling = SamplingParams(max_tokens=1 if kind else NUMBER, temperature=0.0)
             request = GenerateRequest(rid=rid, tokens=prompt(rid, 20), sampling=sampling, pooling=kind, cache=not kind)

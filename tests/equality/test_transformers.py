@@ -117,17 +117,6 @@ def test_dynamic_rope_with_a_prompt_beyond_the_trained_length(checkpoint: Make) 
     assert whole.output == chunked.output == shared.output
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen3"])
-def test_on_a_gpu(checkpoint: Make, kind: str) -> None:
-    directory = checkpoint(kind)
-    d = driver(directory, device="cuda")
-    lines = [d.add(prompt(length, length)) for length in LENGTHS]
-    d.run(lines, NUMBER, chunk=7)
-    assert [line.output for line in lines] == [expected(directory, length) for length in LENGTHS]
-
-
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2-window", "qwen3", "mistral-window", "llama-tied"])
 def test_bfloat16_logits(checkpoint: Make, kind: str, backend: str) -> None:

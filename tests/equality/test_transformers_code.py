@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from many_ways import WEIGHTS, logits, spread
 from safetensors.torch import load_file, save_file
-from test_quantized import WEIGHTS, logits, spread
 
 from checkpoints import prompt, reference
 from generic_checkpoints import SEEING, save

@@ -192,9 +192,11 @@ def test_a_model_that_cannot_be_served(
     monkeypatch.setattr("ropeway.gateway.local.EngineHost", BesideHost if title in ENGINE else IdleHost)
     if change is not None:
         change(model)
-    entry, told = make(Typed(command), tmp_path, monkeypatch, capsys)
-    while _HELD:
-        os.close(_HELD.pop())
+    try:
+        entry, told = make(Typed(command), tmp_path, monkeypatch, capsys)
+    finally:
+        while _HELD:
+            os.close(_HELD.pop())
     Book("models").check(title, entry, [*ENGINE, *TEXT, *LATER], update=update)
     check_laws(told)
 

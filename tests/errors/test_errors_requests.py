@@ -10,30 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aloud import Book, check_words, errors_of
 
-from apiserver import Server, over, running
+from apiserver import INFO, TEXT, Server, over, running
 from ropeway.accounts import Limits, keys
 from ropeway.accounts.accounts import open_accounts
 from ropeway.config import EngineConfig
-from ropeway.contract import ExecutorInfo
 from ropeway.contract.channel import LinkState
 from ropeway.engine.engine import Engine
 from ropeway.service.echo import EchoService
-from ropeway.service.loader import ModelText
 from ropeway.sim import FakeExecutor
 from ropeway.text.template import ChatTemplate
-from ropeway.text.tokenizer import ByteTokenizer
 from waiting import until
 
-INFO = ExecutorInfo(
-    model="fake", device="sim", dtype="none", num_blocks=8, block_size=16, max_slots=2, max_model_len=512,
-    vocab_size=258,
-)  # fmt: skip
-TEXT = ModelText(
-    name="fake", tokenizer=ByteTokenizer(), template=None, eos_ids=(), context_limit=512, generation={}
-)  # fmt: skip
 LIMITS = {
     "slow": Limits(requests_per_minute=1),
     "small": Limits(tokens_per_minute=50),
@@ -200,15 +191,19 @@ def servers(folder: Path, secrets: dict[str, str]) -> Iterator[dict[str, Server]
     (folder / "a-file").touch()
     leaving, dead = EchoService(), EchoService()
     leaving.state, dead.state = LinkState.DRAINING, LinkState.DEAD
+    broken = ChatTemplate("{{ messages[0].content.text.strip() }}")
+    strict = ChatTemplate("{{ raise_exception('Only one user speaks here') }}")
     services = {
         "echo": EchoService(),
         "plain": EchoService(pooling=None),
-        "broken": EchoService(template=ChatTemplate("{{ messages[0].content.text.strip() }}")),
-        "strict": EchoService(template=ChatTemplate("{{ raise_exception('Only one user speaks here') }}")),
+        "broken": EchoService(template=broken),
+        "strict": EchoService(template=strict),
         "leaving": leaving,
         "dead": dead,
     }
     with ExitStack() as stack:
+        for template in (broken, strict):
+            stack.callback(template.close)
         up = {
             name: stack.enter_context(running(service, max_body_mib=0.25, data_dir=str(folder / name)))
             for name, service in services.items()
@@ -216,7 +211,7 @@ def servers(folder: Path, secrets: dict[str, str]) -> Iterator[dict[str, Server]
         guard = {"api_key": "first", "admin_key": "owner", "data_dir": str(folder / "guarded")}
         up["guarded"] = stack.enter_context(running(EchoService(), **guard))
         up["full"] = stack.enter_context(running(EchoService(), data_dir=str(folder / "a-file" / "data")))
-        engine = Engine(FakeExecutor(INFO), EngineConfig(max_num_seqs=2))
+        engine = Engine(FakeExecutor(msgspec.structs.replace(INFO, num_blocks=8)), EngineConfig(max_num_seqs=2))
         up["fake"] = stack.enter_context(over(engine, TEXT, data_dir=str(folder / "fake")))
         yield up
 

@@ -161,9 +161,11 @@ def test_what_is_typed_wrongly(
     update: bool,
 ) -> None:
     monkeypatch.setattr("ropeway.gateway.local.EngineHost", IdleHost)
-    entry, told = make(SETTINGS[title], tmp_path, monkeypatch, capsys)
-    while _TAKEN:
-        _TAKEN.pop().close()
+    try:
+        entry, told = make(SETTINGS[title], tmp_path, monkeypatch, capsys)
+    finally:
+        while _TAKEN:
+            _TAKEN.pop().close()
     Book("settings").check(title, entry, list(SETTINGS), update=update)
     check_laws(told)
 

@@ -1,4 +1,4 @@
-"""The suites of attention, operations, layers and whole engines once more, on a GPU. Without one they are skipped.
+"""The suites of attention, operations and whole engines once more, on a GPU. Without one they are skipped.
 
 ROPEWAY_TEST_DEVICE=cpu runs them on the CPU and the kernels in Triton's interpreter: slow, but it shows whether the
 tests themselves work. Kernels have their tests in tests/gpu_kernels, which run on the GPU too where there is one.
@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 DEVICE = os.environ.get("ROPEWAY_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "")
 if DEVICE != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# The tests of these directories are run again from here, by the names of their modules.
-sys.path[:0] = [str(HERE.parent / "equality")]
+# Its tests are run again from here, by the names of their modules.
+sys.path.insert(0, str(HERE.parent / "equality"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

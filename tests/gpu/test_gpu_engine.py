@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_whole_engine import CONDITIONS, LENGTHS, NUMBER, Run
+from many_ways import CONDITIONS, LENGTHS, NUMBER, Run, expected
 
-from checkpoints import KINDS, greedy, prompt
+from checkpoints import KINDS, prompt
 from expert_checkpoints import EXPERTS
 from ropeway.config import EngineConfig
 from ropeway.contract import FinishReason, GenerateRequest, SamplingParams, Submit
@@ -54,7 +54,7 @@ def test_every_family_in_every_way(checkpoint: Make, experts: Make, kind: str, w
         run.steps(2)
     run.steps()
     for rid, length in enumerate(LENGTHS):
-        assert run.tokens[rid] == greedy(directory, prompt(length, length), NUMBER), f"prompt of {length}"
+        assert run.tokens[rid] == expected(directory, tuple(prompt(length, length))), f"prompt of {length}"
 
 
 @pytest.mark.parametrize("condition", [name for name in CONDITIONS if not name.startswith("level")])
@@ -67,7 +67,7 @@ def test_every_condition(checkpoint: Make, kind: str, condition: str, device: st
         run.steps(2)
     run.steps()
     for rid, length in enumerate(LENGTHS):
-        assert run.tokens[rid] == greedy(directory, prompt(length, length), NUMBER), f"prompt of {length}"
+        assert run.tokens[rid] == expected(directory, tuple(prompt(length, length))), f"prompt of {length}"
         assert run.final[rid].finish is FinishReason.LENGTH
     if "starved" in condition:
         assert run.engine.scheduler.counters.preemptions > 0
@@ -106,7 +106,7 @@ def test_blocks_go_to_ram_and_come_back(checkpoint: Make, device: str, mode: str
         run.steps()
     for rid, tokens in run.tokens.items():
         length = LENGTHS[rid % 10]
-        assert tokens == greedy(directory, prompt(length, length), NUMBER)
+        assert tokens == expected(directory, tuple(prompt(length, length)))
     assert run.engine.scheduler.counters.preemptions > 0
     if mode == "swap":
         assert run.engine.scheduler.memory.stats()[0].hits > 0

@@ -17,14 +17,13 @@ FOUND = 86
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kernels", ["attention", "ops", "sample", "linear", "moe"])
+@pytest.mark.parametrize("kernels", ["attention", "latent", "ops", "sample", "linear", "moe"])
 def test_no_kernel_reads_or_writes_beyond_its_tensors(kernels: str, device: str) -> None:
     program = shutil.which("compute-sanitizer")
     tests = sorted((ROOT / "tests/gpu_kernels").glob(f"test_triton_{kernels}*.py"))
+    assert tests, f"there are no tests of {kernels} kernels"
     if program is None or device != "cuda":
         pytest.skip("needs a CUDA device and compute-sanitizer")
-    if not tests:
-        pytest.skip(f"there are no tests of {kernels} kernels")
     # Each tensor in an allocation of its own: within torch's pools an access beyond one would be another's memory.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     words = [program, "--tool", "memcheck", "--error-exitcode", str(FOUND), "--target-processes", "all"]

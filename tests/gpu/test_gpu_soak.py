@@ -27,7 +27,8 @@ def test_everything_at_once(checkpoint: Callable[[str], Path], device: str) -> N
     grown = (torch.cuda.memory_allocated() if device == "cuda" else 0) - halfway
     scheduler = soak.engine.scheduler
     print(
-        f"{soak.steps} steps, {len(soak.asked)} requests, {soak.cancels} cancels, {scheduler.counters.preemptions} put"
+        f"{soak.steps} steps, {len(soak.asked)} requests, {soak.cancels} cancels, "
+        f"{scheduler.counters.preemptions} put back"
     )
     assert scheduler.counters.preemptions > 0
     assert soak.cancels > 0

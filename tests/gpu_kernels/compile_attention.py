@@ -18,7 +18,6 @@ from ropeway.runtime.kernels.triton import attention, cache
 from ropeway.runtime.layers.norm import RMSNorm
 
 META = torch.device("meta")
-"""Bytes of shared memory that a program may have."""
 CASES: dict[str, dict[str, object]] = {
     "llama": {"heads": 32, "kv_heads": 8, "head_dim": 128},
     "llama-int8": {"heads": 32, "kv_heads": 8, "head_dim": 128, "kv_cache_dtype": "int8"},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from conformance import test_attention as suite
@@ -19,10 +20,12 @@ from conformance.test_attention import (
     test_only_its_own_blocks_are_written,
 )
 from conformance.test_step import Session, model_of
+from programs import program
 from ropeway.runtime.attention.backend import AttentionBackend, AttentionSpec
 from ropeway.runtime.attention.reference import ReferenceBackend
 from ropeway.runtime.attention.triton import Processor, TritonBackend, lacking, splits, tile
 from ropeway.runtime.kernels.triton import cache
+from ropeway.runtime.kernels.triton.cache import from_fp8
 
 __all__ = [
     "test_codes_of_zeros_are_zero",
@@ -134,12 +137,18 @@ def test_codes_are_those_of_the_reference(device: torch.device, cache_dtype: str
     assert torch.equal(found[known], expected[known])
 
 
+@triton.jit
+def read(codes, out):
+    at = tl.arange(0, 256)
+    tl.store(out + at, from_fp8(tl.load(codes + at)).to(tl.float32))
+
+
 def test_fp8_numbers_are_read_as_they_are() -> None:
     """All 254 codes that are numbers: the kernel's float16 bits, 256 times too small, are exact."""
-    codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8, device="cpu")
-    bits = codes.to(torch.int32)
-    raw = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(torch.uint16).view(torch.float16).float()
-    assert torch.equal(raw * cache.UNIT["fp8"], codes.view(torch.float8_e4m3fn).float())
+    codes, found = torch.arange(256).to(torch.uint8), torch.empty(256)
+    read[(1,)](codes, found)
+    numbers = (codes & 0x7F) != 0x7F
+    assert torch.equal((found * cache.UNIT["fp8"])[numbers], codes.view(torch.float8_e4m3fn).float()[numbers])
 
 
 def test_splits_follow_from_shapes() -> None:
@@ -217,15 +226,8 @@ def test_a_model_computes_the_same(checkpoint: Callable[[str], Path], device: to
 def test_the_benchmark_runs(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = Path(__file__).parents[2] / "benchmarks" / "gpu" / "attention.py"
-    found = importlib.util.spec_from_file_location("benchmark_of_attention", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    monkeypatch.setitem(sys.modules, found.name, module)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    found.loader.exec_module(module)
-    assert module.main(["--device", device.type, "--tiny"]) == 0
+    assert program("benchmarks/gpu/attention.py").main(["--device", device.type, "--tiny"]) == 0
     decode, prefill = capsys.readouterr().out.splitlines()
     assert "GB/s" in decode
     assert "TFLOP/s" in prefill

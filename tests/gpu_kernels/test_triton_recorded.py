@@ -10,7 +10,7 @@ import torch
 
 from checkpoints import greedy, prompt
 from driver import Driver
-from pipelines import executor
+from pipelines import config_of, executor
 from ropeway.runtime.attention.triton import TritonBackend
 
 NUMBER = 4
@@ -21,7 +21,8 @@ def test_recorded_steps_attend_as_others_do(checkpoint: Callable[[str], Path], m
     """The second sequence is shorter than the first, so that its table is old beyond its own blocks."""
     monkeypatch.setattr(TritonBackend, "supports", classmethod(lambda cls, spec, device: None))
     directory = checkpoint("mistral-window")
-    d = Driver(executor(directory, "recorded", attention_backend="triton", kernel_level="0", max_num_seqs=3))
+    config = config_of(directory, attention_backend="triton", kernel_level="0", max_num_seqs=3)
+    d = Driver(executor(config, "recorded"))
     assert d.executor.info.attention == "triton"
     lines = [d.add(prompt(length, length)) for length in (30, 9)]
     d.run(lines, 3)

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+from gpu_kernels.machine_code import compiled
+
+OPERATIONS = {"_rms_norm", "_add_rms_norm", "_rotary", "_silu_mul"}
+SAMPLER = {"_scan", "_pick", "_count", "_gather", "_select"}
 
 
-@pytest.mark.parametrize("arguments", [("small-qwen", "sample-small", "int4", "80"), ("fp8", "90")], ids="-".join)
-def test_kernels_compile(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, str(HERE / "compile_small.py"), *arguments], capture_output=True, text=True,
-        env=environment, timeout=170, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {kernel["case"] for kernel in kernels} == set(arguments[:-1])
-    for kernel in kernels:
-        assert kernel["shared"] <= kernel["limit"], kernel
-        assert kernel["tensor_cores"] == (kernel["kernel"] == "_multiply"), kernel
+@pytest.mark.parametrize(
+    ("kernels", "capability"),
+    [
+        ({"small-qwen": OPERATIONS, "sample-small": SAMPLER, "int4": {"_multiply", "_join"}}, "80"),
+        ({"fp8": {"_quantize", "_multiply", "_join"}}, "90"),
+    ],
+)
+def test_kernels_compile(kernels: dict[str, set[str]], capability: str, tmp_path: Path) -> None:
+    assert compiled("compile_small.py", *kernels, capability, folder=tmp_path, products={"_multiply"}) == kernels

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 from blind import Blind
 from invariants import check
@@ -151,6 +152,15 @@ class World:
         self.output[event.rid] += event.tokens
         if event.finish is not None:
             self.final[event.rid] = event
+
+
+def request(
+    rid: int, prompt: int | list[int] = 8, answer: int = 4, *, sampling: Mapping[str, Any] = {}, **fields: Any
+) -> GenerateRequest:
+    """With that prompt, or one of so many tokens."""
+    tokens = [(rid * 7 + i) % 50 for i in range(prompt)] if isinstance(prompt, int) else prompt
+    wishes = SamplingParams(max_tokens=answer, seed=rid, **sampling)
+    return GenerateRequest(rid=rid, tokens=tokens, sampling=wishes, **fields)
 
 
 def random_request(random: Random, rid: int, world: World, *, longest: int = 80) -> GenerateRequest:

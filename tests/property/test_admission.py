@@ -5,23 +5,15 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from harness import World, random_request
+from harness import World, random_request, request
 
-from ropeway.contract import GenerateRequest, SamplingParams, StepPlan
+from ropeway.contract import StepPlan
 from ropeway.scheduler.sequence import State
 
 
-def _request(rid: int, prompt: int, answer: int) -> GenerateRequest:
-    return GenerateRequest(
-        rid=rid, tokens=[(rid * 7 + i) % 50 for i in range(prompt)],
-        sampling=SamplingParams(max_tokens=answer, seed=rid),
-    )  # fmt: skip
-
-
 def _overload(foresight: bool, seed: int = 2, requests: int = 1500) -> tuple[World, float]:
-    """Always somebody waiting; answers take 60 tokens and then end by chance, after 40 more on average; they
-    may take 800. Returns the mean
-    share of blocks held, after a warm-up."""
+    """Always somebody waiting; answers take 60 tokens and then end by chance, after 40 more on average; they may
+    take 800. Returns the mean share of blocks held, after a warm-up."""
     world = World(
         num_blocks=1800, block_size=16, slots=512, max_model_len=1024, max_step_tokens=512, vocab_size=100,
         foresight=foresight,
@@ -31,8 +23,7 @@ def _overload(foresight: bool, seed: int = 2, requests: int = 1500) -> tuple[Wor
         while len(world.scheduler.waiting) < 16:
             rid += 1
             prompt = [random.randrange(100) for _ in range(random.randint(40, 120))]
-            sampling = SamplingParams(max_tokens=800, min_tokens=60, seed=rid)
-            world.submit(GenerateRequest(rid=rid, tokens=prompt, sampling=sampling, eos_ids=(7, 8)))
+            world.submit(request(rid, prompt, 800, sampling={"min_tokens": 60}, eos_ids=(7, 8)))
         world.step()
         held.append(world.scheduler.pool.used / world.num_blocks)
     steady = held[len(held) // 6 :]
@@ -53,12 +44,12 @@ def test_without_foresight_many_would_be_put_back() -> None:
 @pytest.mark.parametrize("blind", [False, True])
 def test_who_does_not_fit_is_passed_a_bounded_number_of_times(blind: bool) -> None:
     world = World(num_blocks=60, slots=32, max_step_tokens=64, max_model_len=240, foresight=not blind)
-    world.submit(_request(1, 40, 60))
+    world.submit(request(1, 40, 60))
     world.step()
-    world.submit(_request(2, 200, 8))  # needs nearly the whole pool
+    world.submit(request(2, 200, 8))  # needs nearly the whole pool
     long, before = world.scheduler._sequences[2], 0
     for rid in range(3, 200):
-        world.submit(_request(rid, 4, 4))
+        world.submit(request(rid, 4, 4))
         world.step()
         if long.state is State.QUEUED:
             before += sum(1 for admit in world.plans[-1].admit if admit.epoch == 1)

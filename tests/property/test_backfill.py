@@ -6,6 +6,7 @@ from itertools import count
 from random import Random
 from typing import Any
 
+import harness
 import pytest
 from harness import World, random_request
 from hypothesis import given, settings
@@ -34,9 +35,7 @@ SHAPES: list[dict[str, Any]] = [
 
 
 def request(rid: int, urgency: Urgency, prompt: int = 8, answer: int = 6, **fields: Any) -> GenerateRequest:
-    sampling = SamplingParams(max_tokens=answer, seed=rid)
-    tokens = [(rid * 7 + i) % 50 for i in range(prompt)]
-    return GenerateRequest(rid=rid, tokens=tokens, sampling=sampling, urgency=urgency, salt=str(rid), **fields)
+    return harness.request(rid, prompt, answer, urgency=urgency, salt=str(rid), **fields)
 
 
 class Watched(World):

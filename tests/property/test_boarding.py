@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from harness import World
+from harness import World, request
 
-from ropeway.contract import GenerateRequest, Row, SamplingParams, StepPlan
+from ropeway.contract import Row, StepPlan
 from ropeway.scheduler import TargetLatency
-
-
-def _request(rid: int, tokens: list[int], answer: int = 4) -> GenerateRequest:
-    return GenerateRequest(rid=rid, tokens=tokens, sampling=SamplingParams(max_tokens=answer, seed=rid))
 
 
 def _burst(world: World, followers: int, shared: int, own: int) -> int:
     """A burst of requests with a common beginning. Returns the prompt tokens that were computed."""
     start = [i % 40 for i in range(shared)]
     for rid in range(followers):
-        world.submit(_request(rid, start + [rid % 50] * own))
+        world.submit(request(rid, start + [rid % 50] * own))
     world.finish_all()
     world.check_home()
     world.check_texts()
@@ -39,8 +35,8 @@ def test_others_pass_those_who_wait_for_a_shared_beginning() -> None:
     world = World(num_blocks=400, slots=8, max_step_tokens=48, max_model_len=128)
     start = list(range(40))
     for rid in (1, 2, 3):
-        world.submit(_request(rid, [*start, rid]))
-    world.submit(_request(4, [9, 9, 9]))
+        world.submit(request(rid, [*start, rid]))
+    world.submit(request(4, [9, 9, 9]))
     world.step()
     assert [row.rid for row in world.plans[0].rows] == [1, 4]
     assert world.scheduler.why(0.0)[0].reason == "it boards with the next step"
@@ -54,7 +50,7 @@ def test_the_reason_names_who_computes_the_shared_beginning() -> None:
     world = World(num_blocks=400, slots=8, max_step_tokens=16, max_model_len=128)
     start = list(range(40))
     for rid in (1, 2, 3):
-        world.submit(_request(rid, [*start, rid]))
+        world.submit(request(rid, [*start, rid]))
     world.step()
     for why in world.scheduler.why(0.0):
         assert why.holder == "shared-prefix"
@@ -65,7 +61,7 @@ def test_followers_go_on_alone_when_the_leader_leaves() -> None:
     world = World(num_blocks=400, slots=8, max_step_tokens=16, max_model_len=128)
     start = list(range(40))
     for rid in (1, 2, 3):
-        world.submit(_request(rid, [*start, rid]))
+        world.submit(request(rid, [*start, rid]))
     world.step()
     world.cancel(1)
     world.step()

@@ -1,7 +1,7 @@
 """Clients, workers, clocks and keepers race on the tables, in two processes' worth of stores: whatever the order, each
 thing ends once, with the answer of the attempt that was newest, and every request of a batch is in one of its files.
 
-ROPEWAY_RACES is the number of steps, by default some thousands; 100000 is the long form.
+ROPEWAY_RACES is the number of steps, 1800 by default; 100000 is the long form.
 """
 
 from __future__ import annotations

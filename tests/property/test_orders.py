@@ -8,11 +8,11 @@ from random import Random
 from typing import Any
 
 import pytest
-from harness import World, random_request
+from harness import World, random_request, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ropeway.contract import FinishReason, GenerateRequest, SamplingParams
+from ropeway.contract import FinishReason, GenerateRequest
 from ropeway.errors import ConfigError, DeadlineError, OverloadedError
 from ropeway.scheduler import ORDERS, Rules, make_order
 from ropeway.scheduler.sequence import Sequence
@@ -20,12 +20,6 @@ from ropeway.scheduler.waiting import WaitingRoom
 
 RULES = Rules(promote_after=5.0, age_cap=8.0, quantum=0.0)
 POLICIES = [*ORDERS, "priority", *(f"priority:{name}" for name in ORDERS if name != "fcfs")]
-
-
-def request(rid: int, prompt: int = 8, answer: int = 4, **fields: Any) -> GenerateRequest:
-    sampling = SamplingParams(max_tokens=answer, seed=rid)
-    tokens = [(rid * 7 + i) % 50 for i in range(prompt)]
-    return GenerateRequest(rid=rid, tokens=tokens, sampling=sampling, **fields)
 
 
 class Platform:

@@ -1,4 +1,4 @@
-"""The pool of blocks against a model of sets and dictionaries."""
+"""The pool of blocks against its rules written down plainly."""
 
 from __future__ import annotations
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from harness import World, random_request
+from harness import World, random_request, request
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ropeway.contract import BlockCopy, GenerateRequest, SamplingParams, StepPlan, StepResult, Tier
+from ropeway.contract import BlockCopy, StepPlan, StepResult, Tier
 from ropeway.errors import NeverFitsError, RequestError
 from ropeway.kv import Memory
 from ropeway.sim import CostModel, FakeExecutor
@@ -95,11 +95,6 @@ TierMachine.TestCase.settings = settings(
 TestTiers = TierMachine.TestCase
 
 
-def _request(rid: int, tokens: list[int], answer: int = 4, **rest: object) -> GenerateRequest:
-    sampling = SamplingParams(max_tokens=answer, seed=rid)
-    return GenerateRequest(rid=rid, tokens=tokens, sampling=sampling, **rest)  # type: ignore[arg-type]
-
-
 def _computed(world: World) -> int:
     return sum(row.count for plan in world.plans for row in plan.rows)
 
@@ -108,7 +103,7 @@ def _crowd(**rest: object) -> World:
     """Eight requests grow until they drive each other out."""
     world = World(num_blocks=40, slots=8, max_step_tokens=64, **rest)  # type: ignore[arg-type]
     for rid in range(8):
-        world.submit(_request(rid, [rid] * 16, 50))
+        world.submit(request(rid, [rid] * 16, 50))
     world.finish_all()
     world.check_home()
     world.check_texts()
@@ -135,7 +130,7 @@ def _learned(read: float, each: float) -> Memory:
     copy = BlockCopy(0, 0, "host", "device", b"k")
     memory.learn(StepPlan(1, [], [], [], [copy]), StepResult(1, [], [], read, [read]))
     world = World(max_step_tokens=64)
-    world.submit(_request(1, [1] * 40))
+    world.submit(request(1, [1] * 40))
     world.step()
     memory.learn(world.plans[0], StepResult(1, [[0]], [], each * 40))
     return memory
@@ -153,11 +148,11 @@ def test_auto_moves_a_block_only_while_that_is_faster_than_computing_it() -> Non
 def test_a_warm_prompt_is_a_hit_after_a_restart() -> None:
     first = World(num_blocks=40, tiers=(DISK,), max_step_tokens=64)
     prompt = list(range(40))
-    first.submit(_request(1, prompt, answer=1))  # its blocks are published by its last step
+    first.submit(request(1, prompt, answer=1))  # its blocks are published by its last step
     first.finish_all()
     kept = {"disk": first.executor.tiers["disk"]}
     second = World(num_blocks=40, tiers=(DISK,), max_step_tokens=64, kept=kept)
-    second.submit(_request(2, [*prompt, 3, 3, 3]))
+    second.submit(request(2, [*prompt, 3, 3, 3]))
     second.finish_all()
     assert second.final[2].usage is not None
     assert second.final[2].usage.cached_tokens == 40
@@ -167,12 +162,12 @@ def test_a_warm_prompt_is_a_hit_after_a_restart() -> None:
 def test_damaged_content_is_computed_again_and_offered_no_more() -> None:
     first = World(num_blocks=40, tiers=(DISK,), max_step_tokens=64)
     prompt = list(range(40))
-    first.submit(_request(1, prompt, answer=1))
+    first.submit(request(1, prompt, answer=1))
     first.finish_all()
     kept = {"disk": first.executor.tiers["disk"]}
     second = World(num_blocks=40, tiers=(DISK,), max_step_tokens=64, depth=2, kept=kept, spoilt=lambda copy: True)
     for rid in (2, 3, 4):
-        second.submit(_request(rid, [*prompt, rid]))
+        second.submit(request(rid, [*prompt, rid]))
     second.finish_all()
     second.check_home()
     second.check_texts()
@@ -182,7 +177,7 @@ def test_damaged_content_is_computed_again_and_offered_no_more() -> None:
 def test_what_a_failed_request_computed_does_not_outlive_it() -> None:
     world = World(num_blocks=40, tiers=(HOST, DISK), max_step_tokens=64)
     world.executor._fault = lambda rid, index: "NaN" if index == 20 else None
-    world.submit(_request(1, list(range(40)), answer=40))
+    world.submit(request(1, list(range(40)), answer=40))
     world.finish_all()
     assert world.final[1].finish == "failed"
     assert [key for key, _ in world.executor.tiers["disk"].values() if key] == []
@@ -192,18 +187,18 @@ def test_pinned_content_stays_and_others_are_told_what_is_left() -> None:
     world = World(num_blocks=40, max_step_tokens=64)
     prompt = list(range(36))
     world.scheduler.pin("system", prompt, "")
-    world.submit(_request(1, [*prompt, 1], answer=1))
+    world.submit(request(1, [*prompt, 1], answer=1))
     world.finish_all()
     [pinned] = world.scheduler.pin("", [], "")
     assert (pinned.name, pinned.tokens, pinned.blocks, pinned.cached) == ("system", 36, 9, 9)
     for rid in range(2, 12):
-        world.submit(_request(rid, [rid] * 60, answer=30))
+        world.submit(request(rid, [rid] * 60, answer=30))
     world.finish_all()
-    world.submit(_request(20, [*prompt, 2]))
+    world.submit(request(20, [*prompt, 2]))
     world.finish_all()
     assert world.final[20].usage is not None
     assert world.final[20].usage.cached_tokens == 36
-    world.submit(_request(21, [1] * 60, answer=36))
+    world.submit(request(21, [1] * 60, answer=36))
     with pytest.raises(RequestError, match="would be pinned, but at most 10 of 40"):
         world.scheduler.pin("more", [5] * 60, "")
     world.finish_all()
@@ -217,24 +212,24 @@ def test_pinned_content_stays_and_others_are_told_what_is_left() -> None:
 
 def test_a_pool_with_pins_refuses_what_no_longer_fits() -> None:
     world = World(num_blocks=20, max_model_len=200)
-    world.submit(_request(1, [1] * 60, answer=18))  # may need all 20 blocks
+    world.submit(request(1, [1] * 60, answer=18))  # may need all 20 blocks
     with pytest.raises(RequestError, match="open requests leave 0"):
         world.scheduler.pin("system", list(range(8)), "")
     world.finish_all()
     world.scheduler.pin("system", list(range(8)), "")
     with pytest.raises(NeverFitsError, match="2 of them pinned"):
-        world.submit(_request(2, [1] * 60, answer=18))
+        world.submit(request(2, [1] * 60, answer=18))
 
 
 def test_a_flooding_tenant_does_not_wash_out_the_others() -> None:
     def cached(quota: float) -> int:
         world = World(num_blocks=40, quota=quota, max_step_tokens=64)
-        world.submit(_request(1, list(range(40)), tenant="modest", salt="m"))
+        world.submit(request(1, list(range(40)), tenant="modest", salt="m"))
         world.finish_all()
         for rid in range(2, 30):
-            world.submit(_request(rid, [rid] * 40, tenant="flood", salt="f"))
+            world.submit(request(rid, [rid] * 40, tenant="flood", salt="f"))
             world.finish_all()
-        world.submit(_request(100, [*range(40), 1], tenant="modest", salt="m"))
+        world.submit(request(100, [*range(40), 1], tenant="modest", salt="m"))
         world.finish_all()
         usage = world.final[100].usage
         assert usage is not None
@@ -257,10 +252,10 @@ def test_another_tenant_learns_nothing_from_what_a_prompt_costs() -> None:
     def cost(before: str, tenant: str) -> tuple[int, int, int]:
         world = World(num_blocks=40, tiers=(HOST, DISK), max_step_tokens=16)
         prompt = list(range(40))
-        world.submit(_request(1, prompt if before == "same" else prompt[::-1], tenant="victim", salt="victim"))
+        world.submit(request(1, prompt if before == "same" else prompt[::-1], tenant="victim", salt="victim"))
         world.finish_all()
         steps, tokens = len(world.plans), _computed(world)
-        world.submit(_request(2, prompt, tenant=tenant, salt=tenant))
+        world.submit(request(2, prompt, tenant=tenant, salt=tenant))
         world.finish_all()
         usage = world.final[2].usage
         assert usage is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from harness import World
+from harness import World, request
 
 from ropeway.contract import (
     ErrorInfo,
@@ -20,12 +20,6 @@ from ropeway.contract import (
 )
 from ropeway.errors import RequestError
 from ropeway.scheduler import Counters, make_order
-
-
-def request(rid: int, prompt: int = 8, answer: int = 4, **fields: Any) -> GenerateRequest:
-    sampling = SamplingParams(max_tokens=answer, seed=rid, **fields.pop("sampling", {}))
-    tokens = [(rid * 7 + i) % 50 for i in range(prompt)]
-    return GenerateRequest(rid=rid, tokens=tokens, sampling=sampling, **fields)
 
 
 def planned(world: World) -> StepPlan:

@@ -84,14 +84,8 @@ def test_an_engine_with_all_urgencies_is_decided_again_identically(tmp_path: Pat
     assert summary.biographies[0].lines
 
 
-def test_settings_reach_the_scheduler_and_impossible_ones_are_refused() -> None:
+def test_static_batches_have_no_gap_and_somebody_must_have_a_seat() -> None:
     executor = FakeExecutor(engine_for(config(None), VirtualClock()).executor.info)
-    scheduler = make_scheduler(
-        EngineConfig(max_num_seqs=8, reserved_seats=5, background_gap_ms=20.0, promote_low_after=9.0), executor, b""
-    )
-    assert scheduler.resources.reserved_seats == 5
-    assert scheduler.resources.background_gap == 0.02
-    assert scheduler.waiting.order.rules.patience == (0.0, 120.0, 9.0)
     assert make_scheduler(EngineConfig(), executor, b"").resources.background_gap is None
     assert make_scheduler(EngineConfig(batching="static"), executor, b"").resources.background_gap == 0.0
     with pytest.raises(ConfigError, match="leaves none of 8 seats"):

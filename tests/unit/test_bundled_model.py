@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-torch = pytest.importorskip("torch")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
-from bundled_model import Model, Shape, plant_induction  # noqa: E402
-from train_bundled import _orthogonal, rate  # noqa: E402
+import torch
+import transformers
+from bundled_model import Model, Shape, plant_induction
+from train_bundled import _orthogonal, rate
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +18,6 @@ def planted() -> Model:
 
 
 def test_logits_equal_those_of_transformers(planted: Model) -> None:
-    transformers = pytest.importorskip("transformers")
     config = planted.shape.config_json(bos=0, eos=2, pad=0)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).float().eval()
     missing, unexpected = theirs.load_state_dict(planted.state_dict(), strict=False)

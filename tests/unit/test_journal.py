@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import stat
 import subprocess
 import sys
@@ -172,8 +173,6 @@ def test_a_changed_record_and_a_changed_engine_are_found(
 
 
 def test_one_flipped_number_in_a_plan_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ropeway.sim.replay as module
-
     record(tmp_path)
 
     def flipped(path: Path) -> Any:
@@ -187,7 +186,7 @@ def test_one_flipped_number_in_a_plan_is_found(tmp_path: Path, monkeypatch: pyte
             changed.append(item)
         return header, iter(changed)
 
-    monkeypatch.setattr(module, "read", flipped)
+    monkeypatch.setattr("ropeway.sim.replay.read", flipped)
     summary = replay(tmp_path)
     assert summary.last_step == 20
     assert summary.steps == 19
@@ -253,7 +252,7 @@ def test_questions_and_changes_of_policy_are_recorded(tmp_path: Path) -> None:
     for number, policy in enumerate(("sjf", "fair", "fcfs")):
         drive(engine, clock, 1 + 100 * number, 40)
         for rid in range(40):
-            engine.submit([Submit(journalkit.ask(100 * number + 50 + rid, journalkit.random.Random(rid)))])
+            engine.submit([Submit(journalkit.ask(100 * number + 50 + rid, random.Random(rid)))])
         engine.submit([Reorder(number, policy), Explain(number)])
         drive(engine, clock, 90 + 100 * number, 5)
     engine.close()

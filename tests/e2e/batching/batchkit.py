@@ -7,7 +7,7 @@ from typing import Any
 
 import openai
 
-from ropeway.service.echo import EchoService
+from apiserver import Recorder
 from ropeway.service.request import TextRequest, TextStream
 from waiting import until
 
@@ -16,15 +16,10 @@ MIB = 1024 * 1024
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 
-class Slow(EchoService):
-    """An echo that remembers what it was asked, and takes its time over what says `slowly`."""
-
-    def __init__(self) -> None:
-        super().__init__(delay=0.0)
-        self.requests: list[TextRequest] = []
+class Slow(Recorder):
+    """From a request on that says `slowly` everything is slow, until one does not."""
 
     async def submit(self, request: TextRequest) -> TextStream:
-        self.requests.append(request)
         self.delay = 0.05 if "slowly" in str(request.text or request.messages) else 0.0
         return await super().submit(request)
 
@@ -47,8 +42,8 @@ def run(client: openai.OpenAI, content: bytes, **fields: Any) -> Any:
     return ended(client, client.batches.create(input_file_id=upload(client, content), **asked).id)
 
 
-def ended(client: openai.OpenAI, name: str, seconds: float = 20.0) -> Any:
-    return until(lambda: client.batches.retrieve(name), lambda batch: batch.status in ENDED, seconds)
+def ended(client: openai.OpenAI, name: str) -> Any:
+    return until(lambda: client.batches.retrieve(name), lambda batch: batch.status in ENDED)
 
 
 def read(client: openai.OpenAI, name: str | None) -> list[dict[str, Any]]:

@@ -85,9 +85,7 @@ def test_every_endpoint_can_be_deferred(
         ({"prompt": "x", "background": True, "deferred": "yes"}, 400, "deferred"),
     ],
 )
-def test_a_wrong_body_is_refused_at_once(
-    http: httpx2.Client, service: Slow, fields: dict[str, Any], status: int, param: str
-) -> None:
+def test_a_wrong_body_is_refused_at_once(http: httpx2.Client, fields: dict[str, Any], status: int, param: str) -> None:
     before = http.get("/v1/jobs", params={"limit": 100}).json()["data"]
     answer = http.post("/v1/completions", json={"model": "echo", "deferred": True, **fields})
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text

@@ -43,6 +43,7 @@ def test_a_charge_is_entered_once_however_often_it_is_brought(tmp_path: Path) ->
             done[source] = max(done[source], first + len(some))
         rows = store.read_now(lambda c: ask(c, Query(by=("key",))))
     assert entered == {"a": 399, "b": 399}
+    assert {row.key for row in rows} == {"a", "b"}
     for row in rows:
         assert row.key is not None
         tokens = sum(one.used.prompt for one in charges[row.key])

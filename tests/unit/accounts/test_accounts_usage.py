@@ -7,6 +7,8 @@ import csv
 import io
 import random
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,9 +26,21 @@ from ropeway.errors import ConfigError, StorageError
 from ropeway.store import Database
 
 
-async def test_no_usage_is_lost_or_counted_twice_when_writing_fails_and_waiters_leave(tmp_path: Path) -> None:
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    with closing(open_accounts(tmp_path)) as found:
+        yield found
+
+
+def ledger_of(database: Database, *now: Callable[[], float]) -> Ledger:
+    async def open_() -> Database:
+        return database
+
+    return Ledger(open_, *now)
+
+
+async def test_no_usage_is_lost_or_counted_twice_when_writing_fails_and_waiters_leave(database: Database) -> None:
     random_ = random.Random(3)
-    database = open_accounts(tmp_path)
     failing = True
 
     async def open_() -> Database:
@@ -55,16 +69,10 @@ async def test_no_usage_is_lost_or_counted_twice_when_writing_fails_and_waiters_
     rows = database.read_now(lambda c: ask(c, Query(by=("key",))))
     assert {row.key: row.prompt_tokens for row in rows} == told
     assert all(row.requests == row.completion_tokens == 200 for row in rows)
-    database.close()
 
 
-async def test_a_flush_returns_when_what_was_added_before_is_on_the_disk(tmp_path: Path) -> None:
-    database = open_accounts(tmp_path)
-
-    async def open_() -> Database:
-        return database
-
-    ledger = Ledger(open_)
+async def test_a_flush_returns_when_what_was_added_before_is_on_the_disk(database: Database) -> None:
+    ledger = ledger_of(database)
 
     async def work(number: int) -> None:
         ledger.add(f"k{number}", "", "m", Amounts(requests=1, prompt=number))
@@ -74,7 +82,6 @@ async def test_a_flush_returns_when_what_was_added_before_is_on_the_disk(tmp_pat
 
     await asyncio.gather(*(work(number) for number in range(1, 200)))
     await ledger.close()
-    database.close()
 
 
 @given(
@@ -115,15 +122,10 @@ def test_prices_that_are_wrong_are_refused_with_the_file_s_name(tmp_path: Path, 
         read_prices(tmp_path / "none.yaml")
 
 
-async def test_usage_is_told_by_whatever_one_asks(tmp_path: Path) -> None:
+async def test_usage_is_told_by_whatever_one_asks(database: Database) -> None:
     """Every question is answered as a loop over all that happened would."""
     random_, now = random.Random(11), [0.0]
-    database = open_accounts(tmp_path)
-
-    async def open_() -> Database:
-        return database
-
-    ledger = Ledger(open_, lambda: now[0])
+    ledger = ledger_of(database, lambda: now[0])
     events = []
     for _ in range(300):
         now[0] = 1.79e9 + random_.randrange(80 * 24) * HOUR + random_.randrange(HOUR)
@@ -149,16 +151,10 @@ async def test_usage_is_told_by_whatever_one_asks(tmp_path: Path) -> None:
     assert total[0] == sum(e[4].prompt + e[4].answer for e in events if e[1] == "a")
     assert database.read_now(lambda c: first_hour(c, 0)) == min(int(e[0]) // HOUR for e in events)
     await ledger.close()
-    database.close()
 
 
-async def test_what_has_no_price_has_no_cost_rather_than_a_wrong_one(tmp_path: Path) -> None:
-    database = open_accounts(tmp_path)
-
-    async def open_() -> Database:
-        return database
-
-    ledger = Ledger(open_)
+async def test_what_has_no_price_has_no_cost_rather_than_a_wrong_one(database: Database) -> None:
+    ledger = ledger_of(database)
     ledger.add("k", "", "m", Amounts(1, 10, 0, 0, 7, 0))
     ledger.add("k", "", "n", Amounts(1, 10, 0, 0, 0, 10))
     await ledger.close()
@@ -166,17 +162,11 @@ async def test_what_has_no_price_has_no_cost_rather_than_a_wrong_one(tmp_path: P
     assert [row.cost for row in rows] == [7e-9, None]
     assert database.read_now(lambda c: ask(c, Query(by=())))[0].cost is None
     assert as_csv(rows, ("model",)).splitlines()[1:] == ["m,1,10,0,0,10,0.000000007", "n,1,10,0,0,10,"]
-    database.close()
 
 
-async def test_the_pace_is_tokens_for_each_second_in_which_somebody_was_answered(tmp_path: Path) -> None:
+async def test_the_pace_is_tokens_for_each_second_in_which_somebody_was_answered(database: Database) -> None:
     now = [1.8e9]
-    database = open_accounts(tmp_path)
-
-    async def open_() -> Database:
-        return database
-
-    ledger = Ledger(open_, lambda: now[0])
+    ledger = ledger_of(database, lambda: now[0])
     for hour, tokens in ((0, 1000), (1, 5000)):
         now[0] = 1.8e9 + hour * HOUR
         ledger.start("m")
@@ -191,4 +181,3 @@ async def test_the_pace_is_tokens_for_each_second_in_which_somebody_was_answered
     assert database.read_now(lambda c: best_pace(c, 0)) == (100.0, 100.0)
     assert database.read_now(lambda c: best_pace(c, 0, "other")) is None
     await ledger.close()
-    database.close()

@@ -164,7 +164,7 @@ async def test_a_model_that_is_loaded_while_somebody_watches_is_announced_with_i
 
 async def test_who_reads_slowly_gets_the_newest_and_who_reads_nothing_is_left() -> None:
     service = Service()
-    api = api_of(service, stream_timeout=1.5)
+    api = api_of(service, stream_timeout=60.0)
     hub, slow = Hub(api), Client()
     task = asyncio.create_task(slow.watch(_Stream(api, hub, None, 0.1, None)))
     await slow.until(2)
@@ -177,6 +177,7 @@ async def test_who_reads_slowly_gets_the_newest_and_who_reads_nothing_is_left() 
     steps = [one["step"] for one in slow.frames]
     assert steps == sorted(steps)
     assert max(after - one for one, after in pairwise(steps)) >= 3  # the frames between are lost
+    api.config = api_of(service, stream_timeout=0.3).config
     slow.reads.clear()
     async with asyncio.timeout(20):
         await task

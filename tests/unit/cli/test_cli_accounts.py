@@ -71,7 +71,7 @@ def test_a_key_from_its_making_to_its_end(data: Path) -> None:
 def test_what_is_wrong_is_said_with_what_would_be_right(data: Path) -> None:
     assert "keys create" in refused("keys", "list")
     assert list(data.iterdir()) == [], "to look makes no files"
-    assert "60k" not in refused("keys", "create", "a", "--requests-per-minute", "many")
+    assert "'many'; it must be a whole number" in refused("keys", "create", "a", "--requests-per-minute", "many")
     assert "at least 1" in refused("keys", "create", "a", "--concurrency", "0")
     assert "30d" in refused("keys", "create", "a", "--expires", "soon")
     assert "one of month, total" in refused("keys", "create", "a", "--budget-period", "week")

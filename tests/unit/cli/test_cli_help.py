@@ -34,7 +34,8 @@ def test_help_names_all_that_can_be_given(
     shown = capsys.readouterr().out
     assert not end.value.code
     command = ALL[words]
-    assert (command.help or "").split("\n")[0].split(".")[0][:40] in shown
+    assert command.help, "a verb that does not explain itself"
+    assert command.help.split("\n")[0].split(".")[0][:40] in shown
     assert all(f" {name} " in shown for name in getattr(command, "commands", {}))
     options = [p for p in command.params if p.param_type_name == "option" and not getattr(p, "hidden", False)]
     assert all(option.opts[0] in shown for option in options)

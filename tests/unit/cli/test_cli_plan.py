@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -32,11 +33,8 @@ def big(tmp_path: Path) -> ModelSpec:
 
 
 def shown(config: EngineConfig, spec: ModelSpec, device: str, memory_gib: float | None = None) -> str:
-    console = Console(width=160, highlight=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    try:
-        show(config, spec, find_device(device, memory_gib), console)
-    finally:
-        console.file.close()
+    console = Console(width=160, highlight=False, record=True, file=io.StringIO())
+    show(config, spec, find_device(device, memory_gib), console)
     return console.export_text()
 
 

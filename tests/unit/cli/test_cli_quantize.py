@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from bundled_heldout import PATH, held_out_text
 
 from ropeway.cli.main import main
 from ropeway.config import EngineConfig
@@ -169,7 +169,4 @@ def test_score_equals_transformers(checkpoint: Make) -> None:
 
 
 def test_the_held_out_text_is_what_the_example_writes() -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "examples"))
-    from bundled_heldout import PATH, held_out_text
-
     assert PATH.read_text(encoding="utf-8") == held_out_text()

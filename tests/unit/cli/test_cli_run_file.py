@@ -60,7 +60,8 @@ async def test_each_line_is_answered_once_however_often_the_run_ends(tmp_path: P
     for most in (0, 7, 20, 10**9):
         partial, stub = Partial(tmp_path / "out.partial", "name"), Stub(most=most)
         try:
-            await answer_all(stub, path, partial, 4, Progress(50, len(partial)).__enter__())
+            with Progress(50, len(partial)) as progress:
+                await answer_all(stub, path, partial, 4, progress)
         except Interrupted:
             partial.close()
         asked += stub.calls

@@ -226,7 +226,6 @@ async def test_any_traffic_stays_within_the_budget_and_is_served(seed: int) -> N
     rng = random.Random(seed)
     sizes = {name: rng.choice([1.0, 2.0, 3.0]) for name in "abcde"}
     house = House(budget=rng.choice([3.0, 4.0, 6.0]), patience=30.0, **sizes)
-    house.supervisor._clock = house.clock
 
     async def request() -> None:
         for _ in range(rng.randrange(4)):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from jobkit import TENANT, quick_folder
+from jobkit import TENANT, die, quick_folder
 from ropeway.contract import Urgency
 from ropeway.errors import StorageError
 from ropeway.jobs import outbox
@@ -114,9 +113,7 @@ async def test_after_its_server_it_is_work_like_any_other(store: JobStore, clock
     assert await state(store, refused) is None
     queue = SqliteQueue(store)
     assert [one.call.request_id for one in await queue.lease(9, wait=0.0)] == [stopped.work.call.request_id]
-    lock, killed._presence._lock = killed._presence._lock, None
-    assert lock is not None
-    os.close(lock)  # as the kernel does for a process that was killed
+    die(killed)
     queue._looked -= 100.0
     [again] = await queue.lease(9, wait=0.0)
     assert again.call == dead.work.call

@@ -78,7 +78,8 @@ async def test_processes_that_die_while_they_enter_enter_nothing_twice(folder: P
         for task in entering:
             if random_.random() < 0.7:
                 task.cancel()
-        await asyncio.gather(*entering, return_exceptions=True)
+        for outcome in await asyncio.gather(*entering, return_exceptions=True):
+            assert outcome is None or isinstance(outcome, asyncio.CancelledError)
     await parties[1][0].charges.enter(parties[1][1])
     row = await used(first[1])
     assert row is not None

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from jobkit import again, jsonl, lines_of, quick_folder, results, submit
+from jobkit import again, answer_all, jsonl, lines_of, quick_folder, results, submit
 from ropeway.errors import StorageError
 from ropeway.jobs.keeper import Keeper
 from ropeway.jobs.records import Batch, BatchState
 from ropeway.jobs.store import JobStore
-from ropeway.jobs.work import Reply
 from waiting import eventually
 
 
@@ -23,12 +22,6 @@ async def store() -> AsyncIterator[JobStore]:
         made = JobStore(folder / "data")
         yield made
         made.close()
-
-
-async def answer_all(store: JobStore) -> None:
-    while works := await store.items.claim("w", 100):
-        replies = (store.items.finish(work.item, work.attempt, Reply(status=200, body=b"{}")) for work in works)
-        assert all(await asyncio.gather(*replies))
 
 
 async def until_is(store: JobStore, batch: Batch, state: BatchState) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from jobkit import ENDPOINT, TENANT, quick_folder
+from jobkit import ENDPOINT, TENANT, Timed, die, quick_folder
 from ropeway.contract import Urgency
 from ropeway.errors import StorageError
 from ropeway.jobs.begun import Begun
@@ -20,7 +18,6 @@ from ropeway.jobs.pace import Pace
 from ropeway.jobs.records import new_id
 from ropeway.jobs.redis_offers import Offers, no_terms
 from ropeway.jobs.sqlite_queue import SqliteQueue
-from ropeway.jobs.store import JobStore
 from ropeway.jobs.work import Call, Reply, Work
 from ropeway.jobs.worker import Worker
 from waiting import eventually
@@ -29,33 +26,12 @@ OK = Reply(status=200, body=b"{}")
 CALL = Call(url=ENDPOINT, body=b"{}", tenant=TENANT, urgency=Urgency.LOW)
 
 
-class Timed(JobStore):
-    """Tables whose clock is set, and whose disk is `full` when a test says so."""
-
-    def __init__(self, folder: Path) -> None:
-        self.now = 1.8e9
-        self.full = False
-        super().__init__(folder, clock=lambda: self.now)
-
-    async def write(self, work: Callable[[Any], Any]) -> Any:
-        if self.full:
-            raise StorageError("The disk is full.")
-        return await super().write(work)
-
-
 @pytest.fixture
 def store() -> Iterator[Timed]:
     with quick_folder() as folder:
         made = Timed(folder)
         yield made
         made.close()
-
-
-def die(process: SqliteQueue | Begun) -> None:
-    """End as a process ends that is killed: the kernel gives its lock back."""
-    lock, process._presence._lock = process._presence._lock, None
-    assert lock is not None
-    os.close(lock)
 
 
 async def test_who_comes_late_for_more_still_has_what_it_has(store: Timed) -> None:

@@ -9,7 +9,19 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from jobkit import ENDPOINT, TENANT, again, jsonl, lines_of, quick_folder, results, submit, upload
+from jobkit import (
+    ENDPOINT,
+    TENANT,
+    Timed,
+    again,
+    answer_all,
+    jsonl,
+    lines_of,
+    quick_folder,
+    results,
+    submit,
+    upload,
+)
 from ropeway.contract import Urgency
 from ropeway.errors import RequestError
 from ropeway.jobs.files import LOOK_SECONDS
@@ -21,16 +33,10 @@ from ropeway.jobs.work import Call, Reply
 from ropeway.store import Database
 
 
-class Timed(JobStore):
-    """A store with a clock that stands until it is moved."""
-
-    now = 1_800_000_000.0
-
-
 @pytest.fixture
 async def store() -> AsyncIterator[Timed]:
     with quick_folder() as folder:
-        made = Timed(folder / "data", clock=lambda: made.now)
+        made = Timed(folder / "data")
         yield made
         made.close()
 
@@ -43,15 +49,6 @@ async def events(store: JobStore) -> list[tuple[str, str, str]]:
     return await store.read(
         lambda c: [(row["type"], row["subject"], row["url"]) for row in c.execute("SELECT * FROM outbox ORDER BY id")]
     )
-
-
-async def answer_all(store: JobStore, body: bytes = b'{"a": 1}', status: int = 200) -> int:
-    count = 0
-    while works := await store.items.claim("w", 100):
-        for work in works:
-            assert await store.items.finish(work.item, work.attempt, Reply(status=status, body=body, request_id="r"))
-            count += 1
-    return count
 
 
 def test_a_store_that_nobody_uses_makes_no_files() -> None:

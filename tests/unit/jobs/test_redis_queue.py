@@ -193,6 +193,8 @@ async def test_a_worker_that_keeps_its_work_is_left_alone(redis: RedisServer) ->
         keeping = asyncio.create_task(keep())
         assert await idle.queue.lease(1, wait=8 * BEAT) == []
         keeping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await keeping
         assert (await lease(idle, 1))[0].item == works[0].item
         assert await helper.queue.extend(works) == works
 
@@ -214,8 +216,8 @@ async def test_what_is_given_back_is_offered_anew(redis: RedisServer) -> None:
         owner, helper = await all_of_them.add(), await all_of_them.add()
         [name] = await owner.defer(1)
         [first] = await lease(helper, 1)
-        await helper.queue.release(first, delay=0.3)
         begun = asyncio.get_running_loop().time()
+        await helper.queue.release(first, delay=0.3)
         [second] = await lease(helper, 1)
         assert second.attempt == first.attempt + 1
         assert asyncio.get_running_loop().time() - begun > 0.25

@@ -88,6 +88,8 @@ async def test_a_receiver_that_fails_is_asked_again(tmp_path: Path, act: Act, se
             assert (entry.state, entry.due) == ("pending", wall.now + seconds)
             await to_the_end(store, sender, wall)
             first, second = receiver.hits
+        [family] = sender.families()
+        assert {sample.labels["outcome"]: sample.value for sample in family.samples} == {"delivered": 1, "failed": 1}
         [entry] = await entries(store)
         assert (entry.state, entry.status, entry.error, entry.attempts) == ("delivered", 200, None, 2)
         assert (first.headers["webhook-id"], first.body) == (second.headers["webhook-id"], second.body)
@@ -141,19 +143,23 @@ async def test_410_disables_the_url(tmp_path: Path) -> None:
             assert len(receiver.hits) == 6
 
 
-async def test_a_slow_receiver_is_late_for_itself_alone(tmp_path: Path) -> None:
+async def test_a_slow_receiver_is_late_for_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ropeway.jobs.webhooks._GRACE", 0.0)
     with storing(tmp_path, time.time) as store:
         async with receiving(hang) as slow, receiving(status(200)) as quick:
             for _ in range(50):
                 await owe(store, slow.url())
             for _ in range(20):
                 await owe(store, quick.url())
-            running = asyncio.create_task(dispatcher(store, Egress(LOOPBACK, timeout=2.0)).run())
+            running = asyncio.create_task(dispatcher(store, Egress(LOOPBACK, timeout=60.0)).run())
             async with asyncio.timeout(20):
                 await slow.until(4)
                 await quick.until(20)
             assert slow.most_open == 4
             assert quick.most_open <= 4
+            await eventually(
+                lambda: entries(store), lambda found: sum(entry.state == "delivered" for entry in found) == 20
+            )
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
         ends = Counter((entry.url, entry.state) for entry in await entries(store))
@@ -186,7 +192,10 @@ async def test_a_crash_between_delivery_and_record_repeats_the_event_with_the_sa
         with storing(tmp_path, time.time) as store:
             await owe(store, receiver.url())
         killed = child(tmp_path, 0.0, "webhook:kill")
-        assert await asyncio.to_thread(killed.wait, 30) == -signal.SIGKILL
+        try:
+            assert await asyncio.to_thread(killed.wait, 30) == -signal.SIGKILL
+        finally:
+            killed.kill()
         assert len(receiver.hits) == 1
         with storing(tmp_path, time.time) as store:
             [entry] = await entries(store)

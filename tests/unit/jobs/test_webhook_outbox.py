@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import sqlite3
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from email.utils import formatdate
 from typing import Any
 
@@ -19,16 +21,18 @@ from ropeway.jobs.webhooks import KEPT, LEASE, MAX_RETRY_AFTER, SCHEDULE, next_d
 
 
 @pytest.fixture
-def connection() -> sqlite3.Connection:
-    return tables()
+def connection() -> Iterator[sqlite3.Connection]:
+    with tables() as found:
+        yield found
 
 
-def tables() -> sqlite3.Connection:
-    connection = sqlite3.connect(":memory:", isolation_level=None)
-    connection.row_factory = sqlite3.Row
-    for step in outbox.SCHEMA.steps:
-        connection.executescript(step)
-    return connection
+@contextmanager
+def tables() -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        connection.row_factory = sqlite3.Row
+        for step in outbox.SCHEMA.steps:
+            connection.executescript(step)
+        yield connection
 
 
 def add(connection: sqlite3.Connection, url: str, now: float = 0.0) -> None:
@@ -50,8 +54,13 @@ def fail(connection: sqlite3.Connection, delivery: outbox.Delivery, now: float, 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 4))
 def test_every_event_comes_to_one_end(seed: int, events: int, hosts: int) -> None:
+    with tables() as connection:
+        check_ends(connection, random.Random(seed), events, hosts)
+
+
+def check_ends(connection: sqlite3.Connection, draw: random.Random, events: int, hosts: int) -> None:
     """Against a model of what the receivers saw and said."""
-    draw, connection, now = random.Random(seed), tables(), 0.0
+    now = 0.0
     for n in range(events):
         add(connection, f"https://host{n % hosts}.example/hook")
     said: dict[str, list[int | None]] = defaultdict(list)
@@ -75,7 +84,9 @@ def test_every_event_comes_to_one_end(seed: int, events: int, hosts: int) -> Non
             earliest[delivery.event] = now + max(5.0, float(answer.retry_after or 0))
             if answer.status == 410:
                 gone.add(delivery.url)
-    for entry in outbox.listing(connection, limit=1000):
+    ended = outbox.listing(connection, limit=1000)
+    assert len(ended) == events
+    for entry in ended:
         seen = said[entry.event]
         assert entry.ended is not None
         assert not {200, 204} & set(seen[:-1]), "sent again after it was delivered"

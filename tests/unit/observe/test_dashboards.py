@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from programs import program
 from ropeway.cli import metrics_table
 from ropeway.observe.metrics import Metrics
 
@@ -47,14 +46,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def made() -> dict[str, Any]:
-    spec = importlib.util.spec_from_file_location("dashboard", DEPLOY / "dashboard.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by its name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    found: dict[str, Any] = module.dashboard()
+    found: dict[str, Any] = program("deploy/dashboard.py").dashboard()
     return found
 
 

@@ -37,7 +37,7 @@ INFO = ExecutorInfo(
     vocab_size=9, device_id="GPU-1",
 )  # fmt: skip
 ELSEWHERE = {"ropeway_webhook_attempts"}
-"""Shown by a real dispatcher in e2e/test_api_webhooks.py."""
+"""Moved by a real dispatcher in unit/jobs/test_webhook_delivery.py."""
 
 
 class OneGpu:

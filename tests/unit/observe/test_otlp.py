@@ -102,6 +102,7 @@ async def test_a_collector_that_fails_loses_spans_and_says_so_once(
         return httpx2.Response(503 if len(asked) == 2 else 200)
 
     collector = Collector(endpoint, "x-key = secret", clock=lambda: 5.0)
+    await collector._http.aclose()
     collector._http = httpx2.AsyncClient(transport=httpx2.MockTransport(answer), headers=collector._http.headers)
     span = Span(trace_id=TRACE, name="n", begin=1.0, end=2.0)
     with caplog.at_level("WARNING", "ropeway"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.config import EngineConfig
+from ropeway.config import EngineConfig, check
 from ropeway.errors import ConfigError
 from ropeway.runtime import blockfile
 from ropeway.runtime.blockfile import PAGE, BlockFile, slots_in
@@ -180,8 +180,6 @@ def test_the_fingerprint_tells_models_and_layouts_apart(tmp_path: Path) -> None:
 
 
 def test_half_of_an_option_is_refused() -> None:
-    from ropeway.config import check
-
     with pytest.raises(ConfigError, match="kv_disk_gib is given without kv_disk_path"):
         check(EngineConfig(kv_disk_gib=1.0))
     with pytest.raises(ConfigError, match="prefix caching is off"):

@@ -20,6 +20,7 @@ from ropeway.config import EngineConfig
 from ropeway.errors import ModelError
 from ropeway.modelspec import load_spec
 from ropeway.runtime.local import LocalExecutor
+from ropeway.runtime.perplexity import score
 from ropeway.runtime.weights.loader import Weights
 
 Make = Callable[[str], Path]
@@ -62,11 +63,15 @@ def test_unexpected_tensors(copy: Make) -> None:
         build(directory)
 
 
-def test_stored_rotary_frequencies_and_a_tied_head_are_ignored(copy: Make) -> None:
+def test_stored_rotary_frequencies_and_a_tied_head_are_ignored(checkpoint: Make, copy: Make) -> None:
     directory = copy("llama-tied")
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16), "lm_head.weight": torch.zeros(300, 64)}
     rewrite(directory, lambda t: t.update(extra))
-    build(directory)
+    found, plain = (
+        score(build(path).runner, range(50), context=50, chunk=50).nats
+        for path in (directory, checkpoint("llama-tied"))
+    )
+    assert found == pytest.approx(plain, rel=1e-4)
 
 
 def test_wrong_shape(copy: Make) -> None:

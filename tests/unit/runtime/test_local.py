@@ -79,7 +79,7 @@ def test_refusals(checkpoint: Make, options: dict[str, Any], error: type[Excepti
 
 
 @pytest.mark.parametrize(
-    ("stored", "native", "wanted", "expected"),
+    ("stored", "bf16", "wanted", "expected"),
     [
         ("bfloat16", True, "auto", torch.bfloat16),
         ("bfloat16", False, "auto", torch.float32),
@@ -91,9 +91,9 @@ def test_refusals(checkpoint: Make, options: dict[str, Any], error: type[Excepti
     ],
 )
 def test_dtype_on_a_cpu(
-    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, stored: str, native: bool, wanted: Any, expected: torch.dtype
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, stored: str, bf16: bool, wanted: Any, expected: torch.dtype
 ) -> None:
-    flags = frozenset({"avx512_bf16"} if native else {"avx2"})
+    flags = frozenset({"avx512_bf16"} if bf16 else {"avx2"})
     monkeypatch.setattr(local, "detect", lambda: CpuInfo("", flags, 1))
     monkeypatch.setattr(local, "load", lambda: "there is no compiler")
     changed = dataclasses.replace(load_spec(checkpoint("llama")), dtype=stored)

@@ -14,7 +14,7 @@ from ropeway.runtime.gather import last_of_each
 from ropeway.runtime.pooling import Pool
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kind=st.sampled_from(["last", "mean", "cls"]), length=st.integers(1, 30), data=st.data())
 def test_chunks_make_the_vector_of_the_whole(kind: str, length: int, data: st.DataObject) -> None:
     states = torch.randn(length, 5, generator=torch.Generator().manual_seed(length))

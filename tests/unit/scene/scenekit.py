@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -39,8 +40,12 @@ INFO = ExecutorInfo(
 class Plans(FakeExecutor):
     """Remembers the plans."""
 
+    def __init__(self, info: ExecutorInfo, **given: Any) -> None:
+        super().__init__(info, **given)
+        self.plans: list[StepPlan] = []
+
     def submit(self, plan: StepPlan) -> int:
-        self.plans: list[StepPlan] = [*getattr(self, "plans", []), plan]
+        self.plans.append(plan)
         return super().submit(plan)
 
 

@@ -161,7 +161,7 @@ def test_a_journal_tells_the_same_lives(tmp_path: Path, depth: int) -> None:
     assert used[-1] == 0
 
 
-def test_what_ended_long_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ended_long_ago_is_forgotten() -> None:
     watched = Watched()
     watched.watcher.lives = room.Lives(keep=10)
     watched.run(traffic(0, 40))

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from blind import Blind
 from invariants import check
-from ropeway.contract import GenerateRequest, SamplingParams, StepPlan, StepResult, TokenEvent
+from ropeway.contract import (
+    FinishReason,
+    GenerateRequest,
+    Row,
+    SamplingParams,
+    StepPlan,
+    StepResult,
+    TokenEvent,
+    Urgency,
+)
 from ropeway.scheduler import Forecast, Newest, Resources, Rules, Scheduler, Victim, make_order
 from ropeway.scheduler.sequence import Sequence
 
 TOKEN = 5
+HIGH, MEDIUM, LOW = Urgency
+CANCELLED = FinishReason.CANCELLED
+PATIENT = Rules(patience=(0.0, 1e6, 1e6))
 
 
 def request(rid: int, prompt: int = 4, answer: int = 50, **fields: Any) -> GenerateRequest:
@@ -19,6 +31,18 @@ def request(rid: int, prompt: int = 4, answer: int = 50, **fields: Any) -> Gener
     first = 1000 * fields.pop("like", rid)
     sampling = SamplingParams(max_tokens=answer, **fields.pop("sampling", {}))
     return GenerateRequest(rid=rid, tokens=list(range(first, first + prompt)), sampling=sampling, **fields)
+
+
+def sequence(
+    number: int = 1, prompt: int = 10, answer: int = 999, arrival: float = 0.0, *, longest: int = 1 << 20, **fields: Any
+) -> Sequence:
+    """Of a request that came as the one of that number."""
+    return Sequence(request(number, prompt, answer, **fields), number, arrival, longest)
+
+
+def plan(*counts: int) -> StepPlan:
+    """A step of rows of so many tokens."""
+    return StepPlan(1, [], [], [Row(i, 1, i, 0, count, True, []) for i, count in enumerate(counts)], [])
 
 
 class Allowance:
@@ -84,6 +108,22 @@ class Desk:
 def rows(plan: StepPlan) -> list[tuple[int, int, int]]:
     """(request, start, count) of each row."""
     return [(row.rid, row.start, row.count) for row in plan.rows]
+
+
+class Foreseen(Forecast):
+    """Expects `to_go` of a sequence's number more tokens of its answer, or as many as that number, and counts how often
+    it looks around."""
+
+    def __init__(self, to_go: Callable[[int], int] = int) -> None:
+        super().__init__()
+        self._to_go = to_go
+        self.surveys = 0
+
+    def draw(self, seq: Sequence) -> int:
+        return self._to_go(seq.number)
+
+    def survey(self, running: Iterable[Sequence]) -> None:
+        self.surveys += 1
 
 
 class Told(Blind):

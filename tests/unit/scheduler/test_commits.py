@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import pytest
-from desk import TOKEN, Desk, Told, request, rows
+from desk import CANCELLED, LOW, TOKEN, Desk, Told, request, rows
 
 from invariants import check
-from ropeway.contract import ErrorInfo, FinishReason, RowFault, StepResult, Tier, TokenEvent, Urgency
+from ropeway.contract import ErrorInfo, FinishReason, RowFault, StepResult, Tier, TokenEvent
 from ropeway.scheduler import FixedTokens, Newest, Order, Rules, Scheduler
 from ropeway.scheduler.order import Lane
 from ropeway.scheduler.sequence import Sequence, State
-
-CANCELLED = FinishReason.CANCELLED
-LOW = Urgency.LOW
-
 
 # News
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from desk import request, sequence
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ropeway.contract import ErrorInfo, FinishReason, GenerateRequest, SamplingParams
+from ropeway.contract import ErrorInfo, FinishReason
 from ropeway.errors import ContextLengthError, NeverFitsError, RequestError
 from ropeway.scheduler import Counters, Resources
 from ropeway.scheduler.resources import check_fits
 from ropeway.scheduler.sequence import Sequence, State
 from ropeway.scheduler.stops import final_event, finish_after
-
-
-def request(prompt: int, answer: int, **fields: Any) -> GenerateRequest:
-    sampling = fields.pop("sampling", SamplingParams(max_tokens=answer))
-    return GenerateRequest(rid=7, tokens=[1] * prompt, sampling=sampling, **fields)
 
 
 def resources(**changes: Any) -> Resources:
@@ -56,7 +52,7 @@ def test_what_is_refused_is_what_could_never_run(
     found: type[Exception] | None = None
     try:
         check_fits(
-            request(prompt, answer, pooling="last" if pooling else ""),
+            request(7, prompt, answer, pooling="last" if pooling else ""),
             resources(num_blocks=blocks, chunked_prefill=in_parts), pinned,
         )  # fmt: skip
     except RequestError as error:
@@ -78,12 +74,12 @@ def test_who_is_refused_is_told_the_numbers(
     asked: tuple[int, int], changes: dict[str, Any], pinned: int, words: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        check_fits(request(*asked), resources(**changes), pinned)
+        check_fits(request(7, *asked), resources(**changes), pinned)
     assert words in caught.value.message
 
 
-def test_defaults_are_those_of_the_documents() -> None:
-    check_fits(request(9, 15), resources(num_blocks=6))  # nothing is pinned
+def test_defaults() -> None:
+    check_fits(request(7, 9, 15), resources(num_blocks=6))  # nothing is pinned
     assert resources() == resources(
         reserved_seats=0, prefix_caching=True, chunked_prefill=True, static_batching=False, tiers=(), tenant_quota=1.0,
         preemption_mode="auto", background_gap=0.0,
@@ -93,38 +89,34 @@ def test_defaults_are_those_of_the_documents() -> None:
     )  # fmt: skip
 
 
-def sequence(prompt: int = 4, answer: int = 3, longest: int = 100, **fields: Any) -> Sequence:
-    return Sequence(request(prompt, answer, **fields), 1, 2.0, longest)
-
-
 def test_a_sequence_ends_by_length_or_at_the_end_of_the_context() -> None:
     assert [finish_after(sequence_of(4, 3), length) for length in (5, 6, 7)] == [None, None, FinishReason.LENGTH]
-    assert sequence(4, 90, longest=10).end == 10
-    assert sequence(10, 1, longest=10, pooling="last").end == 11, "its one token means nothing and needs no place"
+    assert sequence(1, 4, 90, longest=10).end == 10
+    assert sequence(1, 10, 1, longest=10, pooling="last").end == 11, "its one token means nothing and needs no place"
 
 
 def sequence_of(prompt: int, answer: int, **sampling: Any) -> Sequence:
-    seq = sequence(prompt, sampling=SamplingParams(max_tokens=answer, **sampling), answer=answer)
+    seq = sequence(7, prompt, answer, sampling=sampling)
     seq.tokens += [5] * answer
     return seq
 
 
 def test_a_sequence_shares_what_is_cached_unless_there_is_no_cache_or_it_wants_none() -> None:
     assert [sequence().shares, sequence(cache=False).shares] == [True, False]
-    assert not Sequence(request(4, 3), 1, 2.0, 100, caching=False).shares
+    assert not Sequence(request(7), 1, 2.0, 100, caching=False).shares
 
 
 def test_an_end_token_wins_over_the_length_but_not_over_the_minimum() -> None:
     seq = sequence_of(4, 3, stop_token_ids=(5,), min_tokens=2)
     found = [finish_after(seq, length) for length in (5, 6, 7)]
     assert found == [None, FinishReason.STOP, FinishReason.STOP]
-    model = sequence(4, 3, eos_ids=(9,))
+    model = sequence(7, 4, 3, eos_ids=(9,))
     model.tokens += [9]
     assert finish_after(model, 5) is FinishReason.STOP
 
 
 def test_the_last_news_says_what_a_request_has_cost() -> None:
-    seq = sequence(4, 3, sampling=SamplingParams(max_tokens=3, stop_token_ids=(5, 9)), eos_ids=(9,))
+    seq = sequence(7, 4, 3, 2.0, sampling={"stop_token_ids": (5, 9)}, eos_ids=(9,))
     fresh = final_event(seq, 9.0, None, []).usage
     assert fresh is not None
     assert (fresh.first_token_s, fresh.cached_tokens) == (None, 0)
@@ -148,7 +140,7 @@ def test_the_last_news_says_what_a_request_has_cost() -> None:
 
 
 def test_a_vector_s_one_token_means_nothing() -> None:
-    seq = sequence(4, 1, pooling="last")
+    seq = sequence(7, 4, 1, pooling="last")
     seq.tokens += [8]
     event = final_event(seq, 9.0, None, [8])
     assert event.tokens == []
@@ -157,7 +149,7 @@ def test_a_vector_s_one_token_means_nothing() -> None:
 
 
 def test_a_sequence_moves_as_it_may() -> None:
-    seq = sequence()
+    seq = sequence(7)
     for state in (State.RUNNING, State.QUEUED, State.RUNNING, State.FINISHED):
         seq.move(state)
         with pytest.raises(RuntimeError, match=f"request 7 cannot go from {state.value} to {state.value}"):

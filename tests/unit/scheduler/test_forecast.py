@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from desk import sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropeway.contract import GenerateRequest, SamplingParams
 from ropeway.scheduler import Forecast, MostToGo, Newest
 from ropeway.scheduler.peak import Peak
 from ropeway.scheduler.sequence import Sequence
 
 
-def sequence(rid: int = 1, output: int = 0, *, most: int = 1000, priority: int = 0) -> Sequence:
-    sampling = SamplingParams(max_tokens=most)
-    request = GenerateRequest(rid=rid, tokens=list(range(10)), sampling=sampling, priority=priority)
-    seq = Sequence(request, rid, 0.0, 1 << 62)
+def answered(number: int = 1, output: int = 0, *, most: int = 1000, priority: int = 0) -> Sequence:
+    """One that has `output` tokens of an answer of at most `most`."""
+    seq = sequence(number, answer=most, priority=priority)
     seq.tokens += [1] * output
     return seq
 
@@ -23,7 +22,7 @@ def sequence(rid: int = 1, output: int = 0, *, most: int = 1000, priority: int =
 def taught(lengths: list[int]) -> Forecast:
     forecast = Forecast()
     for length in lengths:
-        forecast.ended(sequence(output=length))
+        forecast.ended(answered(output=length))
     return forecast
 
 
@@ -32,24 +31,24 @@ def taught(lengths: list[int]) -> Forecast:
 
 def test_an_answer_is_expected_to_end_like_those_that_became_longer() -> None:
     forecast = taught([40, 20, 400, 10, 30])
-    assert forecast.to_go(sequence()) == 30
-    assert forecast.to_go(sequence(output=30)) == 400 - 30
-    assert forecast.to_go(sequence(output=10), 0.0) == 10, "those that became as long are over"
-    assert [forecast.to_go(sequence(output=10), share) for share in (0.24, 0.25, 0.99)] == [10, 20, 390]
-    assert forecast.to_go(sequence(output=15, most=18)) == 3, "never beyond the request's own bound"
+    assert forecast.to_go(answered()) == 30
+    assert forecast.to_go(answered(output=30)) == 400 - 30
+    assert forecast.to_go(answered(output=10), 0.0) == 10, "those that became as long are over"
+    assert [forecast.to_go(answered(output=10), share) for share in (0.24, 0.25, 0.99)] == [10, 20, 390]
+    assert forecast.to_go(answered(output=15, most=18)) == 3, "never beyond the request's own bound"
 
 
 def test_where_nobody_became_longer_as_much_again_is_expected_and_at_least_what_chats_have() -> None:
     forecast = taught([10, 20, 30, 40, 400])
-    assert forecast.to_go(sequence(output=500)) == 500
-    assert forecast.to_go(sequence(output=400)) == 400
+    assert forecast.to_go(answered(output=500)) == 500
+    assert forecast.to_go(answered(output=400)) == 400
     fresh = Forecast()
-    assert [fresh.to_go(sequence(output=done)) for done in (0, 56, 128, 130)] == [256, 200, 128, 130]
+    assert [fresh.to_go(answered(output=done)) for done in (0, 56, 128, 130)] == [256, 200, 128, 130]
 
 
 def test_each_of_many_draws_from_its_own_part_of_what_has_been_seen() -> None:
     forecast = taught([10 * number for number in range(1, 101)])
-    drawn = [forecast.draw(sequence(number)) for number in range(1, 51)]
+    drawn = [forecast.draw(answered(number)) for number in range(1, 51)]
     assert drawn[:5] == [620, 240, 860, 480, 100], "by multiples of the golden ratio: a replay relies on it"
     tenths = [sum(100 * tenth < length <= 100 * tenth + 100 for length in drawn) for tenth in range(10)]
     assert min(tenths) >= 4
@@ -57,56 +56,56 @@ def test_each_of_many_draws_from_its_own_part_of_what_has_been_seen() -> None:
 
 
 def test_a_thousand_answers_are_remembered() -> None:
-    assert taught([10] + [50] * 999).to_go(sequence(), 0.0) == 10
+    assert taught([10] + [50] * 999).to_go(answered(), 0.0) == 10
     forgetful = taught([10] + [50] * 1000)
-    assert forgetful.to_go(sequence(), 0.0) == 50
+    assert forgetful.to_go(answered(), 0.0) == 50
     assert [len(forgetful._ended), len(forgetful._recent)] == [1000, 1000]
     rising = taught(list(range(1, 1004)))
-    assert [rising.to_go(sequence(most=2000), share) for share in (0.0, 0.999)] == [4, 1003]
+    assert [rising.to_go(answered(most=2000), share) for share in (0.0, 0.999)] == [4, 1003]
 
 
 def test_who_still_runs_counts_at_the_length_expected_of_him() -> None:
     forecast = taught([5] * 10)
-    riding = [sequence(number, output=100) for number in range(1, 31)]
+    riding = [answered(number, output=100) for number in range(1, 31)]
     forecast.survey(riding)
-    assert forecast.to_go(sequence(), 0.24) == 5
-    assert forecast.to_go(sequence(), 0.25) == 256, "as much again is less than what chats have"
-    assert forecast.to_go(sequence(output=100), 0.99) == 156
+    assert forecast.to_go(answered(), 0.24) == 5
+    assert forecast.to_go(answered(), 0.25) == 256, "as much again is less than what chats have"
+    assert forecast.to_go(answered(output=100), 0.99) == 156
     forecast.survey(riding[:10])
-    assert forecast.to_go(sequence(), 0.49) == 5
-    assert forecast.to_go(sequence(), 0.5) == 256
+    assert forecast.to_go(answered(), 0.49) == 5
+    assert forecast.to_go(answered(), 0.5) == 256
     forecast.survey([])
-    assert forecast.to_go(sequence(), 0.99) == 5
+    assert forecast.to_go(answered(), 0.99) == 5
 
 
 def test_those_who_run_stand_in_their_place_among_those_who_have_ended() -> None:
     forecast = taught([900])
-    forecast.survey([sequence(1, output=3, most=9), sequence(2, output=3, most=4)])
-    assert [forecast.to_go(sequence(), share) for share in (0.0, 0.34, 0.67)] == [4, 9, 900]
+    forecast.survey([answered(1, output=3, most=9), answered(2, output=3, most=4)])
+    assert [forecast.to_go(answered(), share) for share in (0.0, 0.34, 0.67)] == [4, 9, 900]
 
 
 def test_who_ends_after_a_survey_is_one_more_in_it() -> None:
     forecast = taught([5] * 3)
-    forecast.survey([sequence(number, output=300) for number in (1, 2)])
+    forecast.survey([answered(number, output=300) for number in (1, 2)])
     for length in (700, 6):
-        forecast.ended(sequence(output=length))
-    assert [forecast.to_go(sequence(), part / 7 + 0.01) for part in range(7)] == [5, 5, 5, 6, 600, 600, 700]
+        forecast.ended(answered(output=length))
+    assert [forecast.to_go(answered(), part / 7 + 0.01) for part in range(7)] == [5, 5, 5, 6, 600, 600, 700]
     assert forecast._ended == [5, 5, 5, 6, 700], "who runs has not ended"
     plain = taught([5, 700])
-    assert [plain.to_go(sequence(), share) for share in (0.0, 0.5)] == [5, 700], "once each"
+    assert [plain.to_go(answered(), share) for share in (0.0, 0.5)] == [5, 700], "once each"
 
 
 def test_when_enough_have_ended_nobody_else_counts() -> None:
-    riding = [sequence(number, output=300) for number in range(1, 31)]
+    riding = [answered(number, output=300) for number in range(1, 31)]
     nearly = taught([5] * 999)
     nearly.survey(riding)
-    nearly.ended(sequence(output=5))
-    assert nearly.to_go(sequence(), 0.99) == 600
-    nearly.ended(sequence(output=5))
-    assert nearly.to_go(sequence(), 0.99) == 5, "the window is full and moves on"
+    nearly.ended(answered(output=5))
+    assert nearly.to_go(answered(), 0.99) == 600
+    nearly.ended(answered(output=5))
+    assert nearly.to_go(answered(), 0.99) == 5, "the window is full and moves on"
     full = taught([5] * 1000)
     full.survey(riding)
-    assert full.to_go(sequence(), 0.99) == 5
+    assert full.to_go(answered(), 0.99) == 5
 
 
 def test_the_reserve_follows_preemptions_within_bounds() -> None:
@@ -114,16 +113,16 @@ def test_the_reserve_follows_preemptions_within_bounds() -> None:
     assert forecast.reserve == 0.02
     forecast.preempted()
     assert forecast.reserve == pytest.approx(0.03)
-    forecast.ended(sequence())
+    forecast.ended(answered())
     assert forecast.reserve == pytest.approx(0.02995), "two hundred ends outweigh a preemption"
     for _ in range(100):
         forecast.preempted()
     assert forecast.reserve == 0.2
     for _ in range(5000):
-        forecast.ended(sequence())
+        forecast.ended(answered())
     assert forecast.reserve == 0
     for number in range(6000):
-        forecast.ended(sequence())
+        forecast.ended(answered())
         if number % 200 == 0:
             forecast.preempted()
     assert forecast.reserve == pytest.approx(0.01, abs=0.01), "in balance at the rate it allows"
@@ -159,11 +158,11 @@ def test_a_newcomer_finds_the_peak_of_small_crowds_whatever_he_is(crowd: list[tu
 def test_the_least_urgent_with_most_to_go_is_put_back() -> None:
     forecast = taught([100])
     riding = [
-        sequence(1, 10),
-        sequence(2, 5, priority=1),
-        sequence(3, 40, priority=1),
-        sequence(4, 40, priority=1),
-        sequence(5, 0),
+        answered(1, 10),
+        answered(2, 5, priority=1),
+        answered(3, 40, priority=1),
+        answered(4, 40, priority=1),
+        answered(5, 0),
     ]
     assert MostToGo().pick(riding, forecast).rid == 2
     assert MostToGo().pick(riding[2:], forecast).rid == 4, "of two alike the one admitted last"
@@ -174,9 +173,9 @@ def test_the_least_urgent_with_most_to_go_is_put_back() -> None:
 
 def test_who_is_nearly_done_is_spared_unless_all_are() -> None:
     forecast = taught([100])
-    early, nearly, later = sequence(1, 70), sequence(2, 81, priority=3), sequence(3, 90, priority=2)
+    early, nearly, later = answered(1, 70), answered(2, 81, priority=3), answered(3, 90, priority=2)
     assert MostToGo().pick([nearly, early, later], forecast) is early
     assert MostToGo().pick([later, nearly], forecast) is nearly
     assert MostToGo().pick([later], forecast) is later
-    just = sequence(4, 80, priority=3)
+    just = answered(4, 80, priority=3)
     assert MostToGo().pick([just, early], forecast) is just, "who has four fifths of its answer is not spared yet"

@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence as Candidates
 
 import pytest
-from desk import Desk, Told, request, rows
+from desk import CANCELLED, LOW, MEDIUM, PATIENT, Desk, Told, request, rows
 
-from ropeway.contract import FinishReason, Urgency
-from ropeway.scheduler import Forecast, Rules
+from ropeway.scheduler import Forecast
 from ropeway.scheduler.sequence import Sequence
-
-_, MEDIUM, LOW = Urgency
-CANCELLED = FinishReason.CANCELLED
-PATIENT = Rules(patience=(0.0, 1e6, 1e6))
 
 
 class First:

@@ -5,35 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from desk import LOW, Foreseen, sequence
 
-from ropeway.contract import GenerateRequest, SamplingParams, Urgency
+from ropeway.contract import Urgency
 from ropeway.kv import BlockPool
-from ropeway.scheduler import Forecast, Resources
+from ropeway.scheduler import Resources
 from ropeway.scheduler.limits import ANYBODY, BlockLimit, Limits, SharedPrefix, SlotLimit, StaticBatch, TokenLimit
 from ropeway.scheduler.sequence import Sequence, State
 
-LOW = Urgency.LOW
 
-
-class Foreseen(Forecast):
-    """Expects as many more tokens of an answer as its sequence's number says, and counts how often it looks around."""
-
-    surveys = 0
-
-    def draw(self, seq: Sequence) -> int:
-        return seq.number
-
-    def survey(self, running: Any) -> None:
-        self.surveys += 1
-
-
-def sequence(number: int = 1, prompt: int = 8, answer: int = 400, urgency: Urgency = Urgency.HIGH) -> Sequence:
-    sampling = SamplingParams(max_tokens=answer)
-    request = GenerateRequest(rid=number, tokens=[1] * prompt, sampling=sampling, urgency=urgency)
-    return Sequence(request, number, 0.0, 1 << 20)
-
-
-def riding(pool: BlockPool, number: int, prompt: int = 8, answer: int = 400, shared: int = 0) -> Sequence:
+def riding(pool: BlockPool, number: int, prompt: int = 8, answer: int = 999, shared: int = 0) -> Sequence:
     seq = sequence(number, prompt, answer)
     seq.blocks = pool.alloc(-(-prompt // 4)) or []
     seq.shared = shared
@@ -48,7 +29,7 @@ def test_a_step_s_tokens_are_shared_out_in_parts_or_whole() -> None:
     for in_parts, over in ((True, 7), (False, 0)):
         limit = TokenLimit(in_parts)
         limit.fill(10, 3)
-        assert [limit.cap(sequence(), want) for want in (6, 7, 8)] == [6, 7, over]
+        assert [limit.cap(sequence(prompt=8), want) for want in (6, 7, 8)] == [6, 7, over]
         limit.fill(10)
         assert limit.left == 10
     assert (TokenLimit(True).passes, TokenLimit(False).passes) == (0, 16)
@@ -57,11 +38,11 @@ def test_a_step_s_tokens_are_shared_out_in_parts_or_whole() -> None:
 def test_why_a_step_has_no_tokens_left() -> None:
     limit = TokenLimit(True)
     limit.fill(10, 10)
-    assert limit.why(sequence()) == "the step's budget of 10 tokens is taken by requests before it"
-    assert "of 10 tokens beside interactive requests is" in limit.why(sequence(urgency=LOW))
+    assert limit.why(sequence(prompt=8)) == "the step's budget of 10 tokens is taken by requests before it"
+    assert "of 10 tokens beside interactive requests is" in limit.why(sequence(prompt=8, urgency=LOW))
     whole = TokenLimit(False)
     whole.fill(10, 4)
-    seq = sequence()
+    seq = sequence(prompt=8)
     seq.computed = 3
     assert whole.why(seq) == "its 5 tokens must run in one step, which has 6 left"
 
@@ -71,8 +52,8 @@ def test_why_a_step_has_no_tokens_left() -> None:
 
 def test_seats_are_taken_from_the_first_on_and_the_last_kept_for_people() -> None:
     limit = SlotLimit(3, 1)
-    seqs = [sequence(number) for number in range(3)]
-    low = sequence(9, urgency=LOW)
+    seqs = [sequence(number, 8) for number in range(3)]
+    low = sequence(9, 8, urgency=LOW)
     allowed = []
     for seq in seqs:
         allowed.append((limit.cap(seq, 5), limit.cap(low, 5)))
@@ -111,27 +92,27 @@ def test_nobody_boards_who_would_not_fit_at_the_peak() -> None:
     # When he is done they hold (12 + 10) + (12 + 10) tokens: 11 blocks.
     for blocks, allowed in ((10, 0), (11, 5)):
         limit, _ = boarding(blocks, (22, 8, 0))
-        assert limit.cap(sequence(12), 5) == allowed
+        assert limit.cap(sequence(12, 8), 5) == allowed
     limit, _ = boarding(10, (22, 8, 0))
-    assert "it needs 1 KV blocks more than will be free" in limit.why(sequence(12))
+    assert "it needs 1 KV blocks more than will be free" in limit.why(sequence(12, 8))
     limit, _ = boarding(8, (22, 8, 0))
-    assert "it needs 3 KV blocks more" in limit.why(sequence(12))
+    assert "it needs 3 KV blocks more" in limit.why(sequence(12, 8))
     for blocks, allowed in ((10, 0), (11, 5)):
         limit, _ = boarding(blocks, (22, 8, 1))
-        assert limit.cap(sequence(12), 5) == allowed, "a block that is shared is counted once, whosever it is"
+        assert limit.cap(sequence(12, 8), 5) == allowed, "a block that is shared is counted once, whosever it is"
 
 
 def test_a_share_of_memory_stays_free_for_what_cannot_be_foreseen() -> None:
     for reserve, allowed in ((0.2, 5), (0.3, 0)):
         limit, _ = boarding(14, (22, 8, 0), reserve=reserve)  # 11 of 14 blocks at the peak
-        assert limit.cap(sequence(12), 5) == allowed
+        assert limit.cap(sequence(12, 8), 5) == allowed
 
 
 def test_who_lacks_room_for_the_next_token_waits_whatever_is_expected() -> None:
     limit, pool = boarding(6, (2, 8, 0))
     pool.alloc(2)
-    assert limit.cap(sequence(2), 5) == 0, "3 blocks with the next token, and 2 are free"
-    assert limit._missing(sequence(2)) == 1
+    assert limit.cap(sequence(2, 8), 5) == 0, "3 blocks with the next token, and 2 are free"
+    assert limit._missing(sequence(2, 8)) == 1
 
 
 def test_where_all_fit_at_their_longest_nobody_asks_what_is_likely() -> None:
@@ -153,30 +134,30 @@ def test_expectations_are_asked_for_again_when_somebody_left_or_after_so_many_st
     on_board = [riding(pool, 5)]
     for _ in range(limit.RENEW):
         limit.begin(on_board, list)
-        limit.cap(sequence(5), 5)
+        limit.cap(sequence(5, 8), 5)
     assert forecast.surveys == 1
     limit.begin(on_board, list)
-    limit.cap(sequence(5), 5)
+    limit.cap(sequence(5, 8), 5)
     assert forecast.surveys == 2
     limit.leaves(on_board[0])
-    limit.cap(sequence(5), 5)
+    limit.cap(sequence(5, 8), 5)
     assert forecast.surveys == 3
 
 
 def test_who_boards_counts_at_once() -> None:
     limit, pool = boarding(11, (22, 8, 0))
-    first = sequence(12)
+    first = sequence(12, 8)
     assert limit.cap(first, 5) == 5
     first.blocks = pool.alloc(2) or []
     limit._running = [*limit._running, first]
     limit.boards(first)
-    assert limit.cap(sequence(12), 5) == 0
+    assert limit.cap(sequence(12, 8), 5) == 0
 
 
 def test_who_boards_counts_to_the_last_step_for_which_expectations_hold() -> None:
     pool, forecast = BlockPool(11), Foreseen()
     forecast.reserve = 0.0
-    limit, first = BlockLimit(pool, 4, forecast), sequence(12)
+    limit, first = BlockLimit(pool, 4, forecast), sequence(12, 8)
     on_board = [riding(pool, 22)]
     for _ in range(limit.RENEW):
         limit.begin(on_board, list)
@@ -184,7 +165,7 @@ def test_who_boards_counts_to_the_last_step_for_which_expectations_hold() -> Non
     first.blocks = pool.alloc(2) or []
     on_board.append(first)
     limit.boards(first)
-    assert limit.cap(sequence(12), 5) == 0
+    assert limit.cap(sequence(12, 8), 5) == 0
     assert forecast.surveys == 1
 
 
@@ -234,7 +215,7 @@ def test_nobody_waits_for_who_is_less_urgent() -> None:
 
 def test_a_static_batch_is_whoever_waits_when_one_has_ended() -> None:
     limit = StaticBatch(2)
-    line = [sequence(number) for number in range(4)]
+    line = [sequence(number, 8) for number in range(4)]
     limit.begin([], lambda: line)
     assert [limit.cap(seq, 5) for seq in line] == [5, 5, 0, 0]
     assert limit.why(line[2]) == "batching is static and 2 requests of the running batch have not finished"
@@ -255,7 +236,7 @@ def limits(**changes: Any) -> Limits:
 
 
 def test_the_smallest_answer_holds_and_its_limit_is_named() -> None:
-    made, seq = limits(), sequence(prompt=8, answer=400)
+    made, seq = limits(), sequence(prompt=8)
     made.begin([], list)
     made.tokens.fill(16)
     assert made.cap(seq) == (8, None)
@@ -272,7 +253,7 @@ def test_the_smallest_answer_holds_and_its_limit_is_named() -> None:
         assert made.cap(seq) == (0, made.blocks), "who may run some tokens may still lack room for the first"
     held = limits(static_batching=True)
     held.begin([], list)
-    assert held.cap(sequence())[1].name == "static-batch"  # type: ignore[union-attr]
+    assert held.cap(sequence(prompt=8))[1].name == "static-batch"  # type: ignore[union-attr]
 
 
 def test_who_has_come_to_his_end_has_nothing_to_compute_and_no_limit_to_blame() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from math import inf
-from typing import Any
 
 import pytest
+from desk import LOW, sequence
 
-from ropeway.contract import GenerateRequest, SamplingParams, Urgency
 from ropeway.errors import ConfigError, DeadlineError, OverloadedError
 from ropeway.scheduler import ORDERS, Rules, make_order
 from ropeway.scheduler.order import FIRST, Deadline, FairShare, Place
@@ -15,11 +14,6 @@ from ropeway.scheduler.sequence import Sequence
 from ropeway.scheduler.waiting import WaitingRoom
 
 RULES = Rules(promote_after=5.0, age_cap=8.0, quantum=100.0, weights={"b": 2.0}, patience=(0.0, 60.0, 600.0))
-
-
-def sequence(number: int = 1, prompt: int = 10, arrival: float = 0.0, **fields: Any) -> Sequence:
-    request = GenerateRequest(rid=number, tokens=[1] * prompt, sampling=SamplingParams(max_tokens=99), **fields)
-    return Sequence(request, number, arrival, 1 << 20)
 
 
 def said(policy: str, seq: Sequence, now: float) -> str:
@@ -50,7 +44,7 @@ def test_deadlines_and_background_work_are_told_in_seconds() -> None:
     late = "its first token is 0.50 s late; who can still be in time boards first"
     assert said("deadline", wanted, 5.5) == late
     assert said("deadline", wanted, 5.0) == late.replace("0.50", "0.00"), "due now is late"
-    low = sequence(arrival=1.0, urgency=Urgency.LOW)
+    low = sequence(arrival=1.0, urgency=LOW)
     assert said("fcfs", low, 11.0).startswith(
         "it is background work, which boards after interactive requests for 590 s"
     )
@@ -141,7 +135,7 @@ def test_the_pace_is_that_of_a_queue_and_prefill_that_of_undisturbed_prompts() -
     order = deadline()
     for arrival, boards in ((0.0, 2.0), (1.0, 5.0), (20.0, 21.0)):
         order.boards(sequence(arrival=arrival), boards)
-    order.boards(sequence(arrival=21.0, urgency=Urgency.LOW), 600.0)
+    order.boards(sequence(arrival=21.0, urgency=LOW), 600.0)
     assert order._pace.value == pytest.approx((2.0 * 0.97**2 + 3.0 * 0.97 + 1.0) / (0.97**2 + 0.97 + 1))
     for took, changes in ((4.0, {}), (1.0, {}), (0.1, {"preemptions": 1}), (0.1, {"urgency": 1})):
         seq = sequence(prompt=12)
@@ -229,7 +223,7 @@ def test_a_share_is_judged_by_quanta_then_by_what_is_cached() -> None:
     assert exact.live(seq, 7, 40, 0.0) == (290.0, -7, 290.0)
 
 
-def test_defaults_are_those_of_the_documents() -> None:
+def test_defaults() -> None:
     assert make_order("fcfs").rules == Rules(
         promote_after=30.0, age_cap=10.0, quantum=2000.0, weights={}, patience=(0.0, 120.0, 3600.0)
     )  # fmt: skip

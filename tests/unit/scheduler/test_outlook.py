@@ -5,36 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from desk import LOW, Foreseen, sequence
 
-from ropeway.contract import GenerateRequest, SamplingParams, Urgency
 from ropeway.scheduler import Forecast, Resources
 from ropeway.scheduler.outlook import Outlook
-from ropeway.scheduler.sequence import Sequence
-
-
-class Foreseen(Forecast):
-    """Knows of each sequence how many tokens it has to go, by its number."""
-
-    def __init__(self, to_go: dict[int, int]) -> None:
-        super().__init__()
-        self._to_go = to_go
-
-    def draw(self, seq: Sequence) -> int:
-        return self._to_go.get(seq.number, 10)
-
-
-def sequence(number: int, prompt: int = 8, urgency: Urgency = Urgency.HIGH) -> Sequence:
-    request = GenerateRequest(
-        rid=number, tokens=[1] * prompt, sampling=SamplingParams(max_tokens=999), urgency=urgency
-    )  # fmt: skip
-    return Sequence(request, number, 0.0, 1 << 20)
 
 
 def outlook(to_go: dict[int, int] | None = None, *, cached: int = 0, step: float = 0.5, **changes: Any) -> Outlook:
     """One that has seen steps of `step` seconds, where `cached` tokens of everybody's prompt are cached."""
     fields: dict[str, Any] = {"num_blocks": 1000, "block_size": 4, "slots": 2, "max_model_len": 4096}
     resources = Resources(**fields | {"max_step_tokens": 64} | changes)
-    made = Outlook(resources, Foreseen(to_go or {}), lambda seq: cached)
+    made = Outlook(resources, Foreseen(lambda number: (to_go or {}).get(number, 10)), lambda seq: cached)
     for moment in range(3):
         made.stepped(moment * step)
     return made
@@ -42,14 +23,14 @@ def outlook(to_go: dict[int, int] | None = None, *, cached: int = 0, step: float
 
 def test_nothing_is_foretold_before_a_step_has_been_seen() -> None:
     fresh = Outlook(outlook()._resources, Forecast(), lambda seq: 0)
-    assert fresh.foretell([], [sequence(1)], 64, 0.0) == []
+    assert fresh.foretell([], [sequence(1, 8)], 64, 0.0) == []
     fresh.stepped(1.0)
-    assert fresh.foretell([], [sequence(1)], 64, 1.0) == []
+    assert fresh.foretell([], [sequence(1, 8)], 64, 1.0) == []
     fresh.idle()
     fresh.stepped(9.0)  # the pause between is no step
-    assert fresh.foretell([], [sequence(1)], 64, 9.0) == []
+    assert fresh.foretell([], [sequence(1, 8)], 64, 9.0) == []
     fresh.stepped(9.25)
-    assert fresh.foretell([], [sequence(1), sequence(2)], 8, 9.25) == [0.0, 0.25]
+    assert fresh.foretell([], [sequence(1, 8), sequence(2, 8)], 8, 9.25) == [0.0, 0.25]
 
 
 def test_a_seat_is_free_when_the_first_of_those_on_board_is_done() -> None:
@@ -64,16 +45,16 @@ def test_a_seat_is_free_when_the_first_of_those_on_board_is_done() -> None:
 
 
 def test_a_place_in_memory_is_free_when_enough_have_left() -> None:
-    riding = [sequence(1), sequence(2)]
+    riding = [sequence(1, 8), sequence(2, 8)]
     for seq in riding:
         seq.computed = 8
     riding[0].shared = 1
     # By half of their answers they hold 8 + 10 // 2 tokens in 4 blocks, of which one is shared, and 8 + 20 // 2 in 5.
     made = outlook({1: 10, 2: 20, 3: 8, 4: 8}, slots=9, num_blocks=10)
     # Two blocks are free and each of these needs 3: one waits for the first to leave, the other for the one.
-    assert made.foretell(riding, [sequence(3), sequence(4)], 1 << 20, 0.0) == pytest.approx([5.0, 9.0], abs=1e-4)
+    assert made.foretell(riding, [sequence(3, 8), sequence(4, 8)], 1 << 20, 0.0) == pytest.approx([5.0, 9.0], abs=1e-4)
     roomy = outlook({1: 10, 2: 20, 3: 8, 4: 8}, slots=9, num_blocks=11)
-    assert roomy.foretell(riding, [sequence(3), sequence(4)], 1 << 20, 0.0) == pytest.approx([0.0, 4.0], abs=1e-4)
+    assert roomy.foretell(riding, [sequence(3, 8), sequence(4, 8)], 1 << 20, 0.0) == pytest.approx([0.0, 4.0], abs=1e-4)
 
 
 def test_who_needs_more_than_there_is_boards_when_all_is_free() -> None:
@@ -85,7 +66,7 @@ def test_who_needs_more_than_there_is_boards_when_all_is_free() -> None:
 def test_prompts_are_read_one_after_the_other() -> None:
     riding = [sequence(1, 41)]  # 40 of whose tokens come before the one that yields a token
     made = outlook(slots=9, cached=8)
-    foretold = made.foretell(riding, [sequence(2, 28), sequence(3, 48), sequence(4)], 20, 0.0)
+    foretold = made.foretell(riding, [sequence(2, 28), sequence(3, 48), sequence(4, 8)], 20, 0.0)
     assert foretold == pytest.approx([40 / 20 * 0.5, 60 / 20 * 0.5, 100 / 20 * 0.5])
 
 
@@ -120,7 +101,7 @@ def test_what_was_foretold_is_judged_when_it_comes_and_mends_what_is_foretold_ne
 
 def test_what_was_foretold_at_the_moment_of_boarding_or_to_background_work_is_not_judged() -> None:
     made = outlook({1: 10}, slots=1)
-    now, low, gone = sequence(2, 1), sequence(3, 1, Urgency.LOW), sequence(4, 1)
+    now, low, gone = sequence(2, 1), sequence(3, 1, urgency=LOW), sequence(4, 1)
     made.foretell([sequence(1, 1)], [now, low, gone], 1 << 20, 1.0)
     made.boards(now, 1.0)
     made.boards(low, 9.0)

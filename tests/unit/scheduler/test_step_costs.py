@@ -7,19 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from desk import plan
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ropeway.contract import Row, StepPlan
 from ropeway.scheduler import FixedTokens, TargetLatency
 from ropeway.scheduler.budget import Backfill, StepCost, _percentile
 from ropeway.scheduler.order import Mean
 
 seconds = st.floats(1e-4, 1.0)
-
-
-def plan(*counts: int) -> StepPlan:
-    return StepPlan(1, [], [], [Row(i, 1, i, 0, count, True, []) for i, count in enumerate(counts)], [])
 
 
 def wanting(*wants: int) -> list[Any]:

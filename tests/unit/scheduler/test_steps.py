@@ -6,18 +6,12 @@ from collections.abc import Collection
 from typing import Any
 
 import pytest
-from desk import Desk, request, rows
+from desk import CANCELLED, LOW, MEDIUM, PATIENT, Desk, request, rows
 
-from ropeway.contract import Admit, FinishReason, Row, StepPlan, Urgency
+from ropeway.contract import Admit, Row, StepPlan
 from ropeway.errors import NeverFitsError
-from ropeway.scheduler import Rules
 from ropeway.scheduler.budget import Backfill
 from ropeway.scheduler.sequence import Sequence
-
-_, MEDIUM, LOW = Urgency
-CANCELLED = FinishReason.CANCELLED
-PATIENT = Rules(patience=(0.0, 1e6, 1e6))
-
 
 # Tokens
 

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from math import inf
-from typing import Any
 
 import pytest
+from desk import HIGH, LOW, MEDIUM, sequence
 
-from ropeway.contract import GenerateRequest, SamplingParams, Urgency
 from ropeway.scheduler import Order, Rules, make_order
 from ropeway.scheduler.order import FIRST, FairShare, Lane, Place
 from ropeway.scheduler.sequence import Sequence, State
 from ropeway.scheduler.waiting import WaitingRoom
 
 RULES = Rules(promote_after=5.0, age_cap=8.0, quantum=0.0, weights={"b": 2.0}, patience=(0.0, 4.0, 11.0))
-HIGH, MEDIUM, LOW = Urgency
-
-
-def sequence(number: int, prompt: int = 10, arrival: float = 0.0, **fields: Any) -> Sequence:
-    request = GenerateRequest(rid=number, tokens=[1] * prompt, sampling=SamplingParams(max_tokens=99), **fields)
-    return Sequence(request, number, arrival, 1 << 20)
 
 
 class Station:

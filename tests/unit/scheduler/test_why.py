@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from desk import Desk, request
+from desk import LOW, PATIENT, Desk, request
 
 from invariants import check
-from ropeway.contract import Urgency, Why
-from ropeway.scheduler import Rules
+from ropeway.contract import Why
 
-LOW = Urgency.LOW
 BOARDS = ("", "it boards with the next step")
 
 
@@ -64,7 +62,7 @@ def test_the_first_thing_that_is_lacking_is_told() -> None:
 
 
 def test_background_work_on_board_gives_up_its_place_but_not_the_tokens_of_others() -> None:
-    desk = Desk(tokens=8, slots=2, rules=Rules(patience=(0.0, 1e6, 1e6)))
+    desk = Desk(tokens=8, slots=2, rules=PATIENT)
     desk.add(request(1, urgency=LOW), request(2, urgency=LOW))
     desk.step()
     desk.add(request(3, urgency=LOW), request(4, 40))

@@ -24,6 +24,7 @@ from ropeway.service.request import TextRequest
 from ropeway.service.service import EngineTextService
 from ropeway.sim.executor import FakeExecutor
 from ropeway.text.tokenizer import ByteTokenizer
+from waiting import eventually
 
 EOS = 0
 
@@ -160,17 +161,14 @@ async def test_whoever_gives_up_takes_all_beams_along() -> None:
     service = make_service(link)
     try:
         task = asyncio.create_task(beam_search(service, request(), 2, 1.0))
-        for _ in range(20):
-            await asyncio.sleep(0)
+        await eventually(lambda: len(link.requests) == 1)
         top = TokenLogprob(65, -0.5, 1, [65, 66, 67], [-0.5, -1.0, -2.0])
         link.news(first_token(link.requests[0].rid, top))
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert len(link.requests) == 3
+        await eventually(lambda: len(link.requests) == 3)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.sleep(0)
+        await eventually(lambda: len(link.cancels) == 2)
         assert {cancel.rid for cancel in link.cancels} == {request.rid for request in link.requests[1:]}
         assert service.open_streams == 0
     finally:
@@ -184,4 +182,5 @@ def first_token(rid: int, top: TokenLogprob) -> TokenEvent:
 async def test_any_text_service_will_do() -> None:
     found = await beam_search(EchoService(), request("abc"), 2, 1.0)
     assert len(found) == 2
-    assert all(beam.text == ByteTokenizer().decode(beam.tokens) for beam in found if beam.finish is FinishReason.LENGTH)
+    assert all(beam.finish is FinishReason.LENGTH for beam in found)
+    assert all(beam.text == ByteTokenizer().decode(beam.tokens) for beam in found)

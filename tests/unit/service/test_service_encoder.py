@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ropeway
 from ropeway.contract import SamplingParams
 from ropeway.errors import ContextLengthError
+from ropeway.hub import BUNDLED
 from ropeway.service.context import check_context
 from ropeway.service.encoder import Encoder
 from ropeway.service.request import TextRequest
 from ropeway.text.tokenizer import HubTokenizer
 
-BUNDLED = next((Path(ropeway.__file__).parent / "bundled").rglob("tokenizer.json")).parent
 TOKENIZER = HubTokenizer.load(BUNDLED)
 WORDS = st.sampled_from(
     ["the", "Sea", "story,", "é", "中文", "\n\n", "  ", "12345", "http://x.y/z", "👩‍👩‍👧", "aaaaaaaaaaaaaaaaaaaa"]
@@ -31,7 +28,7 @@ def cut(text: str, tokens: int, *, left: bool, context: int = 4096) -> list[int]
     return Encoder(TOKENIZER, None).encode_now(request, context)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(words=st.lists(WORDS, min_size=1, max_size=30), most=st.integers(1, 40), left=st.booleans())
 def test_only_as_much_is_read_as_is_kept(words: list[str], most: int, left: bool) -> None:
     text = " ".join(words) * 60

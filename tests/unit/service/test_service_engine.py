@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from ropeway.service.service import cache_salt
 from ropeway.service.stream import collect
 from ropeway.text.template import ChatTemplate
 from ropeway.text.tokenizer import ByteTokenizer
+from waiting import eventually
 
 
 def ask(text: str | None = "abc", **fields: Any) -> TextRequest:
@@ -51,13 +53,6 @@ def ask(text: str | None = "abc", **fields: Any) -> TextRequest:
 
 async def take(stream: TextStream) -> list[TextChunk]:
     return [chunk async for chunk in stream]
-
-
-async def sent_to(link: ScriptedLink) -> None:
-    """Until the engine has been asked."""
-    async with asyncio.timeout(10):
-        while not link.requests:  # noqa: ASYNC110 - the link is no event
-            await asyncio.sleep(0)
 
 
 async def test_an_answer_goes_through_with_the_engines_usage() -> None:
@@ -188,7 +183,7 @@ async def test_a_caller_that_leaves_before_acceptance_cancels() -> None:
     link.accepts = False
     service = make_service(link)
     caller = asyncio.create_task(service.submit(ask()))
-    await sent_to(link)
+    await eventually(lambda: link.requests)
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
@@ -201,7 +196,7 @@ async def test_a_rejection_is_raised_by_submit() -> None:
     link.accepts = False
     service = make_service(link)
     caller = asyncio.create_task(service.submit(ask()))
-    await sent_to(link)
+    await eventually(lambda: link.requests)
     full = ErrorInfo.of(OverloadedError("full", retry_after=3.0))
     link.news(TokenEvent(link.requests[0].rid, finish=FinishReason.REJECTED, error=full))
     with pytest.raises(OverloadedError) as caught:
@@ -333,8 +328,6 @@ async def test_conversations_are_rendered_and_begin_a_text_of_their_own() -> Non
 
 async def test_large_prompts_are_tokenized_off_the_loop() -> None:
     """The loop goes on while a tokenizer works that ends only once the loop has gone on."""
-    import threading
-
     running, proceed = threading.Event(), threading.Event()
 
     class Slow(ByteTokenizer):

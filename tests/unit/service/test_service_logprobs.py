@@ -33,7 +33,7 @@ def entry(place: int, token: int) -> TokenLogprob:
     return TokenLogprob(token, -float(place), 1 + place)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 async def test_each_token_has_its_own_whatever_is_held_or_stopped(data: st.DataObject) -> None:
     """Multi-byte characters and stop strings hold tokens back; readers may be slow."""

@@ -53,7 +53,7 @@ def batches(side: Side) -> list[int]:
     return sizes
 
 
-@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=20, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(MIXES)
 def test_rides_fit_into_their_seats(mix: Mix) -> None:
     found = compare(mix)

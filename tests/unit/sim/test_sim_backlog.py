@@ -60,9 +60,9 @@ def test_idle_time_is_used_and_people_hardly_notice() -> None:
     offline = each * capacity(work, profile, eager)
     alone, beside = (simulate(arrivals, profile, config, backlog=b) for b in ((), endless(work)))
 
-    def p99(run: object, skip: int = 20) -> tuple[float, float]:
+    def p99(run: object) -> tuple[float, float]:
         gaps = np.repeat(np.asarray(run.gaps), np.asarray(run.gap_counts))  # type: ignore[attr-defined]
-        firsts = [o.first for o in run.outcomes[skip:]]  # type: ignore[attr-defined]
+        firsts = [o.first for o in run.outcomes[20:]]  # type: ignore[attr-defined]
         return float(np.percentile(firsts, 99)), float(np.percentile(gaps[len(gaps) // 20 :], 99))
 
     ratios = [after / before for after, before in zip(p99(beside), p99(alone), strict=True)]

@@ -64,9 +64,10 @@ def test_too_few_samples_are_refused() -> None:
         fit(measure(TimedExecutor(INFO, TRUE, clock), clock, [[Line(0, 1, True)]]))
 
 
-def test_the_loop_costs_something_but_little(tmp_path: Path) -> None:
+def test_rows_cost_the_loop_something(tmp_path: Path) -> None:
     step, row = measure_loop(INFO, SystemClock(), lambda step: step)
-    assert 0 <= step < 0.05
+    assert step < 0.05
     assert 0 < row < 0.01
-    assert sum(measure_loop(INFO, SystemClock(), lambda step: step, tmp_path / "journal")) > 0
+    _, recorded = measure_loop(INFO, SystemClock(), lambda step: step, tmp_path / "journal")
+    assert recorded > 0
     assert list((tmp_path / "journal").iterdir())

@@ -43,7 +43,7 @@ def test_an_engine_knows_from_the_start_what_steps_cost() -> None:
     assert max(run.gaps) < 0.1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     seats=st.integers(1, 12),

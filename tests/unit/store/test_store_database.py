@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 from threading import Barrier
@@ -82,8 +83,12 @@ def test_processes_that_open_a_new_file_together_all_succeed(folder: Path) -> No
         "for i in range(20): d.write_now(lambda c: c.execute('INSERT INTO things (name) VALUES (?)',"
         " (f'{sys.argv[1]}-{i}',)))\nd.close()"
     )
-    running = [subprocess.Popen([sys.executable, "-c", code, str(number)]) for number in range(6)]
-    assert [process.wait(60) for process in running] == [0] * 6
+    running: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
+        for number in range(6):
+            running.append(stack.enter_context(subprocess.Popen([sys.executable, "-c", code, str(number)])))
+            stack.callback(running[-1].kill)
+        assert [process.wait(60) for process in running] == [0] * 6
     opened = Database(folder / "a.db", [SCHEMA])
     assert len(opened.read_now(names)) == 120
     opened.close()

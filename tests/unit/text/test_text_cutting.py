@@ -15,7 +15,7 @@ OURS = HubTokenizer(letters())
 TEXTS = st.text(alphabet="abc .", max_size=12)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(text=TEXTS, most=st.integers(2, 16), left=st.booleans())
 def test_a_text(text: str, most: int, left: bool) -> None:
     theirs = letters()
@@ -23,7 +23,7 @@ def test_a_text(text: str, most: int, left: bool) -> None:
     assert cut(OURS.encode(text), OURS.encode(text, False), most, left=left) == theirs.encode(text).ids
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(first=TEXTS, second=TEXTS, room=st.integers(1, 16))
 def test_a_pair(first: str, second: str, room: int) -> None:
     most = len(OURS.encode(first, False)) + 3 + room

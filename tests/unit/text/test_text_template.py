@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,9 +197,9 @@ async def test_bombs_end_in_time_while_the_loop_runs_on() -> None:
 
 def test_a_killed_worker_is_replaced_and_the_next_conversation_is_served() -> None:
     source = "{% if messages[0].content == 'bomb' %}" + BOMBS["late"] + "{% endif %}{{ messages[0].content }}"
-    template = ChatTemplate(source, limits=TemplateLimits(deadline=0.2))
+    template = ChatTemplate(source, limits=TemplateLimits(deadline=1.0))
     assert template.render([{"role": "user", "content": "one"}]) == "one"
-    with pytest.raises(TemplateError, match=r"longer than 0\.2 s"):
+    with pytest.raises(TemplateError, match="longer than 1 s"):
         template.render([{"role": "user", "content": "bomb"}])
     assert template.render([{"role": "user", "content": "two"}]) == "two"
     template.close()
@@ -217,9 +215,6 @@ def test_the_worker_has_no_secrets_and_goes_with_its_owner(monkeypatch: pytest.M
     assert b"secret" not in environment
     assert b"torch" not in Path(f"/proc/{process.pid}/maps").read_bytes()
     del template
-    deadline = time.monotonic() + 5
-    while process.poll() is None and time.monotonic() < deadline:
-        os.sched_yield()
     assert process.poll() is not None
 
 

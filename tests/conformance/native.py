@@ -1,0 +1,25 @@
+"""The native kernels, for tests that have nothing to say without them."""
+
+from __future__ import annotations
+
+import pytest
+
+from ropeway.runtime import cpu_info
+from ropeway.runtime.kernels.build import VARIANTS
+from ropeway.runtime.kernels.library import NativeLibrary, load
+
+
+def skip_without(variant: str) -> None:
+    """Skips the test where the processor lacks the instructions of `variant`."""
+    if not cpu_info.ISA_FLAGS[VARIANTS[variant].isa] <= cpu_info.detect().flags:
+        pytest.skip(f"this processor lacks {VARIANTS[variant].isa}")
+
+
+def library_of(variant: str | None = None) -> NativeLibrary:
+    """The kernels of that variant, or the best for this processor. Skips the test where there are none."""
+    if variant is not None:
+        skip_without(variant)
+    library = load(variant)
+    if isinstance(library, str):
+        pytest.skip(library)
+    return library
