@@ -152,6 +152,7 @@ async def test_a_frozen_owner_that_wakes_late_is_refused(scene: Scene) -> None:
 
     frozen.send_signal(signal.SIGCONT)
     await submit(scene.store, jsonl(4, "later"))
+    await Keeper(scene.store).round()
     # Its hands were full, so it has told one of its late answers before it takes anything new.
     await eventually(lambda: any(name.startswith("later") for name in scene.calls()))
     assert frozen.poll() is None

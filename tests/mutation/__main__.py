@@ -1,6 +1,6 @@
 """Mutation testing: how many small mistakes in the scheduler and the KV memory do their tests notice?
 
-    python tests/mutation                                  every mutant; about an hour for each processor
+    python tests/mutation                                  every mutant; about an hour of processor time
     python tests/mutation --sample 600                     so many of them, drawn by --seed
     python tests/mutation --only scheduler/limits --jobs 1 the mutants of one file
 
