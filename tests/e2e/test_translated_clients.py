@@ -83,7 +83,7 @@ def test_a_response_calls_a_tool_that_must_be_called(responses: Any, choice: Any
 def test_a_response_in_the_background_is_cancelled(responses: Any) -> None:
     endless = {"ignore_eos": True, "min_tokens": 1500}
     task = responses.create(model="bundled", input="Go on.", background=True, extra_body=endless)
-    assert task.status == "queued"
+    assert task.status in ("queued", "in_progress")
     assert responses.cancel(task.id).status == "cancelled"
     assert responses.retrieve(task.id).status == "cancelled"
 

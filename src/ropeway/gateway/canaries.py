@@ -153,6 +153,7 @@ class Canaries:
             try:
                 record = msgspec.json.decode(row["record"], type=Record)
             except msgspec.MsgspecError as error:
+                self._database.close()
                 message = f"{self._path}: the canary of {row['route']} cannot be read: {error}. "
                 raise StorageError(message + "Move the file away to start without canaries.") from None
             missing = [name for name in (record.control, record.canary) if name not in self._deployments]
