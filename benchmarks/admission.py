@@ -4,8 +4,8 @@
 
 The real scheduler in virtual time, from a cold start, with all requests there at once and seats for everybody, so that
 memory alone decides. Prompts have 75 to 225 tokens, clients allow 1,000 for an answer, and nobody knows its length
-beforehand. Memory in use is the mean over the steps in which somebody waits, without the first `--blocks` / 10 of them,
-in which it fills. The share of requests that are put back counts everybody, the first ones too.
+beforehand. Memory in use is the mean over the steps in which somebody waits, without the first tenth, in which it
+fills; put back is how often that happens for each hundred requests, the first ones too.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def main() -> None:
         used, back = [], []
         for seed in range(options.rounds):
             run = simulate(crowd(name, options.requests, seed), profile, config)
-            full = [moment.kv_used for moment in run.timeline if moment.waiting][options.blocks // 10 :]
-            used.append(statistics.fmean(full))
+            full = [moment.kv_used for moment in run.timeline if moment.waiting]
+            used.append(statistics.fmean(full[len(full) // 10 :]))
             back.append(sum(outcome.preemptions for outcome in run.outcomes) / len(run.outcomes))
         print(f"| {name} | {statistics.fmean(used):.1%} | {statistics.fmean(back):.1%} |")
 
