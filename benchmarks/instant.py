@@ -1,8 +1,22 @@
-"""An executor for measuring what is around one."""
+"""An executor for measuring what is around one, and what to ask of it."""
 
 from __future__ import annotations
 
-from ropeway.contract import ExecutorInfo, StepPlan, StepResult
+from ropeway.config import EngineConfig
+from ropeway.contract import Command, ExecutorInfo, GenerateRequest, SamplingParams, StepPlan, StepResult, Submit
+
+
+def decoding(rows: int, journal: str | None = None) -> EngineConfig:
+    """Settings with which one step takes the prompts of `rows` sequences, and each after it decodes them all."""
+    return EngineConfig(journal=journal, max_num_seqs=rows, max_num_batched_tokens=1 << 20, step_budget_ms=0.0)
+
+
+def asks(rows: int) -> list[Command]:
+    """Prompts that end at different places of a block, so that in each step a sixteenth of the rows gets a new one."""
+    sampling = SamplingParams(max_tokens=512, temperature=0.0)
+    prompts = [[rid] * (200 + 37 * rid % 300) for rid in range(rows)]
+    asked = [GenerateRequest(rid=1000 + rid, tokens=tokens, sampling=sampling) for rid, tokens in enumerate(prompts)]
+    return [Submit(request) for request in asked]
 
 
 class Instant:

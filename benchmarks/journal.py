@@ -11,22 +11,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from instant import Instant
+from instant import Instant, asks, decoding
 
-from ropeway.config import EngineConfig
-from ropeway.contract import GenerateRequest, SamplingParams, Submit
 from ropeway.recorder.recorder import make_engine
 
 
 def measure(rows: int, folder: str | None, steps: int = 300) -> tuple[float, float]:
-    """Medians over steps in which all decode: microseconds of the engine's own part, and bytes a step. In each a
-    sixteenth of the rows gets a block, since their prompts end at different places of one."""
-    config = EngineConfig(journal=folder, max_num_seqs=rows, max_num_batched_tokens=1 << 20, step_budget_ms=0.0)
-    engine = make_engine(Instant(rows), config)
-    sampling = SamplingParams(max_tokens=512, temperature=0.0)
-    prompts = [[rid] * (200 + 37 * rid % 300) for rid in range(rows)]
-    asked = [GenerateRequest(rid=1000 + rid, tokens=tokens, sampling=sampling) for rid, tokens in enumerate(prompts)]
-    engine.submit([Submit(request) for request in asked])
+    """Over steps in which all decode: microseconds of the engine's own part (the median), and bytes a step."""
+    engine = make_engine(Instant(rows), decoding(rows, folder))
+    engine.submit(asks(rows))
     engine.step()  # everybody's prompt
     before, times = size(folder), []
     for _ in range(steps):

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 
 import httpx2
 import psutil
-from instant import Instant
+from instant import Instant, asks, decoding
 
 from ropeway.bench.spawn import serving
-from ropeway.config import EngineConfig
-from ropeway.contract import Command, GenerateRequest, Report, SamplingParams, Submit
+from ropeway.contract import Command, Report
 from ropeway.contract.codec import encode
 from ropeway.contract.scene import Look, Scene
 from ropeway.engine.engine import Engine
@@ -64,21 +63,16 @@ class Service:
 
 
 def measure(rows: int, watch: bool) -> tuple[float, float, int]:
-    """Seconds of a step (the first decile, which other programs disturb least) and of a look, and a scene's bytes."""
-    config = EngineConfig(max_num_seqs=rows, max_num_batched_tokens=1 << 20, step_budget_ms=0.0)
+    """Seconds of a step (the median) and of a look, and a scene's bytes."""
     executor = Instant(rows)
     watcher = Watcher(executor)
-    engine = Engine(watcher if watch else executor, config)
-    sampling = SamplingParams(max_tokens=512, temperature=0.0)
-    asked: list[Command] = [
-        Submit(GenerateRequest(rid=1000 + rid, tokens=[rid] * 200, sampling=sampling)) for rid in range(rows)
-    ]
-    service = Service(asked, STEPS // 2 if watch else -1)
+    engine = Engine(watcher if watch else executor, decoding(rows))
+    service = Service(asks(rows), STEPS // 2 if watch else -1)
     if watch:
         watcher.run(engine, service)
     else:
         engine.run(service)
-    return statistics.quantiles(service.times[20:], n=10)[0], service.look, service.bytes
+    return statistics.median(service.times[20:]), service.look, service.bytes
 
 
 async def live(url: str, rounds: int, rows: int, tokens: int = 250) -> None:

@@ -20,7 +20,7 @@ def check(scheduler: Scheduler) -> None:
     slots, free = [seq.slot for seq in running], scheduler._limits.slots.free
     if sorted(slots + free) != list(range(scheduler.resources.slots)):
         raise AssertionError(f"slots are lost or doubled: running {slots}, free {free}")
-    if sorted([seq.rid for seq in (*running, *waiting)]) != sorted(scheduler._sequences):
+    if sorted([seq.rid for seq in (*running, *waiting)]) != sorted(scheduler.sequences):
         raise AssertionError("a sequence is neither running nor waiting, or twice there")
     for seq in running:
         if seq.state is not State.RUNNING or len(seq.blocks) * size < seq.computed:

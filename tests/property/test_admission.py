@@ -47,7 +47,7 @@ def test_who_does_not_fit_is_passed_a_bounded_number_of_times(blind: bool) -> No
     world.submit(request(1, 40, 60))
     world.step()
     world.submit(request(2, 200, 8))  # needs nearly the whole pool
-    long, before = world.scheduler._sequences[2], 0
+    long, before = world.scheduler.sequences[2], 0
     for rid in range(3, 200):
         world.submit(request(rid, 4, 4))
         world.step()

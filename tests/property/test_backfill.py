@@ -46,7 +46,7 @@ class Watched(World):
         honest = self.scheduler.plan
 
         def plan(now: float) -> StepPlan | None:
-            before = {seq.rid: seq.preemptions for seq in self.scheduler._sequences.values()}
+            before = {seq.rid: seq.preemptions for seq in self.scheduler.sequences.values()}
             made = honest(now)
             self._judge(made, before)
             return made
@@ -55,7 +55,7 @@ class Watched(World):
 
     def _judge(self, plan: StepPlan | None, before: dict[int, int]) -> None:
         scheduler = self.scheduler
-        sequences = scheduler._sequences
+        sequences = scheduler.sequences
         put_back = [seq for seq in scheduler.waiting if seq.preemptions > before[seq.rid]]
         for seq in put_back:
             worse = [rider.rid for rider in scheduler.running if rider.urgency > seq.urgency]

@@ -177,7 +177,7 @@ def test_without_the_epoch_a_stale_result_would_be_taken(monkeypatch: pytest.Mon
         import msgspec
 
         def current(row):  # type: ignore[no-untyped-def]
-            seq = self._sequences.get(row.rid)
+            seq = self.sequences.get(row.rid)
             return row if seq is None else msgspec.structs.replace(row, epoch=seq.epoch)
 
         return honest(self, msgspec.structs.replace(plan, rows=[current(row) for row in plan.rows]), result, now)

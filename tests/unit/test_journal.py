@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import stat
@@ -18,7 +19,7 @@ from journalkit import config, drive, engine_for
 from invariants import check
 from ropeway.cli.main import main
 from ropeway.config import EngineConfig
-from ropeway.contract import Explain, GenerateRequest, Reorder, SamplingParams, Submit, Tier
+from ropeway.contract import Explain, GenerateRequest, Reorder, SamplingParams, Submit, Tier, Urgency
 from ropeway.engine.engine import Engine
 from ropeway.errors import ConfigError
 from ropeway.recorder.journal import MAGIC, WORLD, Planned, files, read
@@ -244,6 +245,41 @@ def test_an_engine_made_again_in_the_middle_goes_on_alike(policy: str) -> None:
         return events, driven.scheduler.counters
 
     assert run(True) == run(False)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_requests_that_have_ended_leave_nothing_in_the_state(policy: str) -> None:
+    """Not even for the time that they might have taken: a moment in a far future must not be kept for nobody."""
+    clock = VirtualClock()
+    engine = engine_for(config(None, scheduling_policy=policy, promote_low_after=1e6), clock)
+    names = {id(engine.executor): "executor", id(clock): "clock"}
+    sampling = SamplingParams(max_tokens=3)
+
+    def nodes_after(first: int, count: int) -> int:
+        for rid in range(first, first + count):
+            prompt, urgency = [rid] * 9, Urgency(rid % 3)
+            asked = GenerateRequest(rid=rid, tokens=prompt, sampling=sampling, urgency=urgency, deadline_s=1e6)
+            engine.submit([Submit(asked)])
+            if rid % 20 == 0:
+                while engine.busy:
+                    engine.step()
+        return len(freeze(vars(engine), names))
+
+    few, many = nodes_after(1, 400), nodes_after(401, 2000)
+    assert many <= few + 64, "the state grows with the requests that have ended"
+
+
+def test_a_state_that_was_written_leaves_no_garbage() -> None:
+    engine = engine_for(config(None), VirtualClock())
+    drive(engine, engine._clock, 1, 50)  # type: ignore[arg-type]
+    state = vars(engine.scheduler)
+    gc.collect()
+    gc.disable()
+    try:
+        assert freeze(state, {})
+        assert gc.collect() == 0, "it would wait for a collection of everything, at every new file of a journal"
+    finally:
+        gc.enable()
 
 
 def test_questions_and_changes_of_policy_are_recorded(tmp_path: Path) -> None:

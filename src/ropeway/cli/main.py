@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; ends by SystemExit."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        asked = next((a.removeprefix("--help=") for a in arguments if a.startswith("--help=")), None)
+        asked = _asked_settings(arguments)
         if asked is not None:
             print(show_settings(asked, EngineConfig, ServerConfig))
             return
@@ -115,6 +115,13 @@ def describe(error: RopewayError) -> str:
 def exit_code(error: RopewayError) -> int:
     """2 when the operator has to change what was asked for, 1 when it failed while running."""
     return 2 if isinstance(error, ConfigError | ModelError | MemoryBudgetError | KernelError) else 1
+
+
+def _asked_settings(arguments: Sequence[str]) -> str | None:
+    """The word of `--help=WORD`, which finds settings of `serve`: other commands have no such option."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] != "serve":
+        return None
+    return next((one.removeprefix("--help=") for one in arguments if one.startswith("--help=")), None)
 
 
 def _wants_tracebacks(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:

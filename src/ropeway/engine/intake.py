@@ -41,7 +41,9 @@ class Intake:
 
     def expire(self, now: float) -> list[TokenEvent]:
         """The final events of requests whose deadline has passed."""
-        events = []
+        events, alive = [], self._scheduler.sequences
+        if len(self._deadlines) > 2 * len(alive) + 64:  # most are those of requests that have ended
+            self._deadlines = sorted(entry for entry in self._deadlines if entry[1] in alive)
         while self._deadlines and self._deadlines[0][0] <= now:
             _, rid = heapq.heappop(self._deadlines)
             error = DeadlineError("The request did not finish before its deadline. Ask for less, or allow more time.")

@@ -28,26 +28,40 @@ def freeze(root: Any, outside: Mapping[int, str]) -> list[list[Any]]:
     """`root` and all it refers to, as nodes of plain data; `outside` names, by `id`, what is left out. Values that are
     not plain are written as `[number of a node]`, so what was shared stays shared. Raises TypeError for an object that
     cannot be made again."""
-    nodes: list[list[Any]] = []
-    numbers: dict[int, int] = {}
-    alive: list[Any] = []  # an id is good only while its object lives
+    nodes = _Nodes(outside)
+    nodes.refer(root)
+    return nodes.found
 
-    def refer(value: Any) -> Any:
+
+class _Nodes:
+    """What `freeze` has taken apart. No closures that know each other: the garbage of a state would lie around until
+    a collection of everything, and a server's memory would grow by it."""
+
+    def __init__(self, outside: Mapping[int, str]) -> None:
+        self.found: list[list[Any]] = []
+        self._outside = outside
+        self._numbers: dict[int, int] = {}
+        self._alive: list[Any] = []  # an id is good only while its object lives
+
+    def refer(self, value: Any) -> Any:
+        """`value` if it is plain, else the number of its node."""
         if type(value) in _PLAIN:
             return value
-        number = numbers.get(id(value))
+        number = self._numbers.get(id(value))
         if number is None:
-            number = numbers[id(value)] = len(nodes)
-            alive.append(value)
-            nodes.append([])
-            nodes[number] = ["outside", [outside[id(value)]]] if id(value) in outside else describe(value)
+            number = self._numbers[id(value)] = len(self.found)
+            self._alive.append(value)
+            self.found.append([])
+            name = self._outside.get(id(value))
+            self.found[number] = self._describe(value) if name is None else ["outside", [name]]
         return [number]
 
-    def every(values: Iterable[Any]) -> list[Any]:
+    def _every(self, values: Iterable[Any]) -> list[Any]:
         values = list(values)
-        return values if set(map(type, values)) <= _PLAIN else [refer(value) for value in values]
+        return values if set(map(type, values)) <= _PLAIN else [self.refer(value) for value in values]
 
-    def describe(value: Any) -> list[Any]:
+    def _describe(self, value: Any) -> list[Any]:
+        every = self._every
         if type(value) is tuple:
             return ["tuple", every(value)]
         if isinstance(value, Struct):
@@ -66,9 +80,6 @@ def freeze(root: Any, outside: Mapping[int, str]) -> list[list[Any]]:
         parts = {**(own or {}), **(slots or {})}
         keys, values = zip(*pairs, strict=True) if pairs and value else ((), ())
         return [kind, every(args), every(items or ()), every(keys), every(values), list(parts), every(parts.values())]
-
-    refer(root)
-    return nodes
 
 
 def thaw(nodes: list[list[Any]], outside: Mapping[str, Any]) -> Any:

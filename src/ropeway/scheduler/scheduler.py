@@ -63,7 +63,7 @@ class Scheduler:
         self.counters = Counters()
         self.running: list[Sequence] = []  # in order of admission
         self.waiting = WaitingRoom(order, self._cached)
-        self._sequences: dict[int, Sequence] = {}
+        self.sequences: dict[int, Sequence] = {}  # all of them, by rid
         self._keys = KeyChain(resources.block_size, resources.secret)
         self._victim = victim
         self.budget = budget
@@ -81,16 +81,16 @@ class Scheduler:
     def add(self, request: GenerateRequest, now: float) -> None:
         """Let a request wait. Raises RequestError, with the numbers, if it could never run."""
         check_fits(request, self.resources, self.memory.pins.reserved)
-        if request.rid in self._sequences:
+        if request.rid in self.sequences:
             raise RequestError(f"Request id {request.rid} is in use.")
         self._arrivals += 1
         seq = Sequence(request, self._arrivals, now, self.resources.max_model_len, self.resources.prefix_caching)
         self.waiting.add(seq, now)
-        self._sequences[seq.rid] = seq
+        self.sequences[seq.rid] = seq
 
     def cancel(self, rid: int, reason: FinishReason, now: float, error: ErrorInfo | None = None) -> TokenEvent | None:
         """End a request from outside: its final event, or None if it has ended already."""
-        seq = self._sequences.get(rid)
+        seq = self.sequences.get(rid)
         return None if seq is None else self._finish(seq, reason, now, error)
 
     def reorder(self, order: Order, now: float) -> None:
@@ -107,7 +107,7 @@ class Scheduler:
         line = list(islice(self.waiting.line(now, len(self.waiting)), most and max(most, self.resources.slots)))
         self._limits.begin(self.running, lambda: line)
         place = {seq.rid: position for position, seq in enumerate(line)}
-        wanted = [self._sequences[rid] for rid in rids if rid in self._sequences] if rids else line[:most]
+        wanted = [self.sequences[rid] for rid in rids if rid in self.sequences] if rids else line[:most]
         waits = self._foretell(line[: 1 + max([place.get(seq.rid, -1) for seq in wanted], default=-1)], now)
         return [self._explain(seq, place.get(seq.rid, -1), waits, now) for seq in wanted]
 
@@ -118,7 +118,7 @@ class Scheduler:
         if tokens:
             keys: list[bytes] = []
             self._keys.extend(keys, tokens, salt, len(tokens))
-            largest = max((-(-seq.end // size) for seq in self._sequences.values()), default=0)
+            largest = max((-(-seq.end // size) for seq in self.sequences.values()), default=0)
             pins.add(name, keys, self.resources.num_blocks - largest)
         elif name and not pins.remove(name):
             raise RequestError(f"No prefix is pinned as {name[:64]!r}.", param="name")
@@ -127,7 +127,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether there is something to do; copies to a tier that lasts do not wait for somebody to come."""
-        return bool(self._sequences) or bool(self.memory.copies)
+        return bool(self.sequences) or bool(self.memory.copies)
 
     # A step
 
@@ -159,7 +159,7 @@ class Scheduler:
         """Take in what a step has computed. Returns news in the plan's order of rows."""
         faults = {plan.rows[fault.row].rid: fault for fault in result.faults}
         events: list[TokenEvent] = []
-        sequences, generated = self._sequences, 0
+        sequences, generated = self.sequences, 0
         for key in result.lost:
             self._lose(key, now)
         for row, tokens in zip(plan.rows, result.tokens, strict=True):
@@ -399,7 +399,7 @@ class Scheduler:
             self._forecast.ended(seq)
         seq.finish = reason
         seq.move(State.FINISHED)
-        del self._sequences[seq.rid]
+        del self.sequences[seq.rid]
         return final_event(seq, now, error, tokens)
 
     def _vacate(self, seq: Sequence) -> None:

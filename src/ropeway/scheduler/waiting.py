@@ -57,6 +57,8 @@ class WaitingRoom:
         del entries[bisect_left(entries, (key,))]
         if not entries:
             del self._lanes[lane]
+        if len(self._moves) > 2 * len(self._at) + 64:  # most are about those who wait no more
+            self._moves = sorted((until, number) for number, (_, (_, _, until)) in self._at.items() if until < inf)
 
     def line(self, now: float, most: int = 1024) -> Iterator[Sequence]:
         """The sequences, next first, at most `most` of a lane. They may board or leave while one walks along."""

@@ -80,7 +80,7 @@ class Desk:
     def add(self, *requests: GenerateRequest) -> list[Sequence]:
         for one in requests:
             self.scheduler.add(one, self.now)
-        return [self.scheduler._sequences[one.rid] for one in requests]
+        return [self.scheduler.sequences[one.rid] for one in requests]
 
     def plan(self) -> StepPlan:
         made = self.scheduler.plan(self.now)

@@ -173,11 +173,11 @@ def test_who_needs_little_boards_past_a_few_who_lack_room() -> None:
     desk = crowded(16)
     [small] = desk.add(request(90, 4, answer=2))
     assert [admit.rid for admit in desk.step().admit] == [90]
-    assert [desk.scheduler._sequences[rid].passed for rid in (2, 3)] == [1, 1]
+    assert [desk.scheduler.sequences[rid].passed for rid in (2, 3)] == [1, 1]
     assert small.passed == 0
     desk.add(request(91, 4, answer=2), request(92, 4, answer=2))
     desk.step()
-    assert desk.scheduler._sequences[2].passed == 3
+    assert desk.scheduler.sequences[2].passed == 3
     for order, held, boards in (("fcfs", 17, False), ("fair", 0, True), ("fair", 1, False)):
         other = crowded(held, order)
         other.add(request(90, 4, answer=2))
@@ -187,7 +187,7 @@ def test_who_needs_little_boards_past_a_few_who_lack_room() -> None:
 @pytest.mark.parametrize(("passed", "boards"), [(15, True), (16, False)])
 def test_nobody_is_passed_more_often_than_his_limit_says(passed: int, boards: bool) -> None:
     desk = crowded(1)
-    big = desk.scheduler._sequences[2]
+    big = desk.scheduler.sequences[2]
     big.passed = passed
     desk.add(request(9, 4, answer=2))
     assert bool(desk.step().admit) is boards
@@ -206,7 +206,7 @@ def test_who_waits_for_a_shared_beginning_is_passed_by_all() -> None:
     assert desk.riding() == [1]
     desk.add(request(9, 4))
     assert {admit.rid for admit in desk.step().admit} == {9}
-    assert [desk.scheduler._sequences[rid].passed for rid in (2, 3, 4)] == [0, 0, 0]
+    assert [desk.scheduler.sequences[rid].passed for rid in (2, 3, 4)] == [0, 0, 0]
     last = desk.step()
     assert [(admit.rid, admit.computed) for admit in last.admit] == [(2, 40), (3, 40), (4, 40)]
 
