@@ -5,8 +5,7 @@
 Each round computes a random prompt on an engine with an empty file, ends it, and asks the same of a new engine on the
 same file: once with the file still in the system's cache, as after a crash of the process, and once with it dropped
 from there (which needs no privileges, but a file system that listens), as after a restart of the machine. Each engine
-answers another prompt first, and one more in the end: what a step has computed is written with the next. Printed are
-medians of the rounds.
+answers another prompt first. Printed are medians of the rounds.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ class Ways:
             begun = time.perf_counter()
             (answer,) = llm.generate({"prompt_token_ids": prompt}, _ONE, use_tqdm=False)
             seconds = time.perf_counter() - begun
-            llm.generate({"prompt_token_ids": self._prompt()}, _ONE, use_tqdm=False)
             most = (len(prompt) - 1) // llm.config.block_size * llm.config.block_size
             assert answer.num_cached_tokens == (most if found else 0), answer.num_cached_tokens
             return seconds

@@ -14,6 +14,7 @@ from running import Server, serving
 
 from blind import Blind
 from invariants import check
+from ropeway import LLM
 from ropeway.config import EngineConfig
 from ropeway.contract import GenerateRequest, SamplingParams
 from ropeway.runtime.local import LocalExecutor
@@ -104,6 +105,14 @@ def test_a_warm_prompt_survives_a_kill(plain: dict[int, list[int]], tmp_path: Pa
     assert scheduler.counters.cache_hits == 64, "all blocks before the one with the last token"
     assert _answers(scheduler, executor, range(1, 6)) == {n: plain[n] for n in range(1, 6)}
     executor.close()
+
+
+def test_what_was_computed_last_is_on_the_disk(tmp_path: Path) -> None:
+    """Of a program that asks once and ends."""
+    for cached in (0, 64):
+        with LLM("bundled", num_kv_blocks=24, kv_disk_gib=DISK_GIB, kv_disk_path=str(tmp_path)) as llm:
+            (answer,) = llm.generate({"prompt_token_ids": list(range(300, 370))}, GREEDY, use_tqdm=False)
+        assert answer.num_cached_tokens == cached
 
 
 def test_damage_is_computed_again_and_another_layout_starts_afresh(plain: dict[int, list[int]], tmp_path: Path) -> None:

@@ -250,6 +250,8 @@ class LLM(Pools, Beams):
                 if stops:
                     self._engine.submit(stops)
                 bar.update(total - len(jobs), new_tokens)
+        while self._engine.busy:  # with what goes to the disk: nobody may ever ask again
+            self._engine.step()
 
     def _take(
         self, reports: Sequence[Report], jobs: dict[int, _Job], *, refused_is_fatal: bool = False

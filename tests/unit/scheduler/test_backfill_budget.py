@@ -101,6 +101,18 @@ def test_steps_that_have_all_been_alike_become_shorter_and_tell_more() -> None:
     assert _lasts(plan(*[1] * rows)) == pytest.approx(0.008, rel=0.1)
 
 
+def test_where_steps_are_alike_both_costs_follow_the_pace() -> None:
+    """Of a machine that becomes half as fast: such steps cannot tell which of the two costs has grown."""
+    backfill = Backfill(None)
+    for rows, steps, pace in ((4, 100, 1), (12, 100, 1), (8, 200, 1), (8, 400, 2)):
+        for _ in range(steps):
+            made = plan(*[1] * rows)
+            backfill.took(made, pace * _lasts(made), 0)
+        if rows == 12:
+            assert (backfill.fixed, backfill.each) == pytest.approx((FIXED, EACH), rel=1e-3)
+    assert (backfill.fixed, backfill.each) == pytest.approx((2 * FIXED, 2 * EACH), rel=1e-3)
+
+
 def test_steps_that_took_no_time_teach_nothing() -> None:
     backfill = Backfill(None)
     for step in range(20):
