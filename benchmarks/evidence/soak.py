@@ -5,9 +5,10 @@
 
 A server of the bundled model with little KV memory, so that it preempts, is asked for chats, streams, structured
 answers, calls of tools, deferred requests and batches, at random times at a share of the rate that it can carry.
-Clients cancel, disconnect, and send what is wrong. The engine is killed twice. Each answer is held against what was
-asked. Memory, files, tasks and blocks are looked at all the time, and held at the end against what they were. Ends with
-1 if an answer was wrong or something is left over.
+Clients cancel, disconnect, and send what is wrong. The engine is killed twice. Then a crowd comes at once, more than at
+any time after it: what memory rises later is not for many at a time, but kept for nobody. Each answer is held against
+what was asked. Memory, files, tasks and blocks are looked at all the time, and held at the end against what they were.
+Ends with 1 if an answer was wrong or something is left over.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ FLAGS = ("--max-num-seqs", "24", "--num-kv-blocks", "400", "--kv-host-gib", "0.0
 SETTLE_SECONDS = 60.0
 """For what was asked to end, at most, and for pools to close what nobody uses."""
 KILLS = (0.12, 0.25)
-"""Shares of the time after which the engine is killed. The slope of memory is taken from what follows."""
+"""Shares of the time after which the engine is killed."""
+CROWD = 0.3, 200
+"""Share of the time after which a crowd comes, and how many they are."""
 FROM = 0.4
+"""Share of the time from which the slope is taken."""
 
 
 @dataclass
@@ -181,6 +185,12 @@ async def background(client: httpx2.AsyncClient, ride: Ride, seconds: float, pic
         await asyncio.sleep(min(20.0, seconds / 10))
 
 
+async def crowd(client: httpx2.AsyncClient, ride: Ride, seconds: float, pick: random.Random) -> None:
+    share, count = CROWD
+    await asyncio.sleep(ride.begun + share * seconds - time.monotonic())
+    await asyncio.gather(*(one(kinds(pick), client, ride, pick) for _ in range(count)))
+
+
 async def murder(server: Server, ride: Ride, seconds: float) -> None:
     for share in KILLS:
         await asyncio.sleep(ride.begun + share * seconds - time.monotonic())
@@ -228,6 +238,7 @@ async def soak(url: str, options: argparse.Namespace) -> tuple[Ride, float, Look
             await asyncio.gather(
                 load(client, ride, rate, seconds, random.Random(options.seed)),
                 background(client, ride, seconds, random.Random(options.seed + 1)),
+                crowd(client, ride, seconds, random.Random(options.seed + 2)),
                 murder(server, ride, seconds),
             )
         watching.cancel()
@@ -238,7 +249,7 @@ async def soak(url: str, options: argparse.Namespace) -> tuple[Ride, float, Look
 
 
 def slope(ride: Ride, seconds: float, part: str) -> tuple[float, float]:
-    """MiB an hour by regression over what came after the last kill, and its standard error."""
+    """MiB an hour by regression, and its standard error."""
     points = [(look.at, getattr(look, part)) for look in ride.looks if look.at >= FROM * seconds]
     at, size = (np.array(values) for values in zip(*points, strict=True))
     hours = (at - at.mean()) / 3600
@@ -274,7 +285,7 @@ def page(ride: Ride, rate: float, before: Look, after: Look, options: argparse.N
         f"{options.minutes:g} minutes of everything at once on a server of the bundled model (`{' '.join(FLAGS)}`): "
         f"{sum(ride.ended.values()):,} requests and batches at {rate:.1f} a second{share}. The engine was killed after "
         + " and ".join(f"{at:.0f} s" for at in ride.kills)
-        + f". {machine()}. {time.strftime('%Y-%m-%d')}."
+        + f", and after {CROWD[0] * seconds:.0f} s {CROWD[1]} came at once. {machine()}. {time.strftime('%Y-%m-%d')}."
     )
     columns = ["as asked", "refused: busy", "cut off, not checked", "told that the engine failed", "wrong"]
     chapter.table(
@@ -287,7 +298,7 @@ def page(ride: Ride, rate: float, before: Look, after: Look, options: argparse.N
             for kind in (*KINDS, "batch")
         ],
     )
-    chapter.say("Memory of each process that is its own, by regression over what came after the second kill:")
+    chapter.say(f"Memory of each process that is its own, by regression over the last {1 - FROM:.0%} of the time:")
     rows = []
     for name, part in (("server (HTTP, text, jobs)", "server"), ("engine (model, KV, scheduler)", "engine")):
         rise, error = slope(ride, seconds, part)
