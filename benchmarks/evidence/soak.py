@@ -43,8 +43,8 @@ KILLS = (0.12, 0.25)
 """Shares of the time after which the engine is killed."""
 CROWD = 0.3, 200
 """Share of the time after which a crowd comes, and how many they are."""
-FROM = 0.4
-"""Share of the time from which the slope is taken."""
+FROM = 0.6
+"""Share of the time from which the slope is taken: the last engine has taken by then what it keeps."""
 
 
 @dataclass
@@ -298,7 +298,10 @@ def page(ride: Ride, rate: float, before: Look, after: Look, options: argparse.N
             for kind in (*KINDS, "batch")
         ],
     )
-    chapter.say(f"Memory of each process that is its own, by regression over the last {1 - FROM:.0%} of the time:")
+    chapter.say(
+        f"Memory of each process that is its own, by regression over the last {1 - FROM:.0%} of the time "
+        "(the picture has all of it):"
+    )
     rows = []
     for name, part in (("server (HTTP, text, jobs)", "server"), ("engine (model, KV, scheduler)", "engine")):
         rise, error = slope(ride, seconds, part)
