@@ -15,6 +15,9 @@ from instant import Instant, asks, decoding
 
 from ropeway.recorder.recorder import make_engine
 
+ROUNDS = 15
+"""In turn without and with; the cost is the median of the differences, since the machine's pace changes meanwhile."""
+
 
 def measure(rows: int, folder: str | None, steps: int = 300) -> tuple[float, float]:
     """Over steps in which all decode: microseconds of the engine's own part (the median), and bytes a step."""
@@ -39,10 +42,13 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{'rows':>6} {'without':>9} {'with':>9} {'cost':>9}   bytes a step")
     for rows in options.rows or [1, 16, 64, 256]:
-        with tempfile.TemporaryDirectory() as folder:
-            before, _ = measure(rows, None)
-            after, written = measure(rows, folder)
-        print(f"{rows:>6} {before:>6.0f} µs {after:>6.0f} µs {after - before:>6.1f} µs   {written:,.0f}")
+        found = []
+        for _ in range(ROUNDS):
+            with tempfile.TemporaryDirectory() as folder:
+                found.append((measure(rows, None)[0], *measure(rows, folder)))
+        before, after, written = (statistics.median(figures) for figures in zip(*found, strict=True))
+        cost = statistics.median(with_it - without for without, with_it, _ in found)
+        print(f"{rows:>6} {before:>6.0f} µs {after:>6.0f} µs {cost:>6.1f} µs   {written:,.0f}")
 
 
 if __name__ == "__main__":
