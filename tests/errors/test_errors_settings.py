@@ -55,6 +55,7 @@ SETTINGS = {
     "an argument that is missing": Typed("ropeway keys create"),
     "an option without its value": Typed("ropeway serve --port"),
     "a setting that no help knows": Typed("ropeway --help=zeppelin"),
+    "a word for the help of another verb": Typed("ropeway sim --help=trace"),
     "a size with its unit": Typed("ropeway serve --kv-cache-gib 4GB"),
     "a time with its unit": Typed("ropeway serve --request-timeout 10s"),
     "a word for a number": Typed("ropeway serve --max-num-seqs many"),
