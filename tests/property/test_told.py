@@ -258,6 +258,7 @@ def test_another_order_hears_of_everybody_as_they_came() -> None:
 def test_pins_leave_room_for_the_largest_request_that_is_open() -> None:
     world = World(num_blocks=20, max_model_len=200)
     world.submit(request(1, prompt=30, answer=38))  # may need 17 of 20 blocks
+    world.submit(request(2))
     tokens = list(range(16))
     assert [pinned.blocks for pinned in world.scheduler.pin("three", tokens[:14], "")] == [3]
     with pytest.raises(RequestError, match="4 would be pinned, but open requests leave 3"):

@@ -77,6 +77,12 @@ def test_a_prompt_is_read_from_when_its_seat_is_free() -> None:
     assert made.foretell(riding, [sequence(2, 40), sequence(3, 1)], 20, 0.0) == pytest.approx([5.0, 8.0])
 
 
+def test_who_rides_and_still_reads_leaves_later() -> None:
+    made = outlook({1: 10}, slots=1)
+    # It reads for two steps, and answers for ten.
+    assert made.foretell([sequence(1, 41)], [sequence(2, 1)], 20, 0.0) == pytest.approx([6.0])
+
+
 def test_a_static_batch_boards_when_the_last_one_has_ended() -> None:
     riding = [sequence(1, 1), sequence(2, 1)]
     line = [sequence(3, 1), sequence(4, 1), sequence(5, 1)]
