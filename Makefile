@@ -54,7 +54,7 @@ coverage: $(DEVELOP) $(LITELLM) $(BUILT) ## run the whole suite, and say which b
 	$(BIN)/coverage report --skip-covered --fail-under 85
 	$(BIN)/coverage report --skip-covered --fail-under 95 --include '$(CORE)'
 
-mutation: $(DEVELOP) ## plant small mistakes in the scheduler and the KV memory: do the tests notice? (an hour or more)
+mutation: $(DEVELOP) ## plant small mistakes in the scheduler and the KV memory: do the tests notice? (ten minutes to an hour)
 	$(BIN)/python tests/mutation $(ARGS)
 
 bench: $(DEVELOP) $(BUILT) ## static against continuous batching on this machine, with a picture of the seats

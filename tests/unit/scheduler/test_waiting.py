@@ -293,3 +293,20 @@ def test_background_work_moves_ahead_at_its_time() -> None:
     classes = Station("priority")
     classes.add(sequence(1, urgency=MEDIUM), sequence(2, arrival=1.0))
     assert classes.line(4.0) == [1, 2], "before its class would rise"
+
+
+@pytest.mark.parametrize("stay", [3, 40])
+def test_moments_to_come_are_kept_for_those_who_wait_and_nobody_else(stay: int) -> None:
+    """However many leave before theirs. Those who stay are placed anew at their own, the earliest first."""
+    station = Station("fcfs")
+    patient = [sequence(number, urgency=MEDIUM, arrival=400.0 - number) for number in range(1, stay + 1)]
+    station.add(*patient, sequence(stay + 1, arrival=0.0))
+    for number in range(1000, 1400):
+        gone = sequence(number, urgency=LOW, arrival=390.0)
+        station.add(gone)
+        station.room.remove(gone)
+        assert len(station.room._moves) <= 2 * len(station.room) + 65
+    assert {number for _, number in station.room._moves} >= {seq.number for seq in patient}
+    for seq in reversed(patient):
+        station.line(seq.arrival + 4.0)
+        assert [one.urgency for one in patient] == [MEDIUM] * (seq.number - 1) + [HIGH] * (stay - seq.number + 1)
