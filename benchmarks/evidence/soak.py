@@ -6,8 +6,9 @@
 A server of the bundled model with little KV memory, so that it preempts, is asked for chats, streams, structured
 answers, calls of tools, deferred requests and batches, at random times at a share of the rate that it can carry.
 Clients cancel, disconnect, and send what is wrong. The engine is killed twice. Then a crowd comes at once, more than at
-any time after it: what memory rises later is not for many at a time, but kept for nobody. Each answer is held against
-what was asked. Memory, files, tasks and blocks are looked at all the time, and held at the end against what they were.
+any time after it, so that a later rise of memory is something that is kept, and not room for more at a time. Each
+answer is held against what was asked. Memory, files, tasks and blocks are looked at all the time, and held at the end
+against what they were.
 Ends with 1 if an answer was wrong or something is left over.
 """
 
@@ -44,7 +45,7 @@ KILLS = (0.12, 0.25)
 CROWD = 0.3, 200
 """Share of the time after which a crowd comes, and how many they are."""
 FROM = 0.6
-"""Share of the time from which the slope is taken: the last engine has taken by then what it keeps."""
+"""Share of the time from which the slope is taken; in half an hour the last engine has then run for ten minutes."""
 
 
 @dataclass

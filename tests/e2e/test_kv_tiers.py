@@ -14,7 +14,7 @@ from running import Server, serving
 
 from blind import Blind
 from invariants import check
-from ropeway import LLM
+from ropeway import LLM, BeamSearchParams
 from ropeway.config import EngineConfig
 from ropeway.contract import GenerateRequest, SamplingParams
 from ropeway.runtime.local import LocalExecutor
@@ -107,12 +107,17 @@ def test_a_warm_prompt_survives_a_kill(plain: dict[int, list[int]], tmp_path: Pa
     executor.close()
 
 
-def test_what_was_computed_last_is_on_the_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beams", [False, True])
+def test_what_was_computed_last_is_on_the_disk(tmp_path: Path, beams: bool) -> None:
     """Of a program that asks once and ends."""
-    for cached in (0, 64):
+    prompt = {"prompt_token_ids": list(range(300, 370))}
+    for again in (False, True):
         with LLM("bundled", num_kv_blocks=24, kv_disk_gib=DISK_GIB, kv_disk_path=str(tmp_path)) as llm:
-            (answer,) = llm.generate({"prompt_token_ids": list(range(300, 370))}, GREEDY, use_tqdm=False)
-        assert answer.num_cached_tokens == cached
+            if beams and not again:
+                llm.beam_search([prompt], BeamSearchParams(beam_width=2, max_tokens=1))
+                continue
+            (answer,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+        assert answer.num_cached_tokens == 64 * again
 
 
 def test_damage_is_computed_again_and_another_layout_starts_afresh(plain: dict[int, list[int]], tmp_path: Path) -> None:

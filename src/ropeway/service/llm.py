@@ -24,7 +24,7 @@ from ropeway.service.decoding import AnswerDecoder
 from ropeway.service.encoder import Encoder
 from ropeway.service.grammars import Grammars
 from ropeway.service.loader import ModelText, load_text
-from ropeway.service.offline import Bar, CompletionOutput, RequestOutput, by_token, flat_content
+from ropeway.service.offline import Bar, CompletionOutput, RequestOutput, by_token, flat_content, settle
 from ropeway.service.params import check_tokens, validate, with_bad_words, with_max_tokens
 from ropeway.service.pooled import Pools
 from ropeway.service.prompts import Prompt, requests_of
@@ -250,8 +250,7 @@ class LLM(Pools, Beams):
                 if stops:
                     self._engine.submit(stops)
                 bar.update(total - len(jobs), new_tokens)
-        while self._engine.busy:  # with what goes to the disk: nobody may ever ask again
-            self._engine.step()
+        settle(self._engine)
 
     def _take(
         self, reports: Sequence[Report], jobs: dict[int, _Job], *, refused_is_fatal: bool = False

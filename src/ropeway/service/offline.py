@@ -126,12 +126,20 @@ def run_all(engine: Any, requests: Sequence[GenerateRequest], *, show: bool = Fa
                         raise event.error.error() if event.error else EngineError(f"A request ended: {event.finish}.")
                 bar.update(len(found), 0)
                 if len(found) == len(requests):
-                    return [found[request.rid] for request in requests]
+                    break
                 reports = [engine.step()]
+        settle(engine)
+        return [found[request.rid] for request in requests]
     except BaseException:
         # An interrupted call leaves nothing behind that the next one would have to compute.
         engine.submit([Cancel(request.rid) for request in requests])
         raise
+
+
+def settle(engine: Any) -> None:
+    """Have `engine` do what is left when all requests have ended: copies to the disk, as nobody may ever ask again."""
+    while engine.busy:
+        engine.step()
 
 
 def flat_content(content: object) -> str:
