@@ -26,6 +26,9 @@ CORE := src/ropeway/*.py,src/ropeway/contract/*,src/ropeway/config/*,src/ropeway
 	src/ropeway/recorder/*,src/ropeway/remote/*,src/ropeway/scene/*,src/ropeway/sim/*
 KERNEL_SOURCES := $(wildcard src/ropeway/runtime/kernels/*.py src/ropeway/runtime/kernels/cpu/*)
 
+# Folders of programs, each of which imports what lies beside it.
+PROGRAMS := $(sort $(dir $(wildcard deploy/*.py examples/*.py $(foreach depth,* */* */*/*,benchmarks/$(depth).py))))
+
 # Both ways of installing write to one environment.
 .NOTPARALLEL:
 .PHONY: help serve test test-gpu lint mutation coverage bench evidence audit dist lock clean
@@ -46,6 +49,8 @@ lint: $(DEVELOP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@for place in $(PROGRAMS); do echo "mypy $$place*.py"; \
+		MYPYPATH=benchmarks $(BIN)/mypy --allow-untyped-calls $$place*.py || exit 1; done
 
 coverage: $(DEVELOP) $(LITELLM) $(BUILT) ## run the whole suite, and say which branches it took in all its processes
 	$(BIN)/coverage erase

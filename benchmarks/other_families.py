@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,11 @@ from ropeway.runtime.batch import BatchInputs
 from ropeway.runtime.gather import gather
 from ropeway.runtime.local import LocalExecutor
 
-WAYS = {"native": {}, "layer by layer": {"kernel_level": "2"}, "transformers": {"model_impl": "transformers"}}
+WAYS: dict[str, dict[str, Any]] = {
+    "native": {},
+    "layer by layer": {"kernel_level": "2"},
+    "transformers": {"model_impl": "transformers"},
+}
 """Settings of each way; the middle one runs the same kernels as transformers' code does, called by Ropeway's."""
 
 

@@ -173,8 +173,8 @@ def preemption(study: Study) -> Iterator[str]:
     rows = []
     for title, gib in (("a host tier of 64 GiB", 64.0), ("a host tier of 2 GiB", 2.0)):
         for mode in ("recompute", "swap", "auto"):
-            settings = {"preemption_mode": mode, "kv_host_gib": gib, "num_kv_blocks": 8000}
-            rows.append((f"{mode}, {title}", study.run(at, **settings)))
+            run = study.run(at, preemption_mode=mode, kv_host_gib=gib, num_kv_blocks=8000)
+            rows.append((f"{mode}, {title}", run))
     yield from latencies(rows)
     yield ""
     for part in (rows[:3], rows[3:]):

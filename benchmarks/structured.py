@@ -15,7 +15,7 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ropeway import LLM, SamplingParams
@@ -51,14 +51,15 @@ def schema(number: int = 0) -> dict[str, Any]:
 
 def batch(kind: str, rows: int, tokens: int, fresh: Iterator[int]) -> list[SamplingParams]:
     shared = from_json_schema(schema(), param="benchmark")
-    grammars = {
+    grammars: dict[str, Callable[[int], str]] = {
         "free": lambda row: "",
         "shared": lambda row: shared,
         "half": lambda row: shared if row % 2 else "",
         "own": lambda row: from_json_schema(schema(next(fresh)), param="benchmark"),
-    }[kind]
+    }
+    grammar = grammars[kind]
     return [
-        SamplingParams(temperature=0.8, seed=row, max_tokens=tokens, ignore_eos=True, grammar=grammars(row))
+        SamplingParams(temperature=0.8, seed=row, max_tokens=tokens, ignore_eos=True, grammar=grammar(row))
         for row in range(rows)
     ]
 

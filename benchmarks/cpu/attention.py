@@ -31,7 +31,7 @@ SHAPES = {"15/5 x 64": (15, 5, 64), "32/4 x 64": (32, 4, 64), "32/8 x 128": (32,
 
 def median_seconds(fn: Callable[[], object], budget: float = 0.25, least: int = 3) -> float:
     fn()
-    taken = []
+    taken: list[float] = []
     end = time.perf_counter() + budget
     while len(taken) < least or time.perf_counter() < end:
         start = time.perf_counter()

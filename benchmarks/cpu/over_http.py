@@ -38,7 +38,7 @@ def offline(options: argparse.Namespace, seed: int, folder: Path) -> float:
     result = folder / "offline.json"
     command = [*ROPEWAY, "bench", "throughput", options.model, *_engine(options), *_load(options, seed)]
     subprocess.run([*command, "--output-json", str(result)], check=True, stdout=subprocess.DEVNULL)
-    return options.requests * options.tokens / float(json.loads(result.read_text())["elapsed_time"])
+    return float(options.requests * options.tokens / json.loads(result.read_text())["elapsed_time"])
 
 
 def served(options: argparse.Namespace, seed: int, folder: Path) -> float:

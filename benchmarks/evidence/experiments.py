@@ -150,7 +150,7 @@ def chunks(bench: Bench, scale: Scale, chapter: Chapter) -> None:
     streams = [Ask(prompt=p, output=output, kind="stream") for p in prompts(scale, 4, 16, 4)]
     rows, longest, first = [], [], []
 
-    def disturbed(label: str, **settings: object) -> tuple[float, float]:
+    def disturbed(label: str, **settings: Any) -> tuple[float, float]:
         calm = bench.run(streams, max_num_seqs=8, enable_prefix_caching=False)
         every = calm.seconds / 5
         long = [

@@ -5,7 +5,7 @@ All figures of the engine are shares of these, taken in the same process minutes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -72,6 +72,11 @@ def bandwidth(watch: Stopwatch, size: int) -> Iterator[dict[str, Any]]:
         yield {"what": name, "gb_s": size / watch.seconds(run) / 1e9}
 
 
+def _each(runs: Sequence[Callable[[], object]]) -> None:
+    for run in runs:
+        run()
+
+
 def gemm(watch: Stopwatch, spec: ModelSpec, rows: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """The products of `spec` in bfloat16, and in fp8 where torch has it here, at several numbers of rows."""
     for dtype, make in (("bfloat16", _bfloat16), ("fp8", _fp8)):
@@ -83,7 +88,7 @@ def gemm(watch: Stopwatch, spec: ModelSpec, rows: tuple[int, ...]) -> Iterator[d
                     run, size = make(count, outs, ins, watch.device)
                     more = max(0, min(63, _COLD // size - 1))
                     runs = [run, *(make(count, outs, ins, watch.device)[0] for _ in range(more))]
-                    seconds = watch.seconds(lambda runs=runs: [run() for run in runs], len(runs))
+                    seconds = watch.seconds(partial(_each, runs), len(runs))
                 except (RuntimeError, NotImplementedError, AttributeError) as error:
                     yield {"type": dtype, "product": name, "rows": count, "lacks": str(error).splitlines()[0]}
                     if dtype == "fp8":

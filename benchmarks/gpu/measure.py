@@ -74,7 +74,7 @@ class Stopwatch:
             run()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1000 / repeat
+        return float(begin.elapsed_time(end)) / 1000 / repeat
 
     def _clocked(self, run: Callable[[], object]) -> float:
         begun = time.perf_counter()

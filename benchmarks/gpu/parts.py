@@ -38,10 +38,12 @@ class Bench:
 
     def served(self, layout: str, **settings: Any) -> Served:
         """The engine over `layout`, loaded unless the last part has left it open."""
-        return self._only(("served", layout, *sorted(settings.items())), lambda: self._serve(layout, settings))
+        found: Served = self._only(("served", layout, *sorted(settings.items())), lambda: self._serve(layout, settings))
+        return found
 
     def peer(self, layout: str) -> Peer:
-        return self._only(("peer", layout), lambda: Peer(layout, self.device))
+        found: Peer = self._only(("peer", layout), lambda: Peer(layout, self.device))
+        return found
 
     def close(self) -> None:
         if self._open is not None:

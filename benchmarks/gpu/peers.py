@@ -112,7 +112,7 @@ class Peer:
 
     def _bounds(self) -> Any:
         """None, so that it takes of a GPU's memory what it thinks right. On a CPU that would be all of RAM."""
-        from transformers.generation import ContinuousBatchingConfig
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
         return None if self.device.type == "cuda" else ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=256)
 

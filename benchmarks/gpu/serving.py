@@ -20,12 +20,12 @@ from layouts import Ask
 from measure import Deadline
 
 from ropeway.config import EngineConfig, check
-from ropeway.contract import Cancel, ExecutorInfo, GenerateRequest, SamplingParams, StepPlan, StepResult, Submit
+from ropeway.contract import Cancel, ExecutorInfo, GenerateRequest, SamplingParams, Step, StepPlan, StepResult, Submit
 from ropeway.contract.event import TokenEvent
-from ropeway.contract.executor import Executor
 from ropeway.engine import engine
 from ropeway.modelspec import ModelSpec, load_spec
 from ropeway.recorder.recorder import make_engine
+from ropeway.runtime.local import LocalExecutor
 from ropeway.runtime.open import open_executor
 from ropeway.scheduler.budget import FixedTokens, TargetLatency
 
@@ -62,7 +62,7 @@ class Pace:
 class Watched:
     """Passes plans through to an executor and keeps a `Done` of each."""
 
-    def __init__(self, inner: Executor) -> None:
+    def __init__(self, inner: LocalExecutor) -> None:
         self.inner = inner
         self.steps: list[Done] = []
 
@@ -123,7 +123,8 @@ class Served:
             )
             for number, ask in enumerate(asks)
         ]
-        self.take(event for report in self.engine.submit([Submit(r) for r in requests]) for event in report.events)
+        reports = self.engine.submit([Submit(request) for request in requests])
+        self.take(event for report in reports if isinstance(report, Step) for event in report.events)
         return [request.rid for request in requests]
 
     def take(self, events: Any) -> list[TokenEvent]:
@@ -289,11 +290,11 @@ def online(served: Served, asks: Sequence[Ask], rate: float, deadline: Deadline)
         served.empty(list(arrived))
     seconds = time.perf_counter() - begun
 
-    def at(values: Any, percentile: float) -> float:
+    def milliseconds(values: Any, percentile: float) -> float:
         return float(np.percentile(list(values) or [0.0], percentile)) * 1000
 
     return {
         "rate": rate, "requests": len(asks), "seconds": seconds, "output_s": made / seconds,
-        "ttft_p50_ms": at(first_token.values(), 50), "ttft_p99_ms": at(first_token.values(), 99),
-        "itl_p50_ms": at(between, 50), "itl_p99_ms": at(between, 99),
+        "ttft_p50_ms": milliseconds(first_token.values(), 50), "ttft_p99_ms": milliseconds(first_token.values(), 99),
+        "itl_p50_ms": milliseconds(between, 50), "itl_p99_ms": milliseconds(between, 99),
     }  # fmt: skip

@@ -47,7 +47,6 @@ def trace(served: Served, rows: int, context: int, steps: int, deadline: Deadlin
 
 def _traced(served: Served, steps: int) -> list[Span]:
     """What ran on the device during `steps` steps, in order; nothing on a CPU, which has no tracer of its own."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     if served.executor.info.device == "cpu":
@@ -60,7 +59,7 @@ def _traced(served: Served, steps: int) -> list[Span]:
     spans = [
         Span(event.name, event.time_range.start, event.time_range.end)
         for event in found.events()
-        if event.device_type == DeviceType.CUDA and event.time_range.end > event.time_range.start
+        if event.device_type.name == "CUDA" and event.time_range.end > event.time_range.start
     ]
     return sorted(spans, key=lambda span: span.begin)
 

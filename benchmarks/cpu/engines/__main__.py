@@ -128,12 +128,12 @@ async def _online(options: argparse.Namespace, plan: Plan, results: Results) -> 
 def main() -> None:
     options = _parser().parse_args()
     if options.command == "table":
-        results, disturbed = report.calm(json.loads(options.results.read_text(encoding="utf-8")))
-        names = dict.fromkeys(run["model"] for run in results["runs"])
-        found = report.tables(results, {name: Shape.read(options.models / name) for name in names})
+        kept, disturbed = report.calm(json.loads(options.results.read_text(encoding="utf-8")))
+        names = dict.fromkeys(run["model"] for run in kept["runs"])
+        found = report.tables(kept, {name: Shape.read(options.models / name) for name in names})
         parts = [report.markdown(table) for table in found]
-        parts += [report.start_markdown(results)] if results["runs"] else []
-        parts += [report.online_markdown(results)] if results["online"] else []
+        parts += [report.start_markdown(kept)] if kept["runs"] else []
+        parts += [report.online_markdown(kept)] if kept["online"] else []
         parts += [f"{disturbed} runs were disturbed by others and left out."] if disturbed else []
         print("\n\n".join(parts))
         if options.plot:

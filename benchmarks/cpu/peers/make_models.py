@@ -103,8 +103,8 @@ def _texts() -> Iterator[str]:
 def tokenizer(vocab: int) -> Tokenizer:
     """A byte-level BPE of exactly `vocab` tokens; what training does not fill is made of numbered words."""
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=min(vocab, LEARNED), special_tokens=[END], initial_alphabet=alphabet, show_progress=False
