@@ -122,7 +122,7 @@ async def test_a_server_that_wakes_late_is_refused() -> None:
         assert await completed(owner, batch) == 80
         frozen.signal(signal.SIGCONT)
         with closing(JobStore(owner.folder)) as store:
-            await submit(store, jsonl(80, "new"))
+            await submit(store, jsonl(1000, "new"))  # more than the other could compute alone meanwhile
         # Its hands were full, so it has told one of its late answers before it takes anything new.
         await eventually(lambda: any(name.startswith("new") for name in frozen.calls), pause=0.02)
         assert await completed(owner, batch) == 80
