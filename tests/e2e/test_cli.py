@@ -14,6 +14,9 @@ import httpx2
 import pytest
 from running import Server, ropeway, serving
 
+from ropeway.bench.spawn import serving as spawned
+from ropeway.errors import EngineError
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
@@ -99,6 +102,11 @@ def test_port_in_use_and_broken_model_end_with_one_line_and_exit_code_2(server: 
     code, _, err = run("serve", "--port", "0", "--num-kv-blocks", "2", "--max-model-len", "512")
     assert code == 2
     assert re.match(r"RW-MEM: .*--num-kv-blocks 32", err.strip().splitlines()[-1])
+
+
+def test_a_server_to_measure_that_does_not_come_up_tells_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"(?s)did not become ready. Its last words: .*RW-MODEL: .*does not exist"):
+        spawned(str(tmp_path / "none")).__enter__()
 
 
 def test_offline_benchmarks(tmp_path: Path) -> None:

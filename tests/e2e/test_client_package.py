@@ -58,8 +58,11 @@ def answering(answer: Callable[[int], tuple[int, dict[str, str], bytes]]) -> Ite
     numbers = itertools.count()
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.do_POST()
+
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
+            self.rfile.read(int(self.headers["content-length"] or 0))
             status, headers, body = answer(next(numbers))
             self.send_response(status)
             for name, value in {
@@ -175,6 +178,37 @@ def test_a_stream_says_its_texts_and_then_what_it_was(endpoint: Endpoint) -> Non
         assert (client.totals.requests, client.totals.errors) == (2, 1)
 
 
+async def test_a_stream_may_be_had_as_one_text(endpoint: Endpoint) -> None:
+    async with AsyncClient(endpoint) as client:
+        stream = client.stream("all of it")
+        assert await stream.text() == "all of it"
+        assert stream.result is not None
+        assert stream.result.ok
+
+
+@pytest.mark.parametrize("item", [{"prompt": "x", "messages": []}, {"temperature": 0.5}])
+def test_an_item_is_messages_or_a_prompt(endpoint: Endpoint, item: dict[str, Any]) -> None:
+    with Client(endpoint) as client:
+        error = client.ask(item, id="mine").error
+    assert error is not None
+    assert (error.kind, error.message) == ("invalid_request", "Item mine needs either messages or prompt.")
+
+
+def test_what_a_client_cannot_work_with_is_refused(endpoint: Endpoint) -> None:
+    with pytest.raises(ConfigError, match="max_concurrency is 0"):
+        Client(endpoint, max_concurrency=0)
+    with pytest.raises(ConfigError, match="burst_seconds is nan"):
+        Pace(requests_per_minute=1, burst_seconds=float("nan"))
+
+
+def test_a_server_without_models_has_to_be_told_which() -> None:
+    empty = b'{"object": "list", "data": []}'
+    with answering(lambda _: (200, {}, empty)) as url, Client(Endpoint(base_url=url, max_retries=0)) as client:
+        error = client.ask("?").error
+    assert error is not None
+    assert error.message == f"{url} lists no model. Name one."
+
+
 async def test_leaving_a_stream_ends_the_answer() -> None:
     with apiserver.running(EchoService(delay=0.01)) as slow:
         async with AsyncClient(f"{slow.url}/v1", max_concurrency=1) as client:
@@ -244,7 +278,20 @@ def test_silence_and_nobody_there_are_failures_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["", "  ", "YOUR_API_KEY", "sk-xxxxxxxx", "<key>", "sk-...", "changeme", "your-key-here", "API_KEY", "***"]
+    "key",
+    [
+        "",
+        "  ",
+        "YOUR_API_KEY",
+        "sk-xxxxxxxx",
+        "<key>",
+        "sk-...",
+        "changeme",
+        "your-key-here",
+        "API_KEY",
+        "***",
+        "cl\xe9",
+    ],
 )
 def test_a_key_that_is_none_is_refused_before_anything_is_sent(key: str) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -266,9 +313,10 @@ def test_real_keys_pass_and_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("OPENAI_API_KEY", "sk-real")
     monkeypatch.setenv("OPENAI_BASE_URL", "https://llm.example.org/v1")
     assert (Endpoint().api_key, Endpoint().base_url) == ("sk-real", "https://llm.example.org/v1")
-    for wrong in ({"base_url": "llm.example.org"}, {"timeout": 0}, {"max_retries": -1}):
+    addresses = ("llm.example.org", "http://[::1", "http://here:port")
+    for wrong in (*({"base_url": address} for address in addresses), {"timeout": 0}, {"max_retries": -1}):
         with pytest.raises(ConfigError):
-            Endpoint(**wrong)
+            Endpoint(**wrong)  # type: ignore[arg-type]
 
 
 class Clock:

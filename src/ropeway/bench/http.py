@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
-from urllib.parse import urlsplit
 
 import httptools
 
+from ropeway.config.address import http_address
 from ropeway.errors import ConfigError
 
 OnBody = Callable[[bytes, float], None]
@@ -34,8 +34,8 @@ class HttpClient:
     """Connections to one server, kept open between requests. Use on one event loop."""
 
     def __init__(self, base_url: str, headers: Mapping[str, str] | None = None) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        parts = http_address(base_url)
+        if parts is None or parts.hostname is None:
             raise ConfigError(
                 f"{base_url!r} is not an http:// or https:// address. Check --base-url.", param="base_url"
             )
@@ -109,11 +109,11 @@ class _Connection(asyncio.Protocol):
         self.answered = False
 
     async def exchange(self, head: bytes, body: bytes, on_body: OnBody | None) -> Response:
+        self.keep = self.answered = False
         if self._lost or self._transport is None:
             raise ConnectionResetError("the server closed the connection")
         self._response, self._on_body = Response(), on_body
         self._parser = httptools.HttpResponseParser(self)
-        self.keep = self.answered = False
         self._done = asyncio.get_running_loop().create_future()
         self._transport.write(head + body)
         await self._done

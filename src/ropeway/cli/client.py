@@ -6,12 +6,12 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 import httpx2
 import msgspec
 
 from ropeway.bench.wire import Chunk, EventSplitter
+from ropeway.config.address import http_address
 from ropeway.errors import ConfigError, RequestError, RopewayError
 
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -52,12 +52,16 @@ class Client:
     """Talks to the server at `url`, with or without a trailing /v1."""
 
     def __init__(self, url: str, *, api_key: str | None = None, model: str | None = None) -> None:
-        if urlsplit(url).scheme not in {"http", "https"} or not urlsplit(url).hostname:
+        parts = http_address(url)
+        if parts is None:
             raise ConfigError(f"{url!r} is not an http:// or https:// address. Check --url.", param="url")
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            message = "The API key has characters that cannot be sent. Check --api-key and ROPEWAY_API_KEY."
+            raise ConfigError(message, param="api_key")
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         # A proxy from the environment cannot reach this machine's own loopback, so it is not asked to.
-        trust = urlsplit(url).hostname not in _LOOPBACK
+        trust = parts.hostname not in _LOOPBACK
         self._http = httpx2.Client(headers=headers, timeout=httpx2.Timeout(None, connect=10.0), trust_env=trust)
         self._model = model
 
@@ -76,18 +80,13 @@ class Client:
         return self._model
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """The JSON at `path`, None if it is none. `body` is sent as JSON unless it is None. Raises RopewayError."""
+        """The JSON at `path`. `body` is sent as JSON unless it is None. Raises RopewayError."""
         sent = {} if body is None else {"json": body}
         try:
             response = self._http.request(method, f"{self.url}{path}", timeout=10.0, **sent)
         except httpx2.TransportError as error:
             raise self._unreachable(error) from None
-        if response.status_code != 200:
-            raise _refusal(response.status_code, response.content)
-        try:
-            return response.json()
-        except ValueError:
-            return None
+        return self._json_of(response)
 
     def upload(self, path: str, name: str, file: BinaryIO, fields: dict[str, str]) -> Any:
         """Send `file` in a form with `fields`, as it is read. The JSON of the answer. Raises RopewayError."""
@@ -95,9 +94,7 @@ class Client:
             response = self._http.post(self.url + path, files={"file": (name, file, "application/jsonl")}, data=fields)
         except httpx2.TransportError as error:
             raise self._unreachable(error) from None
-        if response.status_code != 200:
-            raise _refusal(response.status_code, response.content)
-        return response.json()
+        return self._json_of(response)
 
     def download(self, path: str, to: BinaryIO) -> None:
         """Write the bytes at `path` into `to` as they come. Raises RopewayError."""
@@ -122,6 +119,8 @@ class Client:
                         yield msgspec.json.decode(data)
         except httpx2.TransportError as error:
             raise self._unreachable(error) from None
+        except msgspec.MsgspecError as error:
+            raise _invalid(error) from None
 
     def stream(self, path: str, fields: dict[str, Any], timing: Timing) -> Generator[str, None, None]:
         """The texts of one answer as they arrive; `timing` is filled in on the way. Raises RopewayError."""
@@ -150,7 +149,16 @@ class Client:
         except httpx2.TransportError as error:
             raise self._unreachable(error) from None
         except msgspec.MsgspecError as error:
-            raise RequestError(f"The server sent a chunk that is not valid: {error}.") from None
+            raise _invalid(error) from None
+
+    def _json_of(self, response: httpx2.Response) -> Any:
+        if response.status_code != 200:
+            raise _refusal(response.status_code, response.content)
+        try:
+            return response.json()
+        except ValueError:
+            message = f"{response.url} does not answer with JSON: is this an OpenAI server? Check --url."
+            raise ConfigError(message, param="url") from None
 
     def _unreachable(self, error: Exception) -> ConfigError:
         return ConfigError(
@@ -161,6 +169,10 @@ class Client:
 
 def _message(error: Any) -> str:
     return str(error.get("message", error)) if isinstance(error, dict) else str(error)
+
+
+def _invalid(error: Exception) -> RequestError:
+    return RequestError(f"The server sent a chunk that is not valid: {error}.")
 
 
 def _refusal(status: int, body: bytes) -> RopewayError:

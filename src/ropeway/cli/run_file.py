@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -110,7 +110,8 @@ class Partial:
         self.path.unlink()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk refuses for a second time what it has refused before
+            self._file.close()
 
 
 class Progress:
@@ -169,7 +170,7 @@ def run(
             raise ConfigError(f"{output} is a directory; name a file.", param="output_file")
         partial = Partial((folder or output.parent) / f"{output.name}.partial", name, restart=restart)
     except OSError as error:
-        raise ConfigError(f"{error.filename} cannot be used: {error.strerror}. Check the paths.") from None
+        raise ConfigError(f"{error.filename or output} cannot be used: {error.strerror}. Check the paths.") from None
     if partial:
         print(f"going on after {len(partial)} of {total} requests", file=sys.stderr)
     try:
@@ -180,8 +181,9 @@ def run(
         print(f"interrupted: {progress}. The same command goes on from there.", file=sys.stderr)
         raise
     except OSError as error:
+        where = error.filename2 or error.filename or partial.path  # writing names no file, copying two
         raise ConfigError(
-            f"{error.filename} cannot be written: {error.strerror}. Make room; the same command goes on from there."
+            f"{where} cannot be written: {error.strerror}. Make room; the same command goes on from there."
         ) from None
     finally:
         partial.close()

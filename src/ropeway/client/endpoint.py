@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
+from ropeway.config.address import http_address
 from ropeway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.base_url:
             object.__setattr__(self, "base_url", os.environ.get("OPENAI_BASE_URL") or _HERE)
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        if http_address(self.base_url) is None:
             raise ConfigError(f"{self.base_url!r} is not an http:// or https:// address.", param="base_url")
         if not self.timeout > 0 or self.max_retries < 0:
             raise ConfigError("timeout must be above 0 seconds, and max_retries at least 0.", param="timeout")
@@ -97,6 +97,8 @@ def _checked(key: str | None, local: bool) -> str:
         raise ConfigError(
             'The API key is empty. Give a key, or "EMPTY" for a server that asks for none.', param="api_key"
         )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("The API key has characters that cannot be sent. Copy it again.", param="api_key")
     if key.lower() not in _NO_KEY and _PLACEHOLDER.fullmatch(key):
         message = "The API key is the placeholder of an example. Put a real one in its place."
         raise ConfigError(message, param="api_key")

@@ -56,7 +56,7 @@ class Setting:
             return self.default
         try:
             parsed = self._convert(value)
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             raise ConfigError(f"{origin} is {value!r}; it must be {self._wanted()}.", param=self.name) from None
         if isinstance(parsed, int | float) and not isinstance(parsed, bool):
             # `not >=` rather than `<`, so that NaN is refused too.
@@ -107,8 +107,6 @@ def settings(*classes: type) -> list[Setting]:
     for cls in classes:
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
-            if "group" not in f.metadata:
-                continue
             hint = hints[f.name]
             if get_origin(hint) in (Union, types.UnionType):
                 hint = next(arg for arg in get_args(hint) if arg is not type(None))

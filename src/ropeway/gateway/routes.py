@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from ropeway.config import EngineConfig, ServerConfig, check, preset_values, settings
+from ropeway.config.address import http_address
 from ropeway.config.yaml_file import read_yaml
 from ropeway.errors import ConfigError
 from ropeway.gateway.table import Local, Remote, Route, Rule, Spec, Table, Weights
@@ -266,13 +267,10 @@ def _count(given: Mapping[str, Any], name: str, where: str) -> int | None:
 
 
 def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
+    parts = http_address(url)
+    if parts is None or not url.isascii():
         return False
-    plain = not (parts.query or parts.fragment or parts.username or parts.password)
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain and url.isascii() and url.isprintable()
+    return not (parts.query or parts.fragment or parts.username or parts.password)
 
 
 def _wrong(where: str, value: Any, expected: str) -> NoReturn:

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
-from urllib.parse import urlsplit
 
 import httpx2
 import msgspec
 
 from ropeway._version import __version__
+from ropeway.config.address import http_address
 from ropeway.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -154,8 +154,8 @@ class Collector:
         self, endpoint: str, headers: str | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """`headers` are NAME=VALUE by commas. Raises ConfigError."""
-        parts = urlsplit(endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        parts = http_address(endpoint)
+        if parts is None:
             message = f"otlp_endpoint is {endpoint!r}; it must be an address such as http://127.0.0.1:4318."
             raise ConfigError(message, param="otlp_endpoint")
         self._url = endpoint if parts.path.strip("/") else endpoint.rstrip("/") + TRACES

@@ -33,6 +33,8 @@ class FakeServer:
                 body = json.loads(await reader.readexactly(length) or "{}")
                 if text.startswith("GET /v1/models"):
                     self.answer(writer, 200, {"data": [{"id": "fake/model"}]})
+                elif "HANG UP" in str(body.get("prompt")):
+                    raise ConnectionResetError
                 elif "FAIL" in str(body.get("prompt")):
                     self.answer(writer, 503, {"error": {"message": "full"}})
                 else:
@@ -64,6 +66,10 @@ class FakeServer:
                 self.send(writer, {"error": {"message": "engine died", "code": "RW-ENGINE"}})
                 break
             self.send(writer, {"choices": [{"delta": {"content": "ü "}} if chat else {"text": "ü "}]})
+        if "CUT" in prompt:
+            writer.write(b"0\r\n\r\n")
+            self.in_flight -= 1
+            return
         usage = {"prompt_tokens": len(prompt.split()) + 1, "completion_tokens": count}
         self.send(writer, {"choices": [], "usage": usage})
         writer.write(b"7\r\n: ping\n\r\n" + b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")

@@ -37,6 +37,18 @@ def test_random_prompts_have_the_asked_length_in_tokens(subwords: FileTokens) ->
     assert len({sample.prompt for sample in samples}) == 20
 
 
+def test_prompts_grow_until_they_have_enough_tokens_of_several_words(tmp_path: Path) -> None:
+    """A vocabulary that takes two words for one token, as those of some languages do."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"pair": 0}, unk_token="pair"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+( \w+)?"), "removed", invert=True)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    samples = DatasetConfig(num_prompts=5, random_input_len=16).samples(FileTokens(str(tmp_path / "tokenizer.json")))
+    assert {sample.prompt_len for sample in samples} == {16}
+    assert all(len(sample.prompt.split()) in (31, 32) for sample in samples)
+
+
 def test_random_lengths_stay_in_range_and_share_the_prefix() -> None:
     config = DatasetConfig(
         num_prompts=200, random_input_len=100, random_output_len=50, random_range_ratio=0.2, random_prefix_len=10
@@ -72,6 +84,8 @@ def test_sharegpt_takes_first_turns_and_leaves_out_extremes(tmp_path: Path) -> N
     path.write_text(json.dumps(talks))
     config = DatasetConfig(dataset_name="sharegpt", dataset_path=str(path), num_prompts=2)
     assert config.samples(Words()) == [Sample("a b c d e", 5, 4)] * 2
+    path.write_text(json.dumps([talk(f"a b c d {n}", "f g h i") for n in range(20)]))
+    assert len({sample.prompt for sample in config.samples(Words())}) == 2, "no more are taken than asked for"
 
 
 def test_custom_lines_keep_their_order(tmp_path: Path) -> None:
@@ -79,6 +93,9 @@ def test_custom_lines_keep_their_order(tmp_path: Path) -> None:
     path.write_text('{"prompt": "one two", "output_tokens": 5}\n\n{"prompt": "three"}\n')
     config = DatasetConfig(dataset_name="custom", dataset_path=str(path), num_prompts=3, custom_output_len=8)
     assert [(s.prompt, s.output_len) for s in config.samples(Words())] == [("one two", 5), ("three", 8), ("one two", 5)]
+    path.write_text('{"prompt": "one"}\n{"prompt": "two"}\nnot read any more')
+    first = DatasetConfig(dataset_name="custom", dataset_path=str(path), num_prompts=2)
+    assert [sample.prompt for sample in first.samples(Words())] == ["one", "two"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from fake_server import FakeServer, running
 from ropeway.bench.config import DatasetConfig, LoadConfig
 from ropeway.bench.datasets import Sample, Words
 from ropeway.bench.serve import bench_serve
+from ropeway.cli import bench_serve as bench_serve_command
 from ropeway.cli.main import main
 from ropeway.errors import ConfigError
 
@@ -61,3 +62,32 @@ def test_answers_of_a_dataset_may_have_another_length(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"conversations": talk}]))
     config = DatasetConfig(dataset_name="sharegpt", dataset_path=str(path), num_prompts=1, sharegpt_output_len=9)
     assert config.samples(Words()) == [Sample("a b c d e", 5, 9)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--header", "x-test"), "--header is 'x-test'; it must be NAME=VALUE"),
+        (("--percentile-metrics", "ttft,speed"), "unknown 'speed'"),
+        (("--random-range-ratio", "1"), "random-range-ratio is 1.0; it must be"),
+        (("--dataset-name", "prefix_repetition", "--num-prompts", "2"), "num-prefixes is 10; it must be from 1 to 2"),
+        (("--tokenizer", "/no/such/tokenizer.json"), "cannot be loaded"),
+    ],
+)
+def test_what_means_nothing_is_refused_before_the_server_is_asked(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "serve", "--port", "9", *words])
+    assert (end.value.code, said in capsys.readouterr().err) == (2, True)
+
+
+async def test_a_load_generator_that_is_late_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_serve_command, "LATE", 0.0)
+    async with running(FakeServer()) as server:
+        words = ["bench", "serve", "--base-url", server.url, "--num-prompts", "2", "--random-input-len", "3"]
+        with pytest.raises(SystemExit):
+            await asyncio.to_thread(main, [*words, "--random-output-len", "1"])
+    assert "behind its schedule" in capsys.readouterr().err

@@ -96,6 +96,14 @@ def test_result_is_saved_under_a_telling_name(tmp_path: Path) -> None:
         report.save(path / "below-a-file", {})
 
 
+def test_an_answer_of_one_token_has_no_time_between_tokens() -> None:
+    """It meets any objective for that time, and is in no average of it."""
+    one = Outcome(started=10.0, ttft=0.1, latency=0.1, text="a", prompt_tokens=5, output_tokens=1)
+    found = compute([one, OUTCOMES[0]], 2.0, goodput=parse_goodput(["tpot:1"]))
+    assert found.goodput == 0.5
+    assert found.spreads["tpot"].mean == pytest.approx(30.0)
+
+
 def test_no_success_still_makes_a_table() -> None:
     metrics = compute(OUTCOMES[2:], 1.0)
     assert (metrics.completed, metrics.failed, metrics.output_throughput) == (0, 1, 0.0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
+from typing import Any
 
 import pytest
 from fake_server import FakeServer, running
@@ -15,6 +17,7 @@ from ropeway.bench.load import arrival_times, run_load
 from ropeway.bench.serve import bench_serve
 from ropeway.bench.wire import Call, EventSplitter, measure
 from ropeway.errors import ConfigError
+from waiting import eventually
 
 COMPLETIONS = Call(backend="openai", endpoint="/v1/completions", model="m")
 
@@ -52,6 +55,53 @@ async def test_failures_are_told_apart_and_counted() -> None:
     assert "engine died" in bench.run.outcomes[2].error
     assert (bench.metrics.completed, bench.metrics.failed) == (1, 2)
     assert bench.metrics.total_output == 4
+
+
+async def test_an_answer_without_its_end_or_in_time_is_a_failure() -> None:
+    slow = Call(backend="openai", endpoint="/v1/completions", model="m", timeout=0.05)
+    async with running(FakeServer()) as server:
+        client = HttpClient(server.url)
+        cut = await measure(client, COMPLETIONS, prompts("CUT")[0])
+        hung_up = await measure(client, COMPLETIONS, prompts("HANG UP")[0])
+        silent = await measure(client, COMPLETIONS, prompts("x", output_len=0)[0])
+        server.first = 60.0
+        late = await measure(client, slow, prompts("x")[0])
+        client.close()
+    assert (cut.error, cut.output_tokens) == ("the stream ended without [DONE]", 4)
+    assert "closed the connection before the answer was complete" in hung_up.error
+    assert late.error == "no complete answer within 0.05 s"
+    assert silent.ok
+    assert silent.ttft == silent.latency > 0, "an answer without a text took as long as all of it"
+
+
+@pytest.mark.parametrize("heard", [False, True])
+async def test_a_connection_that_the_server_has_closed_meanwhile_is_no_failure(heard: bool) -> None:
+    """Whether the client has heard of it or not: an answer that has not begun is asked for again, on another one."""
+    samples = prompts(*["x"] * 3)
+    async with running(FakeServer(crowd=3)) as server:
+        client = HttpClient(server.url)
+        await run_load(client, COMPLETIONS, samples, [0.0] * 3)
+        for writer in server.writers:
+            writer.close()
+        if heard:
+            await eventually(lambda: all(connection._lost for connection in client._idle))
+        run = await run_load(client, COMPLETIONS, samples, [0.0] * 3)
+        client.close()
+    assert [o.error for o in run.outcomes] == [""] * 3
+    assert server.connections == 6
+
+
+async def test_a_connection_is_not_kept_where_the_server_closes_it() -> None:
+    class Closing(FakeServer):
+        def answer(self, writer: asyncio.StreamWriter, status: int, fields: dict[str, Any]) -> None:
+            writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}")
+
+    async with running(Closing()) as server:
+        client = HttpClient(server.url)
+        for _ in range(2):
+            assert (await client.request("GET", "/v1/models")).body == b"{}"
+        client.close()
+    assert server.connections == 2
 
 
 async def test_body_says_what_was_asked() -> None:
@@ -102,6 +152,52 @@ async def test_latency_counts_from_the_due_time() -> None:
 async def test_no_server_says_what_to_do() -> None:
     with pytest.raises(ConfigError, match="ropeway serve"):
         await bench_serve(LoadConfig(base_url="http://127.0.0.1:9"), prompts("x"))
+
+
+class Unlike(FakeServer):
+    """Answers a question for its models with `status` and `told`."""
+
+    def __init__(self, status: int, told: dict[str, Any]) -> None:
+        super().__init__()
+        self.status, self.told = status, told
+
+    def answer(self, writer: asyncio.StreamWriter, status: int, fields: dict[str, Any]) -> None:
+        super().answer(writer, self.status, self.told)
+
+
+async def test_a_server_without_a_list_of_models_has_to_be_told_which() -> None:
+    async with running(Unlike(404, {})) as server:
+        found = await bench_serve(LoadConfig(base_url=server.url, model="mine"), prompts("x"))
+        assert (found.model, found.metrics.completed) == ("mine", 1)
+        with pytest.raises(ConfigError, match="HTTP 404 for /v1/models"):
+            await bench_serve(LoadConfig(base_url=server.url), prompts("x"))
+    for told in ({}, {"data": []}, {"data": None}):
+        async with running(Unlike(200, told)) as server:
+            with pytest.raises(ConfigError, match="an unexpected answer to /v1/models"):
+                await bench_serve(LoadConfig(base_url=server.url, model="mine"), prompts("x"))
+
+
+async def test_nothing_is_measured_after_a_warm_up_that_failed() -> None:
+    async with running(FakeServer()) as server:
+        with pytest.raises(ConfigError, match=r"warm-up request failed \(HTTP 503: .*full.*Look into the server's log"):
+            await bench_serve(LoadConfig(base_url=server.url, num_warmups=1), prompts("FAIL", "x"))
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "headers", "said"),
+    [
+        ({"extra_body": "{"}, {}, "extra-body is not valid JSON"),
+        ({"extra_body": "[]"}, {}, "extra-body must be a JSON object"),
+        ({}, {"x-a": "1\r\nx-b: 2"}, "'x-a' contains a line break"),
+        ({"base_url": "127.0.0.1:8000"}, {}, "Check --base-url"),
+    ],
+)
+async def test_what_cannot_be_sent_is_refused(settings: dict[str, Any], headers: dict[str, str], said: str) -> None:
+    async with running(FakeServer()) as server:
+        with pytest.raises(ConfigError, match=said):
+            await bench_serve(LoadConfig(**{"base_url": server.url, **settings}), prompts("x"), headers=headers)
+    assert server.requests == []
 
 
 def test_events_may_be_cut_anywhere() -> None:

@@ -142,6 +142,13 @@ def test_the_report_takes_what_the_server_has_measured(data: Path) -> None:
     assert "must be one price or two" in refused("cost", "--per-token-price", "cheap", "--tokens-per-day", "1m")
 
 
+def test_the_report_refuses_to_guess_where_nothing_was_measured(data: Path) -> None:
+    open_accounts(data).close()
+    assert "--tokens-per-day" in refused("cost")
+    for wrong in ("lots", "1x", "k"):
+        assert f"--tokens-per-day is {wrong!r}; it must be a number" in refused("cost", "--tokens-per-day", wrong)
+
+
 def test_the_weights_of_keys_reach_the_scheduler_unless_the_operator_says_otherwise(data: Path) -> None:
     engine, origins = EngineConfig(tenant_weights="b=5"), {"model": "default"}
     assert with_weights(engine, origins, data) == (engine, origins)

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from clikit import program
 from typer.testing import CliRunner
 
 from ropeway.cli import checks
+from ropeway.cli.environment import facts
 from ropeway.cli.main import app
+from ropeway.errors import ConfigError
 from ropeway.runtime.cpu_info import CpuInfo
 from ropeway.runtime.kernels import library
 from ropeway.runtime.kernels.library import load
+from ropeway.runtime.memory import GIB, MemoryState
 from ropeway.runtime.roofline import measure
 from waiting import until
 
@@ -93,3 +97,45 @@ def test_proxy_that_takes_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "secret" not in check.found + check.advice
     monkeypatch.setenv("NO_PROXY", "localhost, 127.0.0.1")
     assert checks.check_proxies().ok
+
+
+def test_a_gpu_is_named_and_whether_torch_can_use_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no NVIDIA driver" in checks.check_cuda().found
+    said = "NVIDIA L4, 23034 MiB, 550.54"
+    program(tmp_path, "nvidia-smi", f'[ "$1" = --query-gpu=name,memory.total,driver_version ] && echo "{said}"')
+    monkeypatch.setattr(checks, "check_version", lambda: "2.9.1+cu128")
+    assert checks.check_cuda() == checks.Check("CUDA", said)
+    monkeypatch.setattr(checks, "check_version", lambda: "2.9.1+cpu")
+    check = checks.check_cuda()
+    assert (check.found, check.ok, "install a CUDA build" in check.advice) == (said, False, True)
+    assert dict(facts({}))["GPU"] == said
+    program(tmp_path, "nvidia-smi", "exit 9")
+    check = checks.check_cuda()
+    assert (check.ok, "exit status 9" in check.found, "driver" in check.advice) == (False, True, True)
+
+
+def test_what_is_not_well_is_counted_and_advised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each line of advice stands below its check."""
+
+    def old() -> str:
+        raise ConfigError("torch 1.0 is too old. Upgrade it.")
+
+    monkeypatch.setattr(checks, "check_version", old)
+    monkeypatch.setattr(checks, "cpu_memory", lambda: MemoryState(8 * GIB, GIB, "of memory"))
+    monkeypatch.setattr(checks, "LITTLE_DISK", 1 << 62)
+    monkeypatch.setenv("CXX", str(program(tmp_path, "broken-compiler", "exit 3")))
+    monkeypatch.setattr(
+        checks, "run_checks", lambda port: iter([checks.check_torch(), checks.check_memory(), checks.check_disk(),
+                                                 checks.check_compiler(), checks.check_python()])
+    )  # fmt: skip
+    lines = CliRunner().invoke(app, ["doctor"]).stdout.splitlines()
+    assert [line[:4] for line in lines[:-1]] == ["WARN", "    "] * 4 + ["OK  "]
+    assert lines[-1] == "4 things to look at."
+    assert [line.strip() for line in lines[1:8:2]] == [
+        "torch 1.0 is too old. Upgrade it.",
+        "Only small models fit. `ropeway plan MODEL` shows which.",
+        "Little room for models: set HF_HOME to a larger disk.",
+        "Install g++, or set CXX.",
+    ]
+    assert "broken-compiler does not run" in lines[6]

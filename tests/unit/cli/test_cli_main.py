@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ropeway.cli.banner import program
+from ropeway.cli.banner import curl_line, program
 from ropeway.cli.main import describe, exit_code, main
+from ropeway.contract import ExecutorInfo
 from ropeway.errors import BY_CODE, ConfigError, EngineError, ModelError
 
 HEAVY = {
@@ -94,6 +97,17 @@ def test_a_wrong_option_or_command_gets_a_suggestion(run: Run) -> None:
     assert "'serve'" in err
 
 
+def test_a_group_without_a_verb_is_helped(run: Run) -> None:
+    status, out, err = run("batches")
+    assert (status, err) == (2, "")
+    assert "create" in out
+
+
+def test_settings_are_found_by_a_word_in_front_of_any_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help=prefix-caching"])
+    assert "--enable-prefix-caching" in capsys.readouterr().out
+
+
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(ConfigError):
         main(["serve", "--log-level", "debug", "--port", "abc"])
@@ -128,3 +142,14 @@ def test_the_banner_names_a_command_that_can_be_typed(monkeypatch: pytest.Monkey
     assert program() == "ropeway"
     monkeypatch.setattr("sys.argv", ["/site-packages/ropeway/__main__.py", "serve"])
     assert program() == "ropeway"
+
+
+def test_the_banner_asks_a_model_without_a_template_to_go_on_and_never_shows_a_key() -> None:
+    info = ExecutorInfo(
+        model="m", device="cpu", dtype="float32", num_blocks=8, block_size=16, max_slots=1, max_model_len=64,
+        vocab_size=256,
+    )  # fmt: skip
+    words = shlex.split(curl_line("http://127.0.0.1:8000", "m", info, chat=False, key=True).replace("\\\n", ""))
+    assert words[:3] == ["curl", "-N", "http://127.0.0.1:8000/v1/completions"]
+    assert "authorization: Bearer $ROPEWAY_API_KEY" in words
+    assert json.loads(words[-1]) == {"model": "m", "stream": True, "prompt": "Once upon a time", "max_tokens": 64}

@@ -69,6 +69,40 @@ def test_numbers_may_have_suffixes() -> None:
     assert (config.max_model_len, config.max_num_batched_tokens) == (2048, 1000)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("max-num-seqs", "infk", "a whole number"),
+        ("max-num-seqs", "1e400M", "a whole number"),
+        ("max-num-seqs", "[4]", "a whole number"),
+        ("max-num-seqs", "4.5", "a whole number"),
+        ("max-num-seqs", "true", "a whole number"),
+        ("gpu-memory-utilization", "true", "a number"),
+        ("gpu-memory-utilization", ".nan", "at least"),
+        ("enable-prefix-caching", "perhaps", "true or false"),
+        ("revision", "[main]", "a text"),
+        ("revision", "{main: 1}", "a text"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(tmp_path: Path, name: str, value: str, wanted: str) -> None:
+    file = tmp_path / "ropeway.yaml"
+    file.write_text(f"{name}: {value}\n")
+    with pytest.raises(ConfigError, match=f"^{name.replace('-', '_')} in .*; it must be {wanted}"):
+        load(EngineConfig, file=file, environ={})
+
+
+def test_a_file_may_be_empty_and_must_be_readable(tmp_path: Path) -> None:
+    file = tmp_path / "ropeway.yaml"
+    file.write_text("# max-num-seqs: 4\n")
+    assert load(EngineConfig, file=file, environ={}) == load(EngineConfig, environ={})
+    file.write_bytes(b"model: caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"is not UTF-8: its byte 10 is 0xe9. Save it as UTF-8"):
+        load(EngineConfig, file=file, environ={})
+    file.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="nests too deeply"):
+        load(EngineConfig, file=file, environ={})
+
+
 def test_help_by_group_and_by_word() -> None:
     groups = show_settings("listgroup", EngineConfig, ServerConfig)
     assert [line.split()[0] for line in groups.splitlines()] == list(dict.fromkeys(s.group for s in ALL))

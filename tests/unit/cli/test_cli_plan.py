@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from clikit import program
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -97,6 +99,57 @@ def test_a_gpu_that_is_not_here(big: ModelSpec) -> None:
     assert "the share 0.9 of 80.00 GiB less weights and workspace" in text
     assert "KV blocks on their way to and from the tiers" in text
     assert "`serve` measures both" in text
+
+
+def test_this_machines_gpu_is_asked_for_its_memory(
+    big: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of several is planned for. What others hold of it still counts in the share that may be taken."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(ConfigError, match="There is no nvidia-smi"):
+        find_device("cuda", None)
+    program(
+        tmp_path / "bin", "nvidia-smi", 'case "$1" in *memory.total,memory.free) echo "81559, 40000"; esac; echo 1, 1'
+    )
+    gpu = find_device("cuda", None)
+    assert (gpu.kind, gpu.memory.total, gpu.memory.free) == ("cuda", 81559 * 1024**2, 40000 * 1024**2)
+    text = CliRunner().invoke(app, ["plan", str(big.directory), "--device", "cuda", "--max-model-len", "4096"]).output
+    assert "on this machine's GPU: 39.06 GiB free of 79.65 GiB" in text
+    for wrong in ("exit 9", "echo", "echo '[N/A], [N/A]'"):
+        program(tmp_path / "bin", "nvidia-smi", wrong)
+        with pytest.raises(ConfigError, match="does not say how much memory there is"):
+            find_device("cuda", None)
+
+
+def test_devices_are_listed() -> None:
+    lines = CliRunner().invoke(app, ["plan", "--device", "list"]).output.splitlines()
+    assert [line.split()[0] for line in lines] == list(DEVICES)
+    assert lines[-1].split()[1:] == ["140.4", "GiB"]
+
+
+def test_a_context_that_is_cut_is_noted(big: ModelSpec) -> None:
+    text = shown(EngineConfig(), big, "L4-24")
+    cut = re.search(r"Note: max-model-len is (\d+) instead of the model's 131072", text)
+    assert cut is not None
+    assert int(cut[1]) in (int(row[0].replace(",", "")) for row in table_rows(text))
+
+
+def test_fp8_is_planned_as_a_gpu_keeps_it(big: ModelSpec) -> None:
+    """A CPU widens it, and so does a GPU for another quantization."""
+    path = big.directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "fp8"}}))
+    spec = load_spec(big.directory, "big")
+
+    def weights(device: str, **settings: Any) -> float:
+        found = re.search(
+            r"weights +([\d.]+) GiB", shown(EngineConfig(max_model_len=512, **settings), spec, device, 40)
+        )
+        assert found is not None
+        return float(found[1])
+
+    gpu, cpu = weights("H100-80"), weights("cpu", dtype="bfloat16")
+    assert cpu == pytest.approx(14.96, abs=0.01)
+    assert gpu < 0.65 * cpu
 
 
 def test_lengths_double_up_to_the_limit() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,24 @@ def test_perplexity_of_the_bundled_model(capsys: pytest.CaptureFixture[str], qua
     # Better than the plain weights by more than chance would mean that the text is not what they are measured on.
     assert 0.97 < float(ratio[1]) < most
     assert "3,999 predicted in windows of 512" in text
+
+
+def test_perplexity_by_itself_is_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = run(capsys, "perplexity", "--max-tokens", "50", "--context", "32", "--threads", "1")
+    assert code == 0
+    assert "49 predicted in windows of 32" in text
+    assert "Ratio" not in text
+
+
+def test_a_tokenizer_of_another_model_is_found_out(
+    checkpoint: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bundled one has more tokens than these weights."""
+    directory = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUNDLED / name, directory / name)
+    code, _, err = run(capsys, "perplexity", str(directory), "--context", "32", "--max-tokens", "200", "--threads", "1")
+    assert (code, "knows tokens beyond the model's 300" in err) == (2, True)
 
 
 def test_perplexity_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

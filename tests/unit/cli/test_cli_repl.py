@@ -8,6 +8,7 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+from clikit import terminal
 from rich.console import Console
 
 from ropeway.bench.wire import Chunk, ChunkUsage
@@ -135,3 +136,25 @@ def test_rate_counts_tokens_after_the_first() -> None:
     assert timing.rate == 5.0
     assert str(timing) == "4 tokens in, 11 out, first after 500 ms, then 5.0 tokens/s"
     assert Timing(tokens=1, ttft=1.0, last=1.0).rate == 0.0
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = iter([KeyboardInterrupt, "x", EOFError])
+
+    def read(_: str) -> str:
+        found = next(typed)
+        if isinstance(found, str):
+            return found
+        raise found
+
+    session, out = chat(ScriptedClient(["fine"]))
+    monkeypatch.setattr("builtins.input", read)
+    converse(session)
+    assert out.getvalue().split("\n") == ["", "(/quit or Ctrl-D leaves)", "fine", ""]
+
+
+def test_a_terminal_shows_the_timing_after_each_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch, "stdout") as seen:
+        CompletionSession(ScriptedClient(["a", "b"]), {}).ask("x")
+    assert seen.text.splitlines()[0] == "ab"
+    assert "3 tokens in, 2 out" in seen.text.splitlines()[1]

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import resource
+import signal
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from clikit import run as command
+from clikit import terminal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from accountkit import used
+from ropeway.api.app import create_app
+from ropeway.cli import run_file
+from ropeway.cli.offline import Offline
 from ropeway.cli.run_file import Partial, Progress, answer, answer_all, run
 from ropeway.config import EngineConfig, ServerConfig
-from ropeway.errors import ConfigError
+from ropeway.errors import ConfigError, EngineError, RopewayError
 from ropeway.jobs.work import Call, Reply
+from ropeway.observe.metrics import Metrics
+from ropeway.service.echo import EchoService
+from ropeway.service.request import TextRequest
 
 REQUEST = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
 
@@ -173,3 +187,149 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys: pyte
         "70 of 100 done, 1 failed, 1.0/s, about 30 s left",
     ]
     assert (str(progress), progress.rate) == ("70 of 100 done, 1 failed", 1.0)
+
+
+class Offlines:
+    """Engines of run-batch, which echo. The last that was started is `gone` when a test says so. `asked` counts their
+    requests, and `at` is called with the number of each."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.gone: asyncio.Future[RopewayError | None] | None = None
+
+    def at(self, number: int) -> None:
+        pass
+
+    def heard(self, request: TextRequest, sent: int) -> RopewayError | None:
+        if sent == 0:
+            self.asked += 1
+            self.at(self.asked)
+        return None
+
+    @asynccontextmanager
+    async def __call__(self, engine: EngineConfig, server: ServerConfig) -> AsyncIterator[Offline]:
+        self.gone = asyncio.get_running_loop().create_future()
+        app = create_app(EchoService(failure=self.heard), server, Metrics("echo"))
+        yield Offline(app, 1, self.gone)
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Offlines:
+    made = Offlines()
+    monkeypatch.setattr(run_file, "offline", made)
+    monkeypatch.setenv("ROPEWAY_DATA_DIR", str(tmp_path / "data"))
+    return made
+
+
+def words(folder: Path) -> tuple[str, ...]:
+    return ("run-batch", "-i", str(folder / "in.jsonl"), "-o", str(folder / "out" / "out.jsonl"), "--max-inflight", "1")
+
+
+def test_ctrl_c_says_how_far_it_is_and_the_same_command_goes_on(
+    engines: Offlines, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source(tmp_path, 20)
+    monkeypatch.setattr(engines, "at", lambda number: signal.raise_signal(signal.SIGINT) if number == 8 else None)
+    code, _, err = command(capsys, *words(tmp_path))
+    assert names(tmp_path / "out") == ["out.jsonl.partial"]
+    kept = (tmp_path / "out" / "out.jsonl.partial").read_bytes().count(b"\n") - 1
+    assert kept in (7, 8)
+    assert code == 130
+    assert f"interrupted: {kept} of 20 done, 0 failed. The same command goes on from there." in err
+    code, _, err = command(capsys, *words(tmp_path))
+    assert (code, f"going on after {kept} of 20 requests" in err) == (0, True)
+    assert engines.asked == 8 + 20 - kept
+    assert (tmp_path / "out" / "out.jsonl").read_text().count("\n") == 20
+
+
+def test_an_engine_that_is_gone_ends_the_run_with_its_reason(
+    engines: Offlines, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source(tmp_path, 20)
+    reasons = {4: EngineError("It has no memory left."), 8: None}
+
+    def fall(number: int) -> None:
+        if number in reasons:
+            assert engines.gone is not None
+            engines.gone.set_result(reasons[number])
+
+    monkeypatch.setattr(engines, "at", fall)
+    code, _, err = command(capsys, *words(tmp_path))
+    assert (code, "RW-ENGINE: It has no memory left." in err) == (1, True)
+    code, _, err = command(capsys, *words(tmp_path))
+    assert (code, "The engine has ended before the last answer" in err) == (1, True)
+    assert command(capsys, *words(tmp_path))[0] == 0
+    out = [json.loads(line)["custom_id"] for line in (tmp_path / "out" / "out.jsonl").read_text().splitlines()]
+    assert out == [f"c{n}" for n in range(20)]
+
+
+def test_a_full_disk_is_told_of_by_the_files_name_and_nothing_is_lost(
+    engines: Offlines, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on the size of files refuses as a full disk does: a write, which names no file."""
+    source(tmp_path, 100)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(
+        engines,
+        "at",
+        lambda number: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1])) if number == 1 else 0,
+    )
+    try:
+        code, _, err = command(capsys, *words(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    partial = tmp_path / "out" / "out.jsonl.partial"
+    assert (code, err.splitlines()[-1]) == (
+        2, f"RW-CFG: {partial} cannot be written: File too large. Make room; the same command goes on from there."
+    )  # fmt: skip
+    kept = partial.read_bytes().count(b"\n") - 1
+    assert 10 < kept < 100
+    code, _, err = command(capsys, *words(tmp_path))
+    assert (code, f"going on after {kept} of 100 requests" in err) == (0, True)
+
+
+def test_what_is_computed_is_counted_where_prices_are_given(
+    engines: Offlines, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("models: {echo: {input: 1, output: 2}}\n")
+    monkeypatch.setenv("ROPEWAY_PRICES", str(prices))
+    source(tmp_path, 3)
+    assert command(capsys, *words(tmp_path))[0] == 0
+    [row] = used(tmp_path / "data")
+    assert (row.requests, row.prompt_tokens, row.completion_tokens) == (3, 6, 6)
+    assert row.cost == pytest.approx((6 * 1 + 6 * 2) / 1e6)
+
+
+def test_on_a_terminal_there_is_a_bar(
+    engines: Offlines, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source(tmp_path, 5)
+    with terminal(monkeypatch, "stderr") as seen:
+        assert command(capsys, *words(tmp_path))[0] == 0
+    assert "5/5 requests" in seen.text
+    assert "5 of 5 done, 0 failed" in seen.text
+
+
+def test_a_misspelt_variable_is_named_before_the_run(
+    engines: Offlines, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source(tmp_path, 1)
+    monkeypatch.setenv("ROPEWAY_MAX_NUM_SEQ", "3")
+    code, _, err = command(capsys, *words(tmp_path))
+    assert (code, "Did you mean ROPEWAY_MAX_NUM_SEQS?" in err) == (0, True)
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no second file system")
+def test_answers_may_be_kept_on_another_file_system(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        assert Path(folder).stat().st_dev != tmp_path.stat().st_dev
+        partial = Partial(tmp_path / "kept.partial", "name")
+        for number in (2, 1):
+            partial.add(number, b"{%d}" % number)
+        output = Path(folder) / "out.jsonl"
+        output.write_text("of an earlier run")
+        partial.finish(output)
+        assert output.read_text() == "{1}\n{2}\n"
+        assert names(Path(folder)) == ["out.jsonl"]
+    assert names(tmp_path) == []

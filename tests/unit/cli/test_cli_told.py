@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -61,6 +62,15 @@ def test_a_conversation_is_asked_for_as_told(sent: Sent) -> None:
     chat = {"messages": [system, user], "temperature": 0.5, "max_completion_tokens": 7}
     text = {"prompt": "Hi", "temperature": 0.5, "max_tokens": 7}
     assert sent == [("/v1/chat/completions", "m", chat), ("/v1/completions", "m", text)]
+
+
+def test_without_quick_each_line_is_continued(sent: Sent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once\n\nTwice\n/quit\nnever\n"))
+    run("complete", "--model", "m")
+    assert [(path, fields["prompt"]) for path, _, fields in sent] == [
+        ("/v1/completions", "Once"),
+        ("/v1/completions", "Twice"),
+    ]
 
 
 def test_batches_go_where_told_and_announce_their_end(sent: Sent, tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
+import socket
 from typing import Any
 
 import pytest
+from clikit import answering, interrupt, reply, run, terminal
 from rich.console import Console
 
 from ropeway.cli.top import view
+from waiting import until
 
 ENGINE = {"model": "m", "device": "cpu", "slots": 8, "block_size": 16, "max_model_len": 64}
 HELLO = {"version": "1", "engines": [ENGINE, {**ENGINE, "model": "other", "slots": 2}], "operator": True}
@@ -75,3 +79,42 @@ def test_each_model_has_its_own_seats() -> None:
 
 def test_nobody_there() -> None:
     assert "0 waiting" in shown(seats=0, waiting=0)
+
+
+def events(*found: dict[str, Any], missing: int = 0) -> bytes:
+    return reply("".join(f"data: {json.dumps(one)}\n\n" for one in found), missing=missing)
+
+
+def test_the_newest_frame_is_on_the_terminal_until_the_server_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        answering(events(HELLO, frame(step=7), frame(step=8, seats=40))) as server,
+        terminal(monkeypatch, "stdout") as seen,
+    ):
+        code, _, err = run(capsys, "top", "--every", "2", "--url", server.url)
+    assert server.heard == ["GET /ui/feed?every=2.0"]
+    assert (code, err) == (0, "The server has ended the feed.\n")
+    first, second = seen.text.index("step 7"), seen.text.index("step 8")
+    assert first < second
+    assert "more" in seen.text[second:], "forty seats do not fit into thirty lines"
+
+
+def test_ctrl_c_leaves_without_a_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(connection: socket.socket) -> None:
+        connection.sendall(events(HELLO, frame(), missing=9))
+        until(lambda: "step 1,234" in seen.text)
+        interrupt()
+        assert connection.recv(1) == b"", "the client has gone"
+
+    with answering(interrupted) as server, terminal(monkeypatch, "stdout") as seen:
+        code, _, err = run(capsys, "top", "--url", server.url)
+    assert (code, err) == (0, "")
+
+
+def test_a_model_that_is_no_longer_served_is_no_longer_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = {**HELLO, "engines": [ENGINE]}
+    with answering(events(HELLO, frame(model="other"), frame(), alone, frame(step=9))) as server:
+        _, out, _ = run(capsys, "top", "--once", "--url", server.url)
+    assert "step 9" in out
+    assert "other" not in out

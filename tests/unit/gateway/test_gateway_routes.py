@@ -113,6 +113,7 @@ REMOTE = "deployments: {a: {url: 'http://h/v1', model: m"
         ("deployments: {a: {url: 'http://h:x', model: m}}", "deployments.a.url is"),
         (REMOTE + ", max_num_seqs: 3}}", "deployments.a has an unknown field 'max_num_seqs'"),
         (REMOTE + ", api_key_env: NONE}}", "deployments.a.api_key_env names the variable NONE, which is not set"),
+        (REMOTE + ", api_key_env: [A]}}", "deployments.a.api_key_env is ['A']; it must be the name of a variable"),
         (REMOTE + ", timeout: .nan}}", "deployments.a.timeout is nan; it must be a number"),
         (REMOTE + ", timeout: true}}", "deployments.a.timeout is True; it must be a number"),
         (REMOTE + ", max_concurrency: 0}}", "deployments.a.max_concurrency is 0; it must be a whole number"),
@@ -131,6 +132,8 @@ REMOTE = "deployments: {a: {url: 'http://h/v1', model: m"
             A + "routes: {x: {targets: a, fallbacks: [aa]}}",
             "routes.x.fallbacks leads to 'aa', which is no deployment. Did",
         ),
+        (A + "routes: {x: {targets: a, fallbacks: {a: 1}}}", "routes.x.fallbacks is {'a': 1}; it must be a list"),
+        (A + "routes: {x: {targets: a, rules: {targets: a}}}", "routes.x.rules is {'targets': 'a'}; it must be a list"),
         (A + "routes: {x: {targets: a, rules: [{targets: a}]}}", "routes.x.rules[0] fits every request"),
         (A + "routes: {x: {targets: a, rules: [{tenants: [1], targets: a}]}}", "routes.x.rules[0].tenants is [1]"),
         (

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+from typing import Any
 
 import msgspec
 import pytest
@@ -185,10 +186,10 @@ def test_buckets_are_vllms() -> None:
     assert one_two_five(100) == (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
-def lines(shape: str, message: str, *arguments: object) -> list[str]:
+def lines(shape: str, message: str, *arguments: object, **more: Any) -> list[str]:
     stream = io.StringIO()
     configure("info", shape, stream)  # type: ignore[arg-type]
-    logging.getLogger("ropeway.api").info(message, *arguments)
+    logging.getLogger("ropeway.api").info(message, *arguments, **more)
     return stream.getvalue().splitlines()
 
 
@@ -200,6 +201,25 @@ def test_one_event_is_one_line_whatever_it_contains(shape: str) -> None:
     assert not any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 for c in found[0])
     if shape == "json":
         assert json.loads(found[0])["message"] == f"request {evil}"
+
+
+def test_a_traceback_follows_its_line_and_forges_none() -> None:
+    def failing(shape: str) -> list[str]:
+        try:
+            raise ValueError("a\nINFO forged\x1b[2J\x9bb")
+        except ValueError:
+            return lines(shape, "request %s failed", "r", exc_info=True)
+
+    first, *trace = failing("text")
+    assert first.endswith("request r failed")
+    assert trace[0] == "    Traceback (most recent call last):"
+    assert trace[-2:] == ["    ValueError: a", "    INFO forged\\x1b[2J\\x9bb"]
+    assert all(line.startswith("    ") for line in trace)
+    [line] = failing("json")
+    said = json.loads(line)
+    assert said["message"] == "request r failed"
+    assert said["trace"].startswith("Traceback (most recent call last):\n")
+    assert said["trace"].endswith("ValueError: a\nINFO forged\x1b[2J\x9bb")
 
 
 def test_the_statistics_line_is_the_one_that_operators_look_for(caplog: pytest.LogCaptureFixture) -> None:

@@ -70,7 +70,7 @@ def test_a_span_in_json() -> None:
     assert len(new_span()) == 16
 
 
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:4318", "ftp://host", "http://", ""])
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:4318", "ftp://host", "http://", "", "http://[::1", "http://here:port"])
 def test_an_endpoint_must_be_an_address(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="otlp_endpoint"):
         Collector(endpoint)

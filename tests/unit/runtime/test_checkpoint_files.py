@@ -123,6 +123,42 @@ def test_shard_outside_the_directory(copy: Make) -> None:
         build(directory)
 
 
+@pytest.mark.parametrize("names", [{}, [], None, {"a": 1}])
+def test_an_index_without_its_map(tmp_path: Path, names: object) -> None:
+    (tmp_path / files.INDEX).write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ModelError, match="has no weight_map from tensor to file"):
+        files.shards(tmp_path)
+    assert not files.has_weights(tmp_path)
+
+
+def test_more_shards_than_anybody_makes(tmp_path: Path) -> None:
+    names = {f"t{n}": f"{n}.safetensors" for n in range(files.MAX_SHARDS + 1)}
+    (tmp_path / files.INDEX).write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ModelError, match=f"names {files.MAX_SHARDS + 1} files; at most {files.MAX_SHARDS} are read"):
+        files.shards(tmp_path)
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    for name in ("1.safetensors", "2.safetensors"):
+        save_file({"a": torch.zeros(1)}, tmp_path / name)
+    (tmp_path / files.INDEX).write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    with pytest.raises(ModelError, match=r"'a' is in both 1.safetensors and 2.safetensors"):
+        files.tensors(tmp_path)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot be read: Is a directory. Check its permissions"):
+        files.read_header(tmp_path)
+
+
+def test_a_configuration_that_is_no_configuration_by_its_size(tmp_path: Path) -> None:
+    """It is not read to find that out."""
+    with (tmp_path / "config.json").open("wb") as huge:
+        huge.truncate(1 << 40)
+    with pytest.raises(ModelError, match="has 1099511627776 bytes; such a file has at most"):
+        load_spec(tmp_path)
+
+
 def test_pickles_are_refused(copy: Make) -> None:
     directory = copy("llama")
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")

@@ -61,3 +61,9 @@ def test_failures_say_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Excepti
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(ModelError, match=message):
         hub.locate("x/y")
+
+
+def test_an_installation_without_the_bundled_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hub, "BUNDLED", tmp_path)
+    with pytest.raises(ModelError, match=r"bundled model is not in this installation .*Name another model"):
+        hub.locate("bundled")

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
-from threading import Barrier
+from threading import Barrier, Event
 
 import pytest
 
@@ -195,3 +195,44 @@ def test_closing_writes_what_was_put_and_then_refuses(folder: Path) -> None:
     assert [future.result(0) for future in futures] == list(range(1, 301))
     with pytest.raises(StorageError, match="closed"):
         opened.write_now(adding("late"))
+
+
+def together(database: Database, *works: object) -> list[Future[object]]:
+    """Put all of them while the writer is busy, so that they share a transaction."""
+    begun, go = Event(), Event()
+
+    def busy(_: sqlite3.Connection) -> None:
+        begun.set()
+        assert go.wait(60)
+
+    first = database._put(busy)
+    assert begun.wait(60)
+    futures = [database._put(work) for work in works]  # type: ignore[arg-type]
+    go.set()
+    first.result(60)
+    return futures
+
+
+def test_a_commit_that_fails_is_heard_of_by_all_and_keeps_nothing(folder: Path) -> None:
+    """Of what is checked at the end of a transaction alone nobody can say whose fault it is."""
+    parts = "CREATE TABLE parts (thing INTEGER REFERENCES things DEFERRABLE INITIALLY DEFERRED)"
+    database = Database(folder / "a.db", [SCHEMA, Schema("parts", [parts])])
+    orphan = lambda c: c.execute("INSERT INTO parts VALUES (7)")  # noqa: E731
+    for future in together(database, adding("a"), orphan, adding("b")):
+        assert isinstance(future.exception(60), sqlite3.IntegrityError)
+    assert database.read_now(names) == []
+    database.write_now(adding("c"))
+    assert database.read_now(names) == ["c"]
+    database.close()
+
+
+def test_a_full_disk_takes_back_all_that_shared_the_transaction(database: Database) -> None:
+    """SQLite leaves the transaction by itself then: who went well before has lost it too, and is told."""
+    pages = database.write_now(lambda c: c.execute("PRAGMA page_count").fetchone()[0])
+    database.write_now(lambda c: c.execute(f"PRAGMA max_page_count={pages + 8}").fetchone())
+    for future in together(database, adding("a"), adding("x" * 200_000), adding("b")):
+        with pytest.raises(StorageError, match=r"full.*Free some space"):
+            future.result(60)
+    assert database.read_now(names) == []
+    database.write_now(adding("c"))
+    assert database.read_now(names) == ["c"]
