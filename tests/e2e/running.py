@@ -76,7 +76,7 @@ class Server:
 
     async def until_status(self, path: str, status: int, seconds: float = 60.0) -> None:
         """Wait until `path` answers `status`."""
-        async with httpx2.AsyncClient(base_url=self.url) as client:
+        async with httpx2.AsyncClient(base_url=self.url, timeout=60) as client:
             await eventually(lambda: client.get(path), lambda answer: answer.status_code == status, seconds, 0.02)
 
 

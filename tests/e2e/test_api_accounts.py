@@ -285,6 +285,8 @@ def test_everybody_sees_what_is_theirs(server: Server, folder: Path, key: Callab
     assert everybody[id_of(folder, theirs)] == 3
     assert seen("owner", limit="1")["has_more"]
     assert not seen("owner", since="2099-01-01")["data"]
+    assert not seen("owner", since=str(int(time.time()) + 7200))["data"]
+    assert seen("owner", since=str(int(time.time()) - 7200)) == seen("owner")
     text = server.http.get("/v1/usage?format=csv&by=key", headers=auth(mine))
     assert text.headers["content-type"].startswith("text/csv")
     [line] = csv.DictReader(io.StringIO(text.text))

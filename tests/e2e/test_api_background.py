@@ -111,6 +111,7 @@ def test_what_cannot_run_is_refused_at_once(responses: Server) -> None:
     refused = post(responses, input="x" * 5000, background=True)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input")
     assert post(responses, input="x", background=True, store=False).json()["error"]["param"] == "store"
+    assert post(responses, input="x", background=True, callback_url=5).json()["error"]["param"] == "callback_url"
     assert len(responses.app.state.responses) == before
 
 
@@ -143,6 +144,20 @@ def test_what_is_under_way_ends_with_the_engine_and_with_the_server(how: str) ->
         last = list(stream)[-1]
         assert last.type == "response.failed"
         assert last.response.status == "failed"
+
+
+def test_whoever_follows_a_silent_response_is_kept() -> None:
+    service = Service()
+    service.opened.clear()
+    with running(service, keep_alive_interval=0.02) as responses:
+        with responses.client().responses.create(model="echo", input="hello", background=True, stream=True) as stream:
+            name = next(iter(stream)).response.id  # type: ignore[union-attr]
+        with responses.http.stream("GET", f"/v1/responses/{name}?stream=true") as following:
+            lines = following.iter_lines()
+            assert ": keep-alive" in lines, "it has ended"
+            assert ": keep-alive" in lines
+            responses.call(service.opened.set)
+            assert "event: response.completed" in lines
 
 
 def test_a_full_store_refuses_what_it_could_not_keep() -> None:

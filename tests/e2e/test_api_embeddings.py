@@ -236,6 +236,29 @@ def test_what_cannot_be_scored(server: Server, path: str, fields: dict[str, Any]
     assert refusal(server, path, fields)["param"] == param
 
 
+def test_pairs_are_cut_at_their_end(judge: Server) -> None:
+    pair = {"query": "a", "documents": ["b" * 200], "truncate_prompt_tokens": -1}
+    assert refusal(judge, "/v1/rerank", {**pair, "truncation_side": "left"})["param"] == "truncation_side"
+    assert judge.http.post("/v1/rerank", json={**pair, "truncation_side": "right"}).status_code == 200
+
+
+def test_so_much_is_read_for_one_request_and_no_more() -> None:
+    with running(EchoService(max_model_len=2000)) as server:
+        inputs = ["x" * 1500] * 200
+        assert "300000 tokens in all" in refusal(server, "/v1/embeddings", {"input": [*inputs, "x"]})["message"]
+        assert server.http.post("/v1/embeddings", json={"input": inputs[:2]}).status_code == 200
+
+
+def test_while_the_engine_starts_nobody_knows_what_it_can() -> None:
+    class Starting(EchoService):
+        info = None  # type: ignore[assignment]
+
+    with running(Starting()) as server:
+        answer = server.http.post("/v1/embeddings", json={"input": "a"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert answer.json()["error"]["code"] == "model_loading"
+
+
 def test_each_model_does_what_it_can(judge: Server) -> None:
     assert "/v1/score" in refusal(judge, "/v1/embeddings", {"input": "a"})["message"]
     assert "/v1/score" in refusal(judge, "/v1/completions", {"prompt": "a"})["message"]

@@ -49,6 +49,8 @@ class Scripted:
 class ScriptedService(EchoService):
     """Answers every request with a `Scripted` stream."""
 
+    eta: float | None = None
+
     def __init__(self, script: Callable[[Scripted], AsyncIterator[TextChunk]]) -> None:
         super().__init__()
         self.streams: list[Scripted] = []
@@ -59,7 +61,7 @@ class ScriptedService(EchoService):
         return self.streams[-1]
 
     async def why(self, *rids: int) -> list[Why]:
-        return [Why(7, "queued", 3, "SlotLimit", "no slot is free")]
+        return [Why(7, "queued", 3, "SlotLimit", "no slot is free", self.eta)]
 
 
 def live(service: EchoService) -> int:
@@ -203,6 +205,30 @@ def test_a_waiting_stream_is_kept_open_and_says_why_it_waits() -> None:
             assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "at last"
 
 
+@pytest.mark.parametrize("how", ["boards", "fails", "hangs", "guesses"])
+def test_a_waiting_stream_is_kept_open_whatever_the_engine_says(how: str) -> None:
+    class Asked(ScriptedService):
+        async def why(self, *rids: int) -> list[Why]:
+            if how == "fails":
+                raise EngineError("The engine is gone.")
+            if how == "hangs":
+                await asyncio.sleep(3600)
+            return await super().why(*rids) if how == "guesses" else [Why(7, "running", 0, "", "")]
+
+    async def late(stream: Scripted) -> AsyncIterator[TextChunk]:
+        await release.wait()
+        yield TextChunk(text="at last", tokens=[1], finish=FinishReason.STOP)
+
+    release, service = asyncio.Event(), Asked(late)
+    service.eta = 1.25
+    with running(service, keep_alive_interval=0.02) as server:
+        with server.http.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as response:
+            lines = response.iter_lines()
+            assert next(lines) == (": queued position=4 eta=1.2s" if how == "guesses" else ": keep-alive")
+            server.call(release.set)
+            assert [line for line in lines if line.startswith("data: ")][-1] == "data: [DONE]"
+
+
 def failing(request: TextRequest, sent: int) -> RopewayError | None:
     return NumericalError("NaN in row 3") if sent == 3 else None
 
@@ -221,6 +247,9 @@ def test_a_failure_in_the_middle_is_an_event_and_an_exception() -> None:
             texts.extend(chunk.choices[0].text for chunk in stream)
         assert caught.value.code == "numerical_error"
         assert "".join(texts) == "abc"
+        paced = {"prompt": "abcdef", "stream": True, "stream_interval": 10}
+        text = server.http.post("/v1/completions", json=paced).text
+        assert text.index('"text":"a"') < text.index('"text":"bc"') < text.index('{"error":'), "held, and not lost"
         assert server.http.post("/v1/completions", json={"prompt": "abcdef"}).status_code == 500
         assert server.http.post("/v1/completions", json={"prompt": ["abcdef", "ab"]}).status_code == 500
         until(lambda: idle(server, server.service))  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from ropeway.errors import NumericalError, OverloadedError, RopewayError
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextRequest
 from ropeway.text.dialect import choose
+from ropeway.text.template import ChatTemplate
 from ropeway.text.tokenizer import ByteTokenizer
 
 EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
@@ -204,3 +205,11 @@ def test_what_has_no_effect_is_named(server: Server) -> None:
         thinking={"type": "enabled", "budget_tokens": 1024},
     )
     assert response.headers["x-ropeway-ignored-params"] == "metadata, foo, thinking"
+
+
+def test_thinking_can_be_switched_on_but_not_measured() -> None:
+    template = ChatTemplate("{% if enable_thinking %}Think. {% endif %}{{ messages[0].content }}")
+    with running(EchoService(template=template)) as server:
+        asked = post(server, messages=user("hi"), thinking={"type": "enabled", "budget_tokens": 1024})
+        assert asked.headers["x-ropeway-ignored-params"] == "thinking.budget_tokens"
+        assert asked.json()["content"][0]["text"] == "Think. hi"

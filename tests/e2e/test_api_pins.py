@@ -54,5 +54,7 @@ def test_what_cannot_be_pinned_is_refused_with_the_reason(server: Server) -> Non
     assert "either prompt or messages" in refusal("PUT", "/admin/pins/none", model="fake")
     assert "maximum context length" in refusal("PUT", "/admin/pins/longer", prompt="x" * 600)
     assert "No prefix is pinned as 'unknown'" in refusal("DELETE", "/admin/pins/unknown")
+    for name in ("x" * 513, "two%0alines"):
+        assert "printable characters" in refusal("PUT", f"/admin/pins/{name}", prompt=SYSTEM)
     assert server.http.get("/admin/pins", headers=OWNER).json() == {"pins": []}
     assert server.http.get("/admin/pins", headers=CLIENT).status_code == 403

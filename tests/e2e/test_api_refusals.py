@@ -169,7 +169,14 @@ def test_a_model_that_is_not_served(server: Server) -> None:
         ("chat/completions", {"messages": HELLO, "top_logprobs": 2}, "top_logprobs"),
         ("chat/completions", {"messages": HELLO, "max_tokens": 0}, "max_tokens"),
         ("chat/completions", {"messages": HELLO, "documents": [{"text": 1}]}, "documents[0]"),
+        ("chat/completions", {"messages": HELLO, "documents": [{"text": "x"}] * 257}, "documents"),
         ("chat/completions", {"messages": HELLO, "store": True}, "store"),
+        ("chat/completions", {"messages": HELLO, "callback_url": 5, "deferred": True}, "callback_url"),
+        (
+            "completions",
+            {"prompt": "x", "use_beam_search": True, "response_format": {"type": "json_object"}},
+            "use_beam_search",
+        ),
     ],
 )
 def test_a_bad_field_is_a_400_that_names_it(server: Server, path: str, body: dict[str, Any], param: str) -> None:
@@ -281,6 +288,20 @@ def test_a_head_or_body_that_never_ends_does_not_stay(monkeypatch: pytest.Monkey
         assert server.exchange(second).startswith(b"HTTP/1.1 200")
 
 
+def test_what_follows_an_open_request_and_is_none_ends_both() -> None:
+    """An answer to it would be taken for the first one's."""
+    service = EchoService(delay=30.0)
+    with running(service) as server, server.connect() as raw:
+        body = b'{"prompt": "x"}'
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        until(lambda: server.call(lambda: server.api.active) == 1)
+        raw.sendall(b"nonsense\r\n\r\n")
+        assert read_all(raw) == b""
+        until(lambda: server.call(lambda: server.api.active) == 0)
+
+
 KEYS = [None, "", "wrong", "first,second", "firs"]
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 
@@ -306,7 +327,7 @@ def test_no_route_answers_without_a_key_but_the_public_ones(guarded: Server) -> 
     assert len(paths) >= 15
     paths |= {"/nothing", "/livez/", "//livez", "/LIVEZ", "/livez/../v1/models", "/v1//models", "/livez%2f..%2fmetrics"}
     seen = set()
-    with httpx2.Client() as client:
+    with httpx2.Client(timeout=60) as client:
         for path, method, key in itertools.product(sorted(paths), METHODS, KEYS):
             headers = {} if key is None else {"authorization": f"Bearer {key}".strip()}
             status = client.request(method, guarded.url + path, headers=headers).status_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import re
@@ -15,8 +16,8 @@ import pytest
 from apiserver import Server, running
 from ropeway.api.registry import Registry
 from ropeway.cli.main import main
-from ropeway.contract import Why
-from ropeway.errors import OverloadedError
+from ropeway.contract import FinishReason, SamplingParams, Why
+from ropeway.errors import EngineError, OverloadedError
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextRequest
 from waiting import until
@@ -31,6 +32,7 @@ class Line(EchoService):
         super().__init__(delay=0.001)
         self.waiting: list[int] = []
         self.refuse = False
+        self.fails = False
 
     async def submit(self, request: TextRequest) -> Any:
         if self.refuse:
@@ -41,6 +43,8 @@ class Line(EchoService):
         return stream
 
     async def why(self, *rids: int) -> list[Why]:
+        if self.fails:
+            raise EngineError("The engine does not answer.")
         return [
             Why(rid, "queued", place, "slots", "all seats are taken", 1.5 + place)
             for place, rid in enumerate(self.waiting)
@@ -206,6 +210,19 @@ def test_what_was_refused_or_left_is_told_so(server: Server, line: Line) -> None
     assert (found["left"]["state"], "left" in found["left"]["error"]["message"]) == ("cancelled", True)
 
 
+def test_an_engine_that_says_nothing_leaves_its_requests_running(
+    server: Server, line: Line, pool: concurrent.futures.ThreadPoolExecutor
+) -> None:
+    line.delay = 30.0
+    pool.submit(server.http.post, "/v1/completions", json={"prompt": "Wait"}, headers={**FIRST, "x-request-id": "w"})
+    until(lambda: seen(server, state="queued"))
+    line.fails = True
+    [told] = seen(server, timeline="true")
+    assert (told["state"], told["position"], told["reason"], told["timeline"]) == ("running", None, None, [])
+    assert server.http.get("/v1/requests/w", headers=FIRST).json()["timeline"] == []
+    assert server.http.delete("/v1/requests/w", headers=FIRST).json()["state"] == "cancelled"
+
+
 def test_lists_are_bounded_and_questions_checked(server: Server) -> None:
     for number in range(3):
         server.http.post("/v1/completions", json={"prompt": str(number)}, headers=FIRST)
@@ -214,6 +231,27 @@ def test_lists_are_bounded_and_questions_checked(server: Server) -> None:
     for query, param in [("state=lost", "state"), ("limit=0", "limit"), ("limit=1e3", "limit"), ("limit=٣", "limit")]:
         refusal = server.http.get(f"/v1/requests?{query}", headers=FIRST)
         assert (refusal.status_code, refusal.json()["error"]["param"]) == (400, param)
+
+
+async def test_a_request_is_cancelled_before_the_engine_has_heard_of_it() -> None:
+    """Its prompt is being read, which may take a while."""
+    service, read = EchoService(delay=30.0), asyncio.Event()
+
+    async def door(request: TextRequest) -> Any:
+        await read.wait()
+        return await service.submit(request)
+
+    request = TextRequest(request_id="r", text="abc", sampling=SamplingParams())
+    tracked = Registry(service).track("r")
+    with tracked:
+        submitting = asyncio.create_task(tracked.submit(request, door=door))
+        told = tracked.state([])
+        assert (told.state, told.position, told.reason) == ("queued", 1, "its prompt is being read")
+        tracked.cancel()
+        assert tracked.state([]).state == "cancelled"
+        read.set()
+        stream = await submitting
+        assert [chunk.finish for chunk in [chunk async for chunk in stream]] == [FinishReason.CANCELLED]
 
 
 async def test_what_has_ended_is_forgotten_by_number_and_by_time() -> None:

@@ -58,12 +58,12 @@ async def test_every_end_is_told_to_those_who_asked(tmp_path: Path) -> None:
             good = await batch(server, json.dumps(line).encode(), hook)
             bad = await batch(server, b"no JSON\n", hook)
             deferred = {"model": "echo", "prompt": "hello", "deferred": True, "callback_url": hook}
-            async with httpx2.AsyncClient(base_url=server.url) as http:
+            async with httpx2.AsyncClient(base_url=server.url, timeout=60) as http:
                 job = (await http.post("/v1/completions", json=deferred)).json()["id"]
             await receiver.until(6)
             async with server.async_client() as client:
                 assert (await client.batches.retrieve(good)).status == "completed"
-            async with httpx2.AsyncClient(base_url=server.url) as http:
+            async with httpx2.AsyncClient(base_url=server.url, timeout=60) as http:
                 assert 'ropeway_webhook_attempts_total{outcome="failed"} 0' in (await http.get("/metrics")).text
     ends = []
     for hit in receiver.hits:
@@ -77,7 +77,7 @@ async def test_the_ends_of_responses_in_the_background_are_told(tmp_path: Path) 
     """By OpenAI's names; also that of one that the server's end has cut off, and that the next server has made."""
     async with receiving(status(204)) as receiver:
         hook = receiver.url("/mine")
-        async with serving(tmp_path, receiver) as server, httpx2.AsyncClient(base_url=server.url) as http:
+        async with serving(tmp_path, receiver) as server, httpx2.AsyncClient(base_url=server.url, timeout=60) as http:
 
             async def begin(**body: Any) -> str:
                 asked = {"input": "hello", "background": True, "callback_url": hook, **body}
@@ -99,7 +99,7 @@ async def test_the_ends_of_responses_in_the_background_are_told(tmp_path: Path) 
             assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "callback_url")
             assert (await http.get(f"/v1/jobs/{unwanted}")).status_code == 404
             assert (await http.get("/v1/jobs")).json()["data"] == []
-        async with serving(tmp_path, receiver) as server, httpx2.AsyncClient(base_url=server.url) as http:
+        async with serving(tmp_path, receiver) as server, httpx2.AsyncClient(base_url=server.url, timeout=60) as http:
             await receiver.until(8)
             found = (await http.get(f"/v1/responses/{cut}")).json()
             assert (found["status"], found["background"], found["store"]) == ("completed", True, True)
@@ -119,7 +119,7 @@ async def test_a_receiver_that_was_away_hears_of_it_from_the_next_server(tmp_pat
     """The first attempt fails, the server ends, and another one on the same directory makes the second attempt."""
     async with receiving(status(503), status(204)) as receiver:
         async with serving(tmp_path, receiver) as server:
-            async with httpx2.AsyncClient(base_url=server.url) as http:
+            async with httpx2.AsyncClient(base_url=server.url, timeout=60) as http:
                 answer = await http.post("/v1/completions", json={"model": "echo", "prompt": "x", "deferred": True})
             await receiver.until(1)
         async with serving(tmp_path, receiver):

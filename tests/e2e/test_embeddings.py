@@ -53,7 +53,7 @@ async def test_an_encoder_behind_the_openai_client(sentences: Path) -> None:
                 await client.embeddings.create(model=model, input="y " * 200)
             with pytest.raises(openai.BadRequestError, match="generates no text"):
                 await client.completions.create(model=model, prompt="a")
-        async with httpx2.AsyncClient(base_url=server.url) as http:
+        async with httpx2.AsyncClient(base_url=server.url, timeout=60) as http:
             scores = (await http.post("/v1/score", json={"text_1": TEXTS[0], "text_2": TEXTS})).json()["data"]
     vectors = [mean(sentences, text) for text in TEXTS]
     assert [one["score"] for one in scores] == pytest.approx([float(vectors[0] @ v) for v in vectors], abs=1e-5)

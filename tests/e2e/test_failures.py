@@ -61,7 +61,7 @@ async def test_sigterm_lets_streams_finish_and_refuses_newcomers() -> None:
         body = LONG | {"max_tokens": 600}
         stream = asyncio.create_task(read(server, body, started))
         await asyncio.wait_for(started.wait(), 60)
-        async with httpx2.AsyncClient(base_url=server.url) as http:
+        async with httpx2.AsyncClient(base_url=server.url, timeout=60) as http:
             await http.get("/livez")  # a connection from before
             server.process.send_signal(signal.SIGTERM)
             await server.until_status("/readyz", 503)

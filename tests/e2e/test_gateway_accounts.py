@@ -45,6 +45,8 @@ def test_a_key_sees_the_models_that_it_may_use(server: Gateway, tmp_path: Path) 
         refused = chat(server, "far", mine, **more)
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
     assert server.counts("far") == {}
+    both = auth(new_key(tmp_path, "both")[0])
+    assert chat(server, "far", both, deferred=True).status_code == 202, "another server's model may be asked later"
 
 
 def test_what_another_server_has_used_is_charged_by_its_own_account(server: Gateway, tmp_path: Path) -> None:

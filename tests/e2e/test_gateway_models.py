@@ -14,8 +14,10 @@ from running import ADMIN, ropeway, serving
 
 from gatewaykit import fine, gateway, upstreams
 from ropeway.cli.main import main
+from ropeway.contract import Pinned
 from ropeway.gateway.table import Route, Rule
 from ropeway.service.echo import EchoService
+from ropeway.service.request import TextRequest, TextStream
 from waiting import until
 
 
@@ -62,6 +64,50 @@ def test_what_names_no_model_is_the_servers() -> None:
         assert http.get("/v1/chat/completions").status_code == 405
         wrong = http.post("/v1/messages", content=b"{")
         assert (wrong.status_code, wrong.json()["type"]) == (400, "error")
+
+
+def test_a_pin_is_put_into_the_model_that_it_names() -> None:
+    class Pinning(EchoService):
+        async def pin(self, name: str = "", request: TextRequest | None = None) -> list[Pinned]:
+            pinned[self.model_name] = name, request and request.text
+            return []
+
+    pinned: dict[str, tuple[str, str | None]] = {}
+    echoes = {name: Pinning(model_name=name) for name in ("a", "b")}
+    with gateway({"one": {"a": 1}, "two": {"b": 1}}, echoes=echoes, admin_key=ADMIN) as server:
+
+        def put(**fields: str) -> httpx2.Response:
+            asked = {"prompt": "You are helpful.", **fields}
+            return server.http.put("/admin/pins/system", json=asked, headers={"authorization": f"Bearer {ADMIN}"})
+
+        cold = put(model="b")
+        assert (cold.status_code, cold.headers["retry-after"]) == (503, "5")
+        assert "is stopped" in cold.json()["error"]["message"], "nothing is loaded for that"
+        assert server.client().chat.completions.create(**body("two")).choices
+        assert put(model="b").status_code == 200
+        assert pinned == {"b": ("system", "You are helpful.")}
+        for wrong in ({}, {"model": "two"}):
+            refused = put(**wrong)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
+    with gateway({"one": {"a": 1}}, echoes={"a": echoes["a"]}, admin_key=ADMIN) as server:
+        assert server.client().chat.completions.create(**body("one")).choices
+        assert put().status_code == 200, "there is only one"
+        assert pinned["a"] == ("system", "You are helpful.")
+
+
+def test_a_bug_of_one_model_costs_no_answer_where_there_is_another() -> None:
+    class Buggy(EchoService):
+        async def submit(self, request: TextRequest) -> TextStream:
+            raise KeyError("/root/secret")
+
+    echoes = {"buggy": Buggy(model_name="buggy"), "good": EchoService(model_name="good")}
+    with gateway({"chat": {"buggy": 2, "good": 1}, "buggy": {"buggy": 1}}, echoes=echoes) as server:
+        answer = server.http.post("/v1/chat/completions", json=body("chat"))
+        assert (answer.status_code, answer.headers["x-ropeway-deployment"]) == (200, "good")
+        assert (server.counts("buggy"), server.counts("good")) == ({"failure": 1}, {"success": 1})
+        alone = server.http.post("/v1/chat/completions", json=body("buggy"))
+        assert (alone.status_code, alone.json()["error"]["type"]) == (500, "server_error")
+        assert "secret" not in alone.text
 
 
 def test_a_prompt_is_counted_where_a_tokenizer_is_at_hand() -> None:

@@ -177,7 +177,8 @@ def test_a_slow_client_slows_the_reading() -> None:
                 until(lambda: server.counts("a") == {"client_gone": 1})
 
 
-def test_nothing_says_there_who_asked_here_nor_here_who_answered_there() -> None:
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_nothing_says_there_who_asked_here_nor_here_who_answered_there(path: str) -> None:
     def answer(request: Received, wire: Wire) -> None:
         headers = {"set_cookie": "a=b", "server": "theirs", "x_ratelimit_remaining_requests": "1", "retry_after": "3"}
         wire.answer(200, whole("fine"), **headers)
@@ -194,15 +195,16 @@ def test_nothing_says_there_who_asked_here_nor_here_who_answered_there() -> None
             {"chat": {"a": 1}}, remotes=remotes, api_key="the-clients-key", tenant_header="X-Tenant"
         ) as server:
             twice = [*secret.items(), ("tracestate", "c=3")]
-            answered = server.http.post("/v1/chat/completions", json=ASK, headers=twice)
+            answered = server.http.post(path, json=ASK, headers=twice)
     [request] = first.requests
-    assert request.path == "/v1/chat/completions"
+    assert request.path == path
     assert request.json == {**ASK, "model": "theirs"}
     assert set(request.headers) == {
         "host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent",
         "authorization", "traceparent", "tracestate", "x-request-id", "openai-beta", "anthropic-beta",
-        "anthropic-version",
+        "anthropic-version", *(["x-api-key"] if path == "/v1/messages" else []),
     }  # fmt: skip
+    assert request.headers.get("x-api-key", "their-key") == "their-key", "Anthropic's servers look for it there"
     assert (request.headers["traceparent"], request.headers["tracestate"]) == ("00-1-2-03", "a=1,b=2, c=3")
     assert (request.headers["authorization"], request.headers["x-request-id"]) == ("Bearer their-key", "mine")
     assert answered.headers["x-request-id"] == "mine"

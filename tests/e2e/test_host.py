@@ -9,17 +9,32 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from ropeway.config import EngineConfig
-from ropeway.contract import Cancel, Drain, GenerateRequest, Ready, Report, SamplingParams, Step, Stopped, Submit
+from ropeway.contract import (
+    Cancel,
+    Drain,
+    ExecutorInfo,
+    GenerateRequest,
+    Ready,
+    Report,
+    SamplingParams,
+    Step,
+    StepPlan,
+    Stopped,
+    Submit,
+)
 from ropeway.contract.channel import LinkState
 from ropeway.contract.scene import PARTS, Noted
-from ropeway.errors import EngineError, ModelError, NotReadyError
-from ropeway.remote.host import EngineHost
+from ropeway.engine.engine import Engine
+from ropeway.errors import EngineError, MemoryBudgetError, ModelError, NotReadyError
+from ropeway.remote.host import EngineHost, ThreadLink
+from ropeway.sim import FakeExecutor
 
 SIM = (sys.executable, "-m", "ropeway.sim.process")
 
@@ -27,7 +42,7 @@ SIM = (sys.executable, "-m", "ropeway.sim.process")
 class Listener:
     """Keeps reports and lets a test wait for one."""
 
-    def __init__(self, host: EngineHost) -> None:
+    def __init__(self, host: EngineHost | ThreadLink) -> None:
         self.reports: list[Report] = []
         self._changed = asyncio.Event()
         host.subscribe(self._hear)
@@ -145,6 +160,67 @@ async def test_it_gives_up_when_the_restarts_are_used_up() -> None:
             host.send(Cancel(1))
 
 
+async def test_restarts_of_long_ago_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ropeway.remote.host.RESTART_WINDOW", 0.0)
+    async with running(max_restarts=1) as (host, listener):
+        for _ in range(2):
+            listener.reports.clear()
+            assert host.pid is not None
+            os.kill(host.pid, signal.SIGKILL)
+            await listener.until(lambda r: isinstance(r, Ready))
+        assert not host.gone.done()
+
+
+async def test_an_engine_that_hangs_up_and_lingers_is_killed_and_comes_back() -> None:
+    program = textwrap.dedent("""
+        import os, socket, stat, time
+        from ropeway.remote.process import serve_fd0
+        from ropeway.sim.process import make_executor
+        def make(config):
+            executor = make_executor(config)
+            submit = executor.submit
+            def lingering(plan):
+                if plan.step > 5:
+                    for fd in range(3, 64):
+                        try:
+                            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                                socket.socket(fileno=fd).shutdown(socket.SHUT_RDWR)
+                        except OSError:
+                            pass
+                    time.sleep(600)
+                return submit(plan)
+            executor.submit = lingering
+            return executor
+        raise SystemExit(serve_fd0(make))
+    """)
+    async with running(command=(sys.executable, "-c", program)) as (host, listener):
+        first = psutil.Process(host.pid)
+        host.send(Submit(endless(1)))
+        death = await listener.stopped()
+        assert death.error is not None
+        assert "The engine process went away" in death.error.message
+        listener.reports.clear()
+        await listener.until(lambda r: isinstance(r, Ready))
+        assert not first.is_running()
+        assert host.pid != first.pid
+
+
+async def test_an_engine_that_dies_while_it_drains_is_not_started_again() -> None:
+    async with running() as (host, listener):
+        host.send(Submit(endless(1)))
+        await listener.until(has_tokens(1))
+        host.send(Drain())
+        assert host.pid is not None
+        os.kill(host.pid, signal.SIGKILL)
+        error = await asyncio.wait_for(host.gone, 60)
+        assert error is not None
+        assert error.message.startswith("The engine process was killed by signal 9.")
+        stopped = await listener.stopped()
+        assert stopped.error is not None
+        assert stopped.error.message == error.message
+        assert host.state is LinkState.DEAD
+
+
 async def test_a_drain_finishes_what_runs_and_then_ends() -> None:
     async with running() as (host, listener):
         request = GenerateRequest(rid=1, tokens=[1], sampling=SamplingParams(max_tokens=60, seed=1))
@@ -172,6 +248,35 @@ async def test_an_engine_that_cannot_start_says_why_and_is_not_restarted() -> No
     with pytest.raises(ModelError, match=r"^no such checkpoint: nowhere"):
         await host.start()
     await host.stop()
+
+
+async def test_a_program_that_is_not_there_is_no_engine(tmp_path: Path) -> None:
+    host = EngineHost(EngineConfig(), (str(tmp_path / "python"),))
+    with pytest.raises(EngineError, match=r"could not be started: .*No such file"):
+        await host.start()
+    assert host.state is LinkState.DEAD
+    await host.stop()
+
+
+async def test_an_engine_on_a_thread_tells_why_it_fails() -> None:
+    info = ExecutorInfo(
+        model="fake", device="sim", dtype="none", num_blocks=8, block_size=8, max_slots=2, max_model_len=64,
+        vocab_size=90,
+    )  # fmt: skip
+    executor = FakeExecutor(info)
+
+    def broken(plan: StepPlan) -> int:
+        raise MemoryBudgetError("planted")
+
+    executor.submit = broken  # type: ignore[method-assign]
+    link = ThreadLink(Engine(executor, EngineConfig()))
+    listener = Listener(link)
+    await link.start()
+    link.send(Submit(endless(1)))
+    stopped = await listener.stopped()
+    assert stopped.error is not None
+    assert isinstance(stopped.error.error(), MemoryBudgetError)
+    await link.stop()
 
 
 async def test_an_exception_in_a_step_reaches_the_streams_with_its_message() -> None:

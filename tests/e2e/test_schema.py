@@ -95,7 +95,7 @@ def test_every_route_is_as_described(case: schemathesis.Case, echo: Server) -> N
 
 
 def test_the_real_server_is_described_by_the_same(bundled: Process) -> None:
-    with httpx2.Client(base_url=bundled.url) as http:
+    with httpx2.Client(base_url=bundled.url, timeout=60) as http:
         found = http.get("/openapi.json").json()
     assert found == description()
 

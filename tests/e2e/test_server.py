@@ -107,7 +107,7 @@ async def test_stop_strings_hold_across_tokens(client: openai.AsyncOpenAI, model
 
 async def test_characters_of_many_tokens_arrive_whole(client: openai.AsyncOpenAI, model: str, server: Server) -> None:
     """Force the bytes of an emoji one token after the other: no delta may hold half of it."""
-    async with httpx2.AsyncClient(base_url=server.url) as http:
+    async with httpx2.AsyncClient(base_url=server.url, timeout=60) as http:
         tokens = (await http.post("/tokenize", json={"prompt": "🚡", "add_special_tokens": False})).json()["tokens"]
         assert len(tokens) > 1, "the emoji is meant to be several tokens"
         # The model is made to say any of its tokens; whole emoji and broken ones both come out.
@@ -127,24 +127,24 @@ async def test_characters_of_many_tokens_arrive_whole(client: openai.AsyncOpenAI
 async def test_five_hundred_disconnects_leave_no_block_behind(server: Server, model: str) -> None:
     before = await server.until_idle()
 
-    async def leave_early(number: int) -> None:
+    async def leave_early(http: httpx2.AsyncClient, number: int) -> None:
         body = {"model": model, "prompt": f"Story {number}: once", "max_tokens": 400, "stream": number % 5 > 0,
                 "ignore_eos": True}  # fmt: skip
-        async with httpx2.AsyncClient(base_url=server.url) as http:
-            try:
-                async with asyncio.timeout(0.2 if number % 5 == 0 else 20):
-                    async with http.stream("POST", "/v1/completions", json=body) as response:
-                        assert response.status_code == 200
-                        seen = 0
-                        async for _ in response.aiter_lines():
-                            seen += 1
-                            if seen > number % 9:
-                                return
-            except TimeoutError:
-                return
+        try:
+            async with asyncio.timeout(0.2 if number % 5 == 0 else 20):
+                async with http.stream("POST", "/v1/completions", json=body) as response:
+                    assert response.status_code == 200
+                    seen = 0
+                    async for _ in response.aiter_lines():
+                        seen += 1
+                        if seen > number % 9:
+                            return
+        except TimeoutError:
+            return
 
     for batch in range(10):
-        await asyncio.gather(*(leave_early(batch * 50 + number) for number in range(50)))
+        async with httpx2.AsyncClient(base_url=server.url, timeout=60) as http:
+            await asyncio.gather(*(leave_early(http, batch * 50 + number) for number in range(50)))
     after = await server.until_idle()
     assert after["vllm:kv_cache_usage_perc"] == 0
     assert after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"] < 500 * 100
@@ -152,7 +152,7 @@ async def test_five_hundred_disconnects_leave_no_block_behind(server: Server, mo
 
 async def test_a_client_that_leaves_frees_its_seat(server: Server, model: str) -> None:
     before = await server.until_idle()
-    async with httpx2.AsyncClient(base_url=server.url) as http:
+    async with httpx2.AsyncClient(base_url=server.url, timeout=60) as http:
         body = {"model": model, "prompt": "once", "max_tokens": 1500, "stream": True, "ignore_eos": True}
         async with http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.aiter_lines()  # kept: a dropped iterator would end the stream

@@ -234,15 +234,16 @@ def test_a_collector_gets_a_span_for_each_request_and_for_each_part_of_its_life(
             unwanted = {**CLIENT, "traceparent": f"00-{TRACE}-{SPAN}-00"}
             answer = ask(server, "traced", mine, 20, temperature=0.5, seed=7)
             assert ask(server, "alone", tokens=3).status_code == 200
+            known = ask(server, "known", tokens=3, prompt="traced " * 20).json()["usage"]["prompt_tokens_details"]
             assert ask(server, "unwanted", unwanted, 3).status_code == 200
             refused = server.http.post("/v1/completions", json={"prompt": "x" * 600}, headers=CLIENT)
             assert refused.status_code == 400
-            until(lambda: len(collector.spans) >= 8)
+            until(lambda: len(collector.spans) >= 12)
     finally:
         collector.close()
     spans = collector.spans
     roots = {values(span)["ropeway.request.id"]: span for span in spans if span["kind"] == 2}
-    assert {"traced", "alone"} <= roots.keys()
+    assert {"traced", "alone", "known"} <= roots.keys()
     assert "unwanted" not in roots
     root = roots["traced"]
     assert (root["traceId"], root["parentSpanId"], root["name"]) == (TRACE, SPAN, "text_completion fake")
@@ -261,6 +262,11 @@ def test_a_collector_gets_a_span_for_each_request_and_for_each_part_of_its_life(
     assert edges == sorted(edges)
     assert int(below[-1]["endTimeUnixNano"]) <= int(root["endTimeUnixNano"]) + 50_000_000
     assert below[1]["events"][0]["name"] == "chunk"
+    assert "ropeway.cached_tokens" not in values(below[1])
+    [read] = [
+        span for span in spans if (span.get("parentSpanId"), span["name"]) == (roots["known"]["spanId"], "prefill")
+    ]
+    assert int(values(read)["ropeway.cached_tokens"]) == known["cached_tokens"] >= 16
     other = roots["alone"]
     assert "parentSpanId" not in other
     assert other["traceId"] != TRACE
@@ -287,7 +293,9 @@ def test_a_real_server_is_seen_from_the_terminal(
     bundled: Process, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     body = {"prompt": "A cable car", "max_tokens": 12, "ignore_eos": True}
-    answer = httpx2.post(f"{bundled.url}/v1/completions", json=body, headers={"x-request-id": "told-by-trace"})
+    answer = httpx2.post(
+        f"{bundled.url}/v1/completions", json=body, headers={"x-request-id": "told-by-trace"}, timeout=60
+    )
     assert answer.status_code == 200
     shown = run(capsys, "top", "--once", "--url", bundled.url, "--api-key", ADMIN)
     assert "bundled" in shown

@@ -173,7 +173,7 @@ def test_a_key_is_made_and_revoked(browser: Browser, tmp_path: Path) -> None:
         page.fill("dialog input[type=text]", "alice")
         page.click("dialog button", "Make it")
         key = page.until("document.querySelector('#new-key')?.innerText")
-        found = httpx2.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {key}"})
+        found = httpx2.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {key}"}, timeout=60)
         assert found.status_code == 200
         page.press("Escape")
         page.until("!document.querySelector('#new-key')")

@@ -175,8 +175,6 @@ def _kind(kind: dict[str, Any]) -> str:
             return " or ".join(_kind(one) for one in kind[several])
     if "enum" in kind:
         return " or ".join(f"<code>{escape(str(one))}</code>" for one in kind["enum"])
-    if "const" in kind:
-        return f"<code>{escape(str(kind['const']))}</code>"
     if kind.get("type") == "array":
         return f"list of {_kind(kind.get('items', {}))}"
     return escape(str(kind.get("type", "anything")))

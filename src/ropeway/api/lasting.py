@@ -13,6 +13,7 @@ from msgspec import Struct
 from ropeway.api.response_store import Entry, Turn
 from ropeway.jobs.records import Item, ItemState, is_id
 from ropeway.jobs.running import Jobs
+from ropeway.jobs.work import NOT_JSON
 
 _MADE: Final = ("status", "output", "usage", "error", "incomplete_details", "completed_at", "model")
 """Fields of a response that are known when it has ended. All others are as they were when it was taken."""
@@ -74,7 +75,10 @@ def _body(item: Item, head: dict[str, Any]) -> dict[str, Any]:
         return {**head, "status": "cancelled"}
     if item.reply is None:
         return {**head, "status": "failed", "error": _error(item.error.message if item.error is not None else "")}
-    answer = msgspec.json.decode(item.reply.body, type=_Answer)
+    try:
+        answer = msgspec.json.decode(item.reply.body, type=_Answer)
+    except NOT_JSON:  # another server's answer may be anything
+        answer = _Answer()
     if answer.object == "response":
         made = msgspec.json.decode(item.reply.body)
         return {**head, **{name: made[name] for name in _MADE if name in made}}

@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from ropeway.accounts.charges import Terms
-from ropeway.errors import RopewayError, StorageError
+from ropeway.errors import StorageError
 from ropeway.jobs.redis_broker import Answer, Broker, Entry, Ticket
 from ropeway.jobs.redis_link import Away
 from ropeway.jobs.store import Signal
@@ -149,17 +149,9 @@ class Offers:
         work = self._work((answer.item, answer.attempt))
         if answer.kind == "released":
             await self._source.release(work, delay=float(answer.payload))
-        elif not await self._finish(work, _reply_of(answer)):
+        elif not await self._source.finish(work, _reply_of(answer)):
             self._broker.tally.refused += 1
         self.answered(work)
-
-    async def _finish(self, work: Work, reply: Reply) -> bool:
-        try:
-            return await self._source.finish(work, reply)
-        except StorageError:
-            raise
-        except RopewayError as error:  # what came is no answer
-            return await self._source.finish(work, failure(error.message, "gave_up"))
 
     async def _beat(self) -> None:
         seen = self._broker.link.changed.count

@@ -19,7 +19,7 @@ import msgspec
 from ropeway.jobs.redis_broker import Broker, Entry, Tally
 from ropeway.jobs.redis_link import Away
 from ropeway.jobs.redis_offers import Offers, TermsOf, no_terms
-from ropeway.jobs.work import Depth, JobQueue, Reply, Work
+from ropeway.jobs.work import JobQueue, Reply, Work
 from ropeway.jobs.worker import BEAT_SECONDS
 
 _DELIVERIES: Final = 5
@@ -179,10 +179,6 @@ class RedisQueue:
     def drop(self, work: Work) -> None:
         if work.owner == self._owner:
             self._local.drop(work)
-
-    async def depth(self) -> Depth:
-        """Of this server's own items."""
-        return await self._local.depth()
 
     async def close(self) -> None:
         """Also closes `local`, which puts this server's items back into its line."""

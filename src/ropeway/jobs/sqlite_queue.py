@@ -11,7 +11,7 @@ from ropeway.contract import Urgency
 from ropeway.errors import StorageError
 from ropeway.jobs.presence import Presence
 from ropeway.jobs.store import JobStore
-from ropeway.jobs.work import Depth, Reply, Work
+from ropeway.jobs.work import Reply, Work
 
 _LOOK_SECONDS: Final = 1.0
 """How often somebody who waits looks for what other processes have put into the tables: what this one puts wakes it."""
@@ -65,9 +65,6 @@ class SqliteQueue:
 
     def drop(self, work: Work) -> None:
         self._store.items.held.discard((work.item, work.attempt))
-
-    async def depth(self) -> Depth:
-        return await self._store.items.depth()
 
     async def close(self) -> None:
         if self._store.exists:

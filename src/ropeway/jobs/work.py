@@ -90,6 +90,4 @@ class JobQueue(Protocol):
     def drop(self, work: Work) -> None:
         """Nobody here computes it any more, and it is not given back either: its lease runs out."""
 
-    async def depth(self) -> Depth: ...
-
     async def close(self) -> None: ...

@@ -26,7 +26,7 @@ from batchkit import (
     upload,
 )
 
-from apiserver import Server
+from apiserver import Server, read_all, running
 from ropeway.contract import Urgency
 
 
@@ -110,6 +110,25 @@ def test_files_as_the_client_uses_them(client: openai.OpenAI) -> None:
     for look in (client.files.retrieve, client.files.content, client.files.delete):
         with pytest.raises(openai.NotFoundError):
             look(kept.id)
+
+
+def test_a_file_whose_bytes_have_vanished_is_not_there(client: openai.OpenAI, server: Server) -> None:
+    name = upload(client, lines(line("a")))
+    (Path(server.config.data_dir or "") / "files" / name).unlink()
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(name)
+
+
+def test_whoever_takes_nothing_of_a_file_is_dropped() -> None:
+    with running(Slow(), max_file_mib=64.0, stream_timeout=0.3) as server:
+        name = upload(server.client(), b"x" * 32 * MIB)
+        with server.connect() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            raw.sendall(f"GET /v1/files/{name}/content HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+            until(lambda: server.answering)
+            until(lambda: not server.answering)
+            assert 0 < len(read_all(raw)) < 32 * MIB
+        assert len(server.client().files.content(name).read()) == 32 * MIB
 
 
 def test_nobody_sees_what_is_anothers(client: openai.OpenAI, server: Server) -> None:

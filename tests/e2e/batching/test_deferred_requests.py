@@ -101,8 +101,11 @@ def test_a_job_can_be_cancelled_while_it_runs(http: httpx2.Client, server: Serve
     assert http.post(f"/v1/jobs/{name}/cancel").json()["status"] == "cancelled"
     job = http.get(f"/v1/jobs/{name}").json()
     assert (job["response"], job["error"]["code"]) == (None, "job_cancelled")
-    other = httpx2.get(f"{server.url}/v1/jobs/{name}", headers={"authorization": f"Bearer {KEYS[1]}"})
-    assert other.status_code == 404
+    for method, path in (("GET", ""), ("POST", "/cancel"), ("DELETE", "")):
+        url, headers = f"{server.url}/v1/jobs/{name}{path}", {"authorization": f"Bearer {KEYS[1]}"}
+        assert httpx2.request(method, url, headers=headers).status_code == 404
+    assert http.get(f"/v1/jobs/{name}").json() == job
+    assert http.get("/v1/jobs?order=random").json()["error"]["param"] == "order"
 
 
 def test_the_class_of_a_request_that_is_answered_now(http: httpx2.Client, service: Slow) -> None:

@@ -51,6 +51,17 @@ def test_a_charge_is_entered_once_however_often_it_is_brought(tmp_path: Path) ->
         assert row.cost == pytest.approx((tokens + 2 * 798) / 1e6)
 
 
+async def test_what_no_answer_is_kept_of_is_counted_at_once_with_its_price(tmp_path: Path) -> None:
+    accounts = Accounts(tmp_path, PRICES)
+    for _ in range(2):
+        accounts.count(charge(1, 100).used, tenant="t")
+    [row] = await accounts.usage(Query(by=("key", "tenant", "model")))
+    assert (row.key, row.tenant, row.model, row.requests) == ("", "t", "m", 2)
+    assert (row.prompt_tokens, row.cached_tokens, row.completion_tokens) == (200, 2, 4)
+    assert row.cost == pytest.approx((200 + 2 * 4) / 1e6)
+    await accounts.close()
+
+
 async def lacks(accounts: Accounts, key: str, terms: Terms | None, asked: int, left: int) -> None:
     """A job of that key may not take so many tokens, as no more than `left` are left to it."""
     meter = await accounts.meter_of_job(key, "t", terms)

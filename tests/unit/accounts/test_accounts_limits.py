@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ropeway.accounts import Account, Accounts, Limits, Meter, keys
+from ropeway.accounts.account import Period
 from ropeway.accounts.accounts import FRESH_NS, open_accounts
 from ropeway.accounts.bucket import MINUTE_NS, Bucket, Loan
 from ropeway.accounts.standing import FIRST_GUESS, Standing, seconds
@@ -112,6 +113,15 @@ def test_a_change_of_the_limit_forgives_nothing() -> None:
     bucket.resize(50, 0)
     assert bucket.left(0) == 0
     assert bucket.take(1, 0) == 31 * MINUTE_NS // 50
+
+
+def test_a_change_of_the_limit_takes_nothing_that_was_only_lent() -> None:
+    for limit in (8, 10, 20):
+        bucket, loan = Bucket(10, 0), Loan()
+        assert bucket.take(5, 0, loan) == 0
+        bucket.resize(limit, 0)
+        bucket.settle(loan, 0, 0)
+        assert bucket.left(0) == limit
 
 
 @dataclass
@@ -250,9 +260,12 @@ async def test_a_limit_that_is_changed_holds_within_a_second(world: World, clock
     await world.accounts.close()
 
 
-async def test_what_was_spent_before_a_restart_is_spent(world: World, tmp_path: Path) -> None:
-    key, _ = await world.new_key("k", Limits(budget_tokens=100))
-    for accounts in (world.accounts, Accounts(tmp_path, clock=world.clock, now=lambda: 1.8e9)):
+@pytest.mark.parametrize(("period", "later"), [("month", 0.0), ("total", 400 * 86400.0)])
+async def test_what_was_spent_before_a_restart_is_spent(
+    world: World, tmp_path: Path, period: Period, later: float
+) -> None:
+    key, _ = await world.new_key("k", Limits(budget_tokens=100, budget_period=period))
+    for accounts in (world.accounts, Accounts(tmp_path, clock=world.clock, now=lambda: 1.8e9 + later)):
         found = await accounts.find(key)
         assert found is not None
         meter = accounts.meter(found)

@@ -71,6 +71,48 @@ async def test_no_usage_is_lost_or_counted_twice_when_writing_fails_and_waiters_
     assert all(row.requests == row.completion_tokens == 200 for row in rows)
 
 
+async def test_what_a_full_disk_does_not_take_is_kept_with_the_pace_and_told_of_when_it_is_lost(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, now = True, [1.8e9]
+
+    async def open_() -> Database:
+        if full:
+            raise StorageError("the disk is full")
+        return database
+
+    ledger = Ledger(open_, lambda: now[0])
+    for _ in range(3):
+        ledger.start("m")
+        now[0] += 40
+        ledger.stop("m", 1000)
+        with pytest.raises(StorageError):
+            await ledger.flush()
+    full = False
+    await ledger.flush()
+    assert database.read_now(lambda c: best_pace(c, 0)) == (25.0, 120.0)
+    full = True
+    ledger.add("k", "", "m", Amounts(requests=1, prompt=5))
+    await ledger.close()
+    said = [record.message for record in caplog.records]
+    assert said == [
+        "usage cannot be written, and is kept in memory meanwhile: the disk is full",
+        "usage cannot be written, and is kept in memory meanwhile: the disk is full",
+        "the usage of the last moments is lost: the disk is full",
+    ], "each trouble is said once"
+
+
+async def test_what_works_when_the_server_ends_has_worked_until_then(database: Database) -> None:
+    now = [1.8e9]
+    ledger = ledger_of(database, lambda: now[0])
+    ledger.start("m")
+    ledger.start("m")
+    ledger.stop("m", 6000)
+    now[0] += 60
+    await ledger.close()
+    assert database.read_now(lambda c: best_pace(c, 0)) == (100.0, 60.0)
+
+
 async def test_a_flush_returns_when_what_was_added_before_is_on_the_disk(database: Database) -> None:
     ledger = ledger_of(database)
 

@@ -228,6 +228,20 @@ async def test_nothing_new_is_told_seldom_and_an_engine_that_dies_is_told_at_onc
     await task
 
 
+async def test_a_fault_of_one_engine_is_told_in_the_log_and_hides_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    services = [Service(), Service()]
+    services[1].model_name, services[1].error = "odd", ZeroDivisionError("a fault")
+    api = api_of(services[0])
+    api.engines = services
+    client = Client()
+    task = asyncio.create_task(client.watch(_Stream(api, Hub(api), None, 0.1, None)))
+    await client.until(4)
+    client.gone.set()
+    await task
+    assert [(one["model"], one["step"]) for one in client.frames[:4]] == [("m", 1), ("odd", 0), ("m", 2), ("odd", 0)]
+    assert "the engine of odd cannot be looked at" in caplog.text
+
+
 async def test_there_is_a_bound_on_those_who_watch() -> None:
     service = Service()
     hub = Hub(api_of(service))

@@ -137,6 +137,23 @@ def test_what_cannot_be_honoured_is_refused_unless_it_asks_for_nothing(refused: 
         assert caught.value.message == sentence
 
 
+def test_a_body_has_so_many_fields_and_no_more() -> None:
+    assert len(chat(**{f"f{number}": 1 for number in range(999)})[1]) == 999
+    assert "at most 1000" in refusal(json.dumps({f"f{number}": 1 for number in range(1001)}).encode()).message
+
+
+def test_what_cannot_be_honoured_is_refused_however_it_is_written() -> None:
+    """Space between the parts of a value says nothing, unless there is so much that it says something."""
+    for value, taken in ((b"[ ]", True), (b"[" + b" " * 99 + b"]", False)):
+        body = b'{"messages": [], "x": %b}' % value
+        refused = {"x": (frozenset({b"[]"}), "x cannot be honoured.")}
+        if taken:
+            assert decode(ChatCompletionRequest, body, refused)[1] == []
+        else:
+            with pytest.raises(RequestError, match="x cannot be honoured"):
+                decode(ChatCompletionRequest, body, refused)
+
+
 def test_unknown_fields_are_named_and_cannot_write_headers() -> None:
     _, ignored = chat(**{"foo": 1, "evil\r\nset-cookie: a": 2, "x" * 65: 3})
     assert ignored_header(ignored) == {"x-ropeway-ignored-params": "foo, ?, ?"}
@@ -189,6 +206,17 @@ def test_messages_become_text_under_the_roles_of_templates() -> None:
     ]
 
 
+def test_the_call_of_a_function_is_the_call_of_a_tool() -> None:
+    """As it was written before there were tools."""
+    function = {"name": "f", "arguments": '{"x": 1}'}
+    [message] = parse_messages(msgspec.Raw(json.dumps([{"role": "assistant", "function_call": function}]).encode()))
+    assert message == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+    }
+
+
 @pytest.mark.parametrize(
     ("messages", "param"),
     [
@@ -208,6 +236,9 @@ def test_messages_become_text_under_the_roles_of_templates() -> None:
         ([{"role": "assistant", "tool_calls": 1}], "messages[0].tool_calls"),
         ([{"role": "assistant", "tool_calls": [1]}], "messages[0].tool_calls[0].function"),
         ([{"role": "user", "content": "x"}] * 4097, "messages"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}] * 4097}], "messages[0].content"),
+        ([{"role": "assistant", "content": "x", "audio": {"id": "a"}}], "messages[0].audio"),
+        ([{"role": "assistant", "function_call": {"name": 1}}], "messages[0].tool_calls[0].function.name"),
     ],
 )
 def test_wrong_messages_are_refused_where_they_are_wrong(messages: Any, param: str) -> None:

@@ -84,6 +84,7 @@ def test_which_tools_may_be_called(fields: dict[str, Any], names: list[str], req
         ({"tools": [F], "tool_choice": named("g")}, "tool_choice"),
         ({"tools": [F], "tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tools": [F], "tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice.tools"),
+        ({"tools": [F], "tool_choice": {"type": "allowed_tools", "mode": "none", "tools": [F]}}, "tool_choice.mode"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [F], "functions": [F["function"]]}, "functions"),
         ({"functions": [{"name": 1}]}, "functions[0].name"),

@@ -58,8 +58,9 @@ def test_what_the_model_said_in_one_turn_is_one_message() -> None:
             {**CALL, "call_id": "c2"},
             RESULT,
             {"type": "reasoning", "summary": [{"type": "summary_text", "text": "so"}]},
-            {"role": "assistant", "content": "2"},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "2"}]},
             {"role": "user", "content": "Thanks"},
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
         ],
     )
     function = {"name": "f", "arguments": '{"x":1}'}
@@ -78,6 +79,7 @@ def test_what_the_model_said_in_one_turn_is_one_message() -> None:
         {"role": "tool", "tool_call_id": "c1", "content": "2"},
         {"role": "assistant", "content": "2", "reasoning_content": "so"},
         {"role": "user", "content": "Thanks"},
+        {"role": "assistant", "content": "No."},
     ]
 
 
@@ -132,6 +134,7 @@ def test_the_blocks_of_a_conversation_become_messages() -> None:
             {
                 "role": "user",
                 "content": [
+                    {"type": "text", "text": "So:"},
                     {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "2"}]},
                     {"type": "tool_result", "tool_use_id": "t2", "content": "no", "is_error": True},
                     {"type": "tool_result", "tool_use_id": "t3"},
@@ -153,6 +156,7 @@ def test_the_blocks_of_a_conversation_become_messages() -> None:
                 for name, function, arguments in calls
             ],
         },
+        {"role": "user", "content": "So:"},
         {"role": "tool", "tool_call_id": "t1", "content": "2"},
         {"role": "tool", "tool_call_id": "t2", "content": "Error: no"},
         {"role": "tool", "tool_call_id": "t3", "content": ""},
@@ -209,6 +213,9 @@ def test_every_field_of_a_message_finds_its_place(choice: Any, expected: Any) ->
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id"),
+        ({"input": [{"type": "item_reference", "id": 5}]}, "input[0].id"),
+        ({"input": [{"role": "user", "content": "x"}] * 4097}, "input"),
+        ({"input": [{"role": "assistant", "content": [{"type": "refusal"}]}]}, "input[0].content[0].text"),
         ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}]}, "input[0].arguments"),
         ({"input": [{"type": "function_call_output", "call_id": "c", "output": 1}]}, "input[0].output"),
         ({"input": [{"type": "reasoning", "summary": 3}]}, "input[0].summary"),
@@ -236,6 +243,7 @@ def test_what_is_wrong_with_a_response_is_named(fields: dict[str, Any], param: s
     ("fields", "param"),
     [
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "x"}] * 4097}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
@@ -248,6 +256,7 @@ def test_what_is_wrong_with_a_response_is_named(fields: dict[str, Any], param: s
             "messages[0].content[0].type",
         ),
         ({"system": [{"type": "image"}]}, "system[0].type"),
+        ({"system": 5}, "system"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),

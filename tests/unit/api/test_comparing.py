@@ -52,8 +52,11 @@ def test_one_that_fails_is_the_servers_fault() -> None:
         compare._run(b"not a mix")
 
 
-def test_one_that_takes_too_long_is_asked_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("waits", [False, True])
+def test_one_that_takes_too_long_is_asked_for_less(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
     def ended(*args: object, **settings: object) -> subprocess.CompletedProcess[bytes]:
+        if waits:  # it hangs without using its seconds of the processor
+            raise subprocess.TimeoutExpired([], 1.0)
         return subprocess.CompletedProcess([], -signal.SIGXCPU)
 
     monkeypatch.setattr(subprocess, "run", ended)

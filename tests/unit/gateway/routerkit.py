@@ -32,6 +32,8 @@ class Plain:
     def __init__(self, name: str, *script: int | Exception | ASGIApp) -> None:
         self.model = f"{name}'s own name"
         self.phase = "ready"
+        self.loaded = asyncio.Event()
+        self.loaded.set()
         self.refuses: RopewayError | None = None
         self.asked: list[dict[str, Any]] = []
         self.open = 0
@@ -40,6 +42,7 @@ class Plain:
     async def take(self) -> ASGIApp:
         if self.refuses is not None:
             raise self.refuses
+        await self.loaded.wait()
         self.open += 1
         return self._app
 
@@ -111,16 +114,24 @@ class World:
     async def _front(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.front.append(scope["path"])
 
-    async def ask(self, body: Mapping[str, Any], *, path: str = PATH, tenant: str = "", **state: Any) -> Answer:
-        """Raises what the gate would tell the client."""
+    async def ask(
+        self,
+        body: Mapping[str, Any],
+        *,
+        path: str = PATH,
+        tenant: str = "",
+        leaves: asyncio.Event | None = None,
+        **state: Any,
+    ) -> Answer:
+        """Raises what the gate would tell the client, who stays until it `leaves`."""
         answer = Answer()
         messages: list[Message] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
 
         async def receive() -> Message:
             if messages:
                 return messages.pop()
-            await asyncio.get_running_loop().create_future()
-            raise AssertionError
+            await (leaves or asyncio.Event()).wait()
+            return {"type": "http.disconnect"}
 
         scope = {
             "type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"",

@@ -297,6 +297,24 @@ async def test_what_cannot_be_kept_does_not_begin(tmp_path: Path) -> None:
         assert canaries.splitter("chat") is None
 
 
+async def test_what_cannot_be_kept_leaves_the_last_decision_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(route: str, record: bytes | None) -> None:
+        raise StorageError("the disk is full")
+
+    async with kept(tmp_path) as canaries:
+        await canaries.start("chat", CanaryStart(canary="new"))
+        await canaries.end("chat", promoted=True)
+        [before] = canaries.states()
+        with monkeypatch.context() as patched:
+            patched.setattr(canaries, "_write", full)
+            with pytest.raises(StorageError):
+                await canaries.start("chat", CanaryStart(canary="newer"))
+        assert canaries.states() == [before]
+        assert canaries.splitter("chat").choose("anybody") == "new"
+
+
 async def test_a_damaged_record_is_said_and_not_guessed(tmp_path: Path) -> None:
     async with kept(tmp_path) as canaries:
         await canaries.start("chat", CanaryStart(canary="new"))

@@ -10,10 +10,19 @@ import pytest
 from routerkit import Plain, World, stream
 from starlette.types import Receive, Scope, Send
 
+from ropeway.contract import SamplingParams
 from ropeway.contract.channel import LinkState
-from ropeway.errors import DrainingError, NotReadyError, OverloadedError, RopewayError, UnknownModelError
+from ropeway.errors import (
+    DrainingError,
+    NotReadyError,
+    OverloadedError,
+    RequestError,
+    RopewayError,
+    UnknownModelError,
+)
 from ropeway.gateway.proxy import UpstreamError
 from ropeway.gateway.table import Route, Rule
+from ropeway.service.request import TextRequest
 
 
 async def test_a_model_leads_to_its_deployment_under_its_own_name() -> None:
@@ -251,6 +260,76 @@ async def test_a_cancelled_request_gives_everything_back() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert world.blame() == {"a": {"client_gone": 1}}
+
+
+def loading(*names: str) -> World:
+    """Deployments that are being loaded."""
+    world = World({"chat": dict.fromkeys(names, 1.0)}, {name: Plain(name) for name in names})
+    for one in world.backends.values():
+        one.phase = "starting"
+        one.loaded.clear()
+    return world
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_a_client_may_leave_while_its_model_is_loaded() -> None:
+    world, leaves = loading("a"), asyncio.Event()
+    task = asyncio.create_task(world.ask({"model": "chat"}, leaves=leaves))
+    await settle()
+    assert world.deployments["a"].load == 1
+    leaves.set()
+    assert (await task).status == 0
+    assert world.blame() == {}
+    world.backends["a"].loaded.set()
+    assert (await world.ask({"model": "chat"})).status == 200
+    assert len(world.backends["a"].asked) == 1
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+async def test_a_request_that_is_cancelled_while_its_model_is_loaded_keeps_nothing(loaded: bool) -> None:
+    world = loading("a")
+    task = asyncio.create_task(world.ask({"model": "chat"}))
+    await settle()
+    if loaded:  # in the very moment
+        world.backends["a"].loaded.set()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert world.blame() == {}
+    assert not world.backends["a"].asked
+
+
+async def test_an_answer_in_one_piece_that_breaks_off_is_cut_off() -> None:
+    """There is no other way to tell its client."""
+
+    async def half(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": b'{"choices":', "more_body": True})
+        raise UpstreamError(502, "broke off", "upstream_failed", began=True)
+
+    world, cut = World({"chat": {"a": 1}}, {"a": Plain("a", half)}), asyncio.Event()
+    answer = await world.ask({"model": "chat"}, abort=cut.set)
+    assert (answer.body, answer.complete, cut.is_set()) == (b'{"choices":', False, True)
+    assert world.blame() == {"a": {"failure": 1}}
+
+
+async def test_the_front_answers_for_no_model() -> None:
+    """Whatever of the application needs one is told to name it, and not given another's answer."""
+    from ropeway.gateway.front import FrontService
+
+    world = World({"chat": {"a": 1}}, {"a": Plain("a")})
+    front = FrontService("chat", world.deployments)
+    request = TextRequest(request_id="r", text="x", sampling=SamplingParams())
+    for asked in (front.submit(request), front.tokenize(request), front.detokenize([1]), front.pin(), front.reorder()):
+        with pytest.raises(RequestError, match="name one of them") as refused:
+            await asked
+        assert refused.value.param == "model"
+    assert (await front.why(1), await front.recall(1), await front.look()) == ([], [], None)
+    assert front.stats is None
 
 
 def test_the_front_is_ready_when_somebody_takes_requests() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ropeway.contract.channel import LinkState
 from ropeway.errors import EngineError, ModelError, NotReadyError, RopewayError
+from ropeway.gateway.deployment import LocalBackend
 from ropeway.gateway.supervisor import REST, Place, Supervisor
 
 GIB = {"a": 2.0, "b": 2.0, "c": 3.0}
@@ -177,6 +180,38 @@ async def test_a_failed_start_is_told_and_tried_again_later() -> None:
     house.clock.now += REST
     await house.use("a")
     assert house.started == ["a", "a"]
+
+
+async def test_a_fault_at_a_start_is_told_by_its_kind_alone(caplog: pytest.LogCaptureFixture) -> None:
+    house = House()
+    house.errors["a"] = KeyError("/root/secret")
+    with pytest.raises(NotReadyError, match="KeyError at its start") as refused:
+        await house.use("a")
+    assert "secret" not in refused.value.message
+    assert "/root/secret" in caplog.text, "whoever runs it wants to know"
+    assert house.loaded == []
+
+
+async def test_who_waits_too_long_for_a_start_is_told_so() -> None:
+    house = House(patience=0.05)
+    house.gate.clear()
+    with pytest.raises(NotReadyError, match="The model of a is being loaded"):
+        await house.use("a")
+    assert house.started == ["a"]
+    house.gate.set()
+    await house.use("a")
+    assert house.started == ["a"], "it was loaded all the same"
+
+
+async def test_requests_for_an_engine_that_has_died_go_elsewhere_until_it_is_back() -> None:
+    house = House()
+    await house.use("a")
+    backend, running = LocalBackend(house.places["a"], house.supervisor), house.places["a"].running
+    assert isinstance(running, Model)
+    running.service = SimpleNamespace(state=LinkState.READY)
+    assert (backend.phase, backend.full) == ("ready", "")
+    running.service.state = LinkState.STARTING
+    assert (backend.phase, backend.full) == ("starting", "its engine has died and is being started again")
 
 
 async def test_a_model_that_dies_is_started_again_when_it_is_wanted() -> None:

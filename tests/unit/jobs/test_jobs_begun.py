@@ -101,6 +101,25 @@ async def test_it_is_kept_from_others_by_its_beats(store: JobStore, begun: Begun
     assert (await state(store, held), await events(store)) == (ItemState.CANCELLED, ["response.cancelled"])
 
 
+async def test_a_beat_that_the_disk_does_not_take_is_followed_by_others(
+    store: JobStore, begun: Begun, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, extend, tried = asyncio.Event(), store.items.extend, asyncio.Event()
+
+    async def refuse(*_: object) -> None:
+        tried.set()
+        raise StorageError("the disk is full")
+
+    held = await begin(begun, lost)
+    monkeypatch.setattr(store.items, "extend", refuse)
+    await asyncio.wait_for(tried.wait(), 10)
+    clock[0] += LEASE_SECONDS / 2
+    seen = store.clock()
+    monkeypatch.setattr(store.items, "extend", extend)
+    await eventually(lambda: store.read(leased_until), lambda until: until >= seen + LEASE_SECONDS)
+    assert (held in begun.held, lost.is_set()) == (True, False)
+
+
 async def test_after_its_server_it_is_work_like_any_other(store: JobStore, clock: list[float]) -> None:
     first, killed = Begun(store), Begun(store)
     stopped, dead = await begin(first), await begin(killed)

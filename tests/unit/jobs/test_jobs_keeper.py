@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 
 from jobkit import again, answer_all, jsonl, lines_of, quick_folder, results, submit
 from ropeway.errors import StorageError
+from ropeway.jobs import inputs
 from ropeway.jobs.keeper import Keeper
-from ropeway.jobs.records import Batch, BatchState
+from ropeway.jobs.records import Batch, BatchState, Usage
 from ropeway.jobs.store import JobStore
+from ropeway.jobs.work import Reply
 from waiting import eventually
 
 
@@ -35,7 +38,7 @@ async def test_it_carries_batches_on_as_they_come(store: JobStore) -> None:
     assert not store.exists
     first = await submit(store, jsonl(3))
     await until_is(store, first, BatchState.IN_PROGRESS)
-    await answer_all(store)
+    assert await eventually(lambda: answer_all(store)) == 3  # it may just be taken in
     await until_is(store, first, BatchState.COMPLETED)
     second = await submit(store, b"nonsense")
     await until_is(store, second, BatchState.FAILED)
@@ -145,6 +148,69 @@ async def test_files_that_cannot_be_written_are_written_later(store: JobStore, m
     assert [(await again(store, one)).status for one in (stuck, other)] == [BatchState.FINALIZING, BatchState.COMPLETED]
     await Keeper(store).round()
     assert len(results(store, await again(store, stuck))) == 2
+
+
+async def test_trouble_is_said_once_and_what_it_held_up_goes_on(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ropeway.jobs.keeper._TROUBLE_SECONDS", 0.001)
+    stuck = await submit(store, jsonl(2))
+    path, tries = store.files.path(stuck.input_file_id), 0
+    content = path.read_bytes()
+    path.unlink()
+    path.mkdir()  # it cannot be read, and not because it has gone
+    real = store.batches.todo
+
+    async def counted() -> list[Batch]:
+        nonlocal tries
+        tries += 1
+        return await real()
+
+    monkeypatch.setattr(store.batches, "todo", counted)
+    keeper = Keeper(store)
+    keeper.start()
+    await eventually(lambda: tries > 5)
+    assert [record.message.split(":")[0] for record in caplog.records] == ["Batches wait"]
+    path.rmdir()
+    path.write_bytes(content)
+    await until_is(store, stuck, BatchState.IN_PROGRESS)
+    await keeper.stop()
+
+
+async def test_usage_of_another_shape_is_not_counted(store: JobStore) -> None:
+    bodies = [
+        {"usage": {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}},
+        {"usage": {"input_tokens": 5, "output_tokens": 4, "output_tokens_details": {"reasoning_tokens": 2}}},
+        {"usage": {"prompt_tokens": "many"}},
+        {"usage": None},
+        ["no", "object"],
+    ]
+    batch = await submit(store, jsonl(len(bodies)))
+    await Keeper(store).round()
+    for work in await store.items.claim("w", 9):
+        reply = Reply(status=200, body=json.dumps(bodies.pop()).encode(), request_id="r")
+        assert await store.items.finish(work.item, work.attempt, reply)
+    await Keeper(store).round()
+    ended = await again(store, batch)
+    assert (ended.status, ended.counts.completed) == (BatchState.COMPLETED, 5)
+    assert ended.usage == Usage(input_tokens=8, output_tokens=6, cached_tokens=1, reasoning_tokens=2)
+
+
+async def test_a_batch_is_checked_to_its_end_or_not_at_all(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that ends in the middle of a long input leaves it to the next one, and does not say that it is wrong."""
+    batch, check = await submit(store, jsonl(3)), inputs.check
+    loop, keeper = asyncio.get_running_loop(), Keeper(store)
+
+    def slow(*args: Any, wanted: Any, **more: Any) -> Any:
+        asyncio.run_coroutine_threadsafe(keeper.stop(), loop).result(10)
+        return check(*args, wanted=wanted, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(inputs, "check", slow)
+        await keeper.round()
+    assert (await again(store, batch)).status is BatchState.VALIDATING
+    await Keeper(store).round()
+    assert (await again(store, batch)).status is BatchState.IN_PROGRESS
 
 
 async def test_items_go_when_their_files_are_there(store: JobStore) -> None:

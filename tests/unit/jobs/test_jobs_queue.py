@@ -100,6 +100,22 @@ async def test_what_the_dead_held_is_taken_over_at_once(store: JobStore) -> None
     assert list((store.folder / "workers").iterdir()) == []
 
 
+def test_who_cannot_be_seen_is_not_taken_for_dead_and_sees_nobody_die(tmp_path: Path) -> None:
+    """As on a disk that is full: then leases run out."""
+    (tmp_path / "workers").write_text("a file where the folder should be")
+    unseen = Presence(tmp_path)
+    unseen.enter()
+    (tmp_path / "workers").unlink()
+    other = Presence(tmp_path)
+    other.enter()
+    assert other.dead() == []
+    unseen.enter()
+    assert {path.name for path in (tmp_path / "workers").iterdir()} == {unseen.name, other.name}
+    for one in (unseen, other):
+        one.close()
+    assert not list((tmp_path / "workers").iterdir())
+
+
 def test_the_living_and_the_unknown_are_not_taken_for_dead(tmp_path: Path) -> None:
     one, other = Presence(tmp_path), Presence(tmp_path)
     assert one.dead() == []

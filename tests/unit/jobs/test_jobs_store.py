@@ -23,7 +23,7 @@ from jobkit import (
     upload,
 )
 from ropeway.contract import Urgency
-from ropeway.errors import RequestError
+from ropeway.errors import RequestError, StorageError
 from ropeway.jobs.files import LOOK_SECONDS
 from ropeway.jobs.items import LEASE_SECONDS, SILENT_LEASES
 from ropeway.jobs.keeper import Keeper
@@ -110,6 +110,16 @@ async def test_files_expire_and_orphans_go(store: Timed) -> None:
     assert not orphan.exists()
     assert stranger.exists()
     assert store.files.path(kept.id).exists()
+
+
+async def test_a_file_that_the_tables_do_not_take_leaves_nothing(store: Timed) -> None:
+    kept = await upload(store, b"kept")
+    store.full = True
+    with pytest.raises(StorageError):
+        await upload(store, b"not kept")
+    store.full = False
+    assert [path.name for path in (store.folder / "files").iterdir()] == [kept.id]
+    assert [record.id for record in (await store.files.list(TENANT)).data] == [kept.id]
 
 
 async def test_a_draft_that_is_not_kept_leaves_nothing(store: Timed) -> None:

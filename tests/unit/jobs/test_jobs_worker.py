@@ -9,7 +9,7 @@ import pytest
 
 from ropeway.errors import StorageError
 from ropeway.jobs.pace import Pace
-from ropeway.jobs.work import Call, Depth, Reply, Work
+from ropeway.jobs.work import Call, Reply, Work
 from ropeway.jobs.worker import Worker
 
 OK = Reply(status=200, body=b"{}")
@@ -67,9 +67,6 @@ class Queue:
 
     def drop(self, work: Work) -> None:
         self.dropped.append(work.item)
-
-    async def depth(self) -> Depth:
-        raise NotImplementedError
 
     async def close(self) -> None:
         self.closed = True
@@ -144,10 +141,10 @@ async def test_an_answer_is_an_answer(status: int) -> None:
     await one.stop()
 
 
-@pytest.mark.parametrize("status", [429, 503])
-async def test_who_is_busy_is_asked_again_and_again_ever_later(status: int) -> None:
+@pytest.mark.parametrize(("status", "body"), [(429, b"{}"), (503, b"{}"), (503, SPENT[:9]), (429, b"<html>")])
+async def test_who_is_busy_is_asked_again_and_again_ever_later(status: int, body: bytes) -> None:
     queue = Queue(1)
-    one = worker(queue, answering(*[Reply(status=status, body=b"{}")] * 8, OK))
+    one = worker(queue, answering(*[Reply(status=status, body=body)] * 8, OK))
     one.start()
     await calm()
     await calm()
@@ -317,6 +314,37 @@ async def test_an_answer_waits_for_its_queue(caplog: pytest.LogCaptureFixture) -
     await calm()
     assert queue.finished == [(1, 200)]
     assert [record.message for record in caplog.records].count("Background work waits: The disk is full.") == 1
+    await one.stop()
+
+
+async def test_a_heartbeat_that_fails_costs_nothing_but_itself(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "ropeway.jobs")
+    queue, answered, beat = Queue(1), asyncio.Event(), asyncio.Event()
+
+    async def caller(call: Call) -> Reply:
+        await answered.wait()
+        return OK
+
+    async def sleep(seconds: float) -> None:
+        await beat.wait()
+        beat.clear()
+
+    one = Worker(queue, caller, concurrency=1, pace=Pace(lambda: 0.0), sleep=sleep)  # type: ignore[arg-type]
+    one.start()
+    await calm()
+    queue.broken = ZeroDivisionError("a fault")
+    for _ in range(3):
+        beat.set()
+        await calm()
+    queue.broken = None
+    beat.set()
+    await calm()
+    assert (queue.extended, one.running, one.lost) == ([[1]], 1, 0)
+    answered.set()
+    await calm()
+    assert queue.finished == [(1, 200)]
+    said = [record.message for record in caplog.records]
+    assert said == ["Background work waits: a fault", "Background work goes on."]
     await one.stop()
 
 

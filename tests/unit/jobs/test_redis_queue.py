@@ -16,7 +16,7 @@ import pytest
 from jobkit import TENANT, quick_folder
 from redisserver import RedisServer, redis_running
 from ropeway.contract import Urgency
-from ropeway.errors import ConfigError
+from ropeway.errors import ConfigError, StorageError
 from ropeway.jobs.records import Item, ItemState
 from ropeway.jobs.redis_broker import Broker, check
 from ropeway.jobs.redis_metrics import families
@@ -211,21 +211,40 @@ async def test_a_cancelled_item_is_taken_from_whoever_computes_it(redis: RedisSe
         assert [item.state for item in await owner.ended([name, other])] == [ItemState.CANCELLED, ItemState.DONE]
 
 
-async def test_what_is_given_back_is_offered_anew(redis: RedisServer) -> None:
+@pytest.mark.parametrize("own", [False, True])
+async def test_what_is_given_back_is_offered_anew(redis: RedisServer, own: bool) -> None:
     async with peers(redis) as all_of_them:
         owner, helper = await all_of_them.add(), await all_of_them.add()
         [name] = await owner.defer(1)
-        [first] = await lease(helper, 1)
+        await eventually(lambda: sum(owner.queue.tally.waiting.values()) == 1)
+        busy = owner if own else helper
+        [first] = await lease(busy, 1)
         begun = asyncio.get_running_loop().time()
-        await helper.queue.release(first, delay=0.3)
+        await busy.queue.release(first, delay=0.3)
         [second] = await lease(helper, 1)
         assert second.attempt == first.attempt + 1
         assert asyncio.get_running_loop().time() - begun > 0.25
-        assert not await helper.queue.finish(first, reply("first"))
+        assert not await busy.queue.finish(first, reply("first"))
         assert await helper.queue.finish(second, reply("second"))
         [item] = await owner.ended([name])
         assert item.reply is not None
         assert item.reply.body == reply("second").body
+
+
+async def test_what_a_fault_of_its_own_server_has_left_is_done_by_another(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        owner, helper = await all_of_them.add(), await all_of_them.add()
+        [name] = await owner.defer(1)
+        await eventually(lambda: sum(owner.queue.tally.waiting.values()) == 1)
+        [left] = await lease(owner, 1)
+        owner.queue.drop(left)
+        assert owner.store.items.held == set()
+        [work] = await lease(helper, 1)
+        assert (work.item, helper.queue.tally.redelivered) == (left.item, 1)
+        assert await helper.queue.finish(work, reply("helper"))
+        [item] = await owner.ended([name])
+        assert item.reply is not None
+        assert item.reply.body == reply("helper").body
 
 
 async def test_a_server_that_ends_leaves_its_work_to_others_at_once(redis: RedisServer) -> None:
@@ -369,6 +388,58 @@ async def test_an_answer_that_cannot_be_read_ends_the_item(redis: RedisServer) -
             assert (item.state, item.reply.status) == (ItemState.FAILED, 500)
 
 
+async def test_a_call_that_cannot_be_read_ends_the_item(redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+    """As one of a server of another version may be."""
+    async with peers(redis) as all_of_them:
+        owner, helper = await all_of_them.add(window=0), await all_of_them.add()
+        [name] = await owner.defer(1)
+        [work] = await lease(owner, 1)
+        with redis.client as client:
+            stream = helper.broker.streams[Urgency.LOW]
+            fields = {"owner": work.owner, "item": work.item, "attempt": work.attempt, "call": b"\xc1"}
+            ticket = f"{work.attempt} {stream} {client.xadd(stream, fields).decode()}"
+            client.hset(f"{all_of_them.prefix}:tickets:{owner.owner}", str(work.item), ticket)
+        assert await helper.queue.lease(1, wait=2 * BEAT) == []
+        [item] = await owner.ended([name])
+        assert item.reply is not None
+        assert (item.state, json.loads(item.reply.body)["error"]["code"]) == (ItemState.FAILED, "gave_up")
+        assert "cannot be read" in caplog.text
+        with redis.client as client:
+            assert not client.exists(f"{all_of_them.prefix}:tickets:{owner.owner}")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (StorageError("The disk is full.", retry_after=0.01), "The disk is full."),
+        (ZeroDivisionError("a fault"), "offering this server's items failed"),
+    ],
+)
+async def test_an_answer_stays_until_its_owner_can_keep_it(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, said: str
+) -> None:
+    monkeypatch.setattr("ropeway.jobs.redis_offers._PAUSE_SECONDS", 0.01)
+    async with peers(redis) as all_of_them:
+        owner, helper = await all_of_them.add(), await all_of_them.add()
+        names = await owner.defer(2)
+        finish, tries = owner.store.items.finish, 0
+
+        async def full(item: int, attempt: int, answer: Reply) -> bool:
+            nonlocal tries
+            tries += item == 1
+            if item == 1 and tries < 4:
+                raise error
+            return await finish(item, attempt, answer)
+
+        monkeypatch.setattr(owner.store.items, "finish", full)
+        for work in await lease(helper, 2):
+            assert await helper.queue.finish(work, reply("helper"))
+        for item in await owner.ended(names):
+            assert (item.state, item.attempt) == (ItemState.DONE, 1)
+        assert (tries, owner.queue.tally.refused) == (4, 0)
+        assert said in caplog.text
+
+
 async def test_metrics_say_how_it_stands(redis: RedisServer) -> None:
     async with peers(redis) as all_of_them:
         owner = await all_of_them.add()
@@ -396,6 +467,12 @@ def test_what_is_malformed_is_refused_without_its_password() -> None:
     for prefix in ("", "two words", "a" * 65, "caf\u00e9"):
         with refused("redis_prefix"):
             check("redis://:secret@host/0", prefix)
+
+
+def test_without_its_package_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ropeway.jobs.redis_broker.find_spec", lambda name: None)
+    with refused("pip install 'ropeway[redis]'"):
+        check("redis://:secret@host", "ropeway")
 
 
 async def test_the_log_shows_no_password(caplog: pytest.LogCaptureFixture) -> None:

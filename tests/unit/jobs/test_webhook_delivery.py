@@ -15,16 +15,18 @@ from pathlib import Path
 import openai
 import pytest
 
+from ropeway.config.jobs import JobsConfig
 from ropeway.errors import ConfigError, StorageError
 from ropeway.jobs import outbox
 from ropeway.jobs.egress import Egress
-from ropeway.jobs.signing import new_secret, signature
+from ropeway.jobs.signing import Keyring, new_secret, signature
 from ropeway.jobs.webhooks import JITTER, LEASE, SCHEDULE, Dispatcher
 from waiting import eventually
 from webhookkit import (
     LOOPBACK,
     SECRET,
     Act,
+    Receiver,
     Wall,
     dispatcher,
     endless_head,
@@ -265,6 +267,47 @@ async def test_without_secrets_events_wait_and_no_attempt_is_lost(
         [entry] = await entries(store)
         assert (entry.state, entry.attempts) == ("delivered", 1)
         assert str(error) in caplog.text
+
+
+async def test_an_attempt_that_the_disk_does_not_take_is_repeated_with_the_same_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def full(work: object) -> None:
+        raise StorageError("The disk is full.")
+
+    async def delivered(_: Receiver, writer: asyncio.StreamWriter) -> None:
+        monkeypatch.setattr(store, "write", full)
+        await status(200)(_, writer)
+
+    wall = Wall()
+    with storing(tmp_path, wall) as store:
+        async with receiving(delivered, status(200)) as receiver:
+            await owe(store, receiver.url())
+            sender, write = dispatcher(store), store.write
+            await sender.dispatch()
+            await sender.idle()
+            monkeypatch.setattr(store, "write", write)
+            assert "was not written down: The disk is full." in caplog.text
+            await sender.dispatch()
+            assert len(receiver.hits) == 1, "the lease of the attempt is not over"
+            wall.now += LEASE + 1
+            await sender.dispatch()
+            await sender.idle()
+            first, second = receiver.hits
+        assert first.headers["webhook-id"] == second.headers["webhook-id"]
+        [entry] = await entries(store)
+        assert (entry.state, entry.status) == ("delivered", 200)
+
+
+def test_an_empty_file_of_secrets_is_no_reason_to_sign_with_none(tmp_path: Path) -> None:
+    keyring = Keyring(JobsConfig(data_dir=str(tmp_path)))
+    made = keyring.secrets()
+    assert (len(made), keyring.secrets()) == (1, made)
+    keyring.path.write_text("\n\n")
+    with pytest.raises(ConfigError, match="is empty"):
+        keyring.secrets()
+    keyring.path.unlink()
+    assert keyring.secrets() != made
 
 
 async def test_a_server_on_which_nobody_defers_anything_makes_no_files(tmp_path: Path) -> None:

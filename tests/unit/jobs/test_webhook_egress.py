@@ -133,6 +133,15 @@ async def test_a_name_is_resolved_once_and_its_address_is_where_the_request_goes
     assert len(dialled) == 2, "the second answer is refused"
 
 
+async def test_a_name_leads_to_the_first_address_where_somebody_is() -> None:
+    async with receiving(status(200)) as receiver:
+        names = Names(["127.0.0.2", "127.0.0.1"])
+        answer = await Egress(LOOPBACK, resolver=names).post(receiver.url(host="two.example"), {}, b"{}")
+        assert (answer.status, receiver.connections) == (200, 1)
+        [hit] = receiver.hits
+        assert hit.headers["host"] == f"two.example:{receiver.port}"
+
+
 async def test_redirects_and_proxies_of_the_environment_lead_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     async with receiving(status(200)) as canary:
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
@@ -191,6 +200,9 @@ def rules(**kwargs: Any) -> Rules:
         ("https://a.example:22/", "port 22"),
         ("https://10.0.0.1/", "--webhook-allow"),
         ("https://a.example/#x", "fragment"),
+        ("https://a.example:0/", "https://example.com/hook"),
+        ("https://a.example:65536/", "https://example.com/hook"),
+        ("https://[93.184.216.34]/", "https://example.com/hook"),
         ("a.example", "https://example.com/hook"),
         ("https://a.example/" + "x" * 2048, "2048"),
     ],
