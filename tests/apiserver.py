@@ -64,7 +64,7 @@ class Server:
         self.api: Api = self.app.state.api
         self.config = config
         self.url = ""
-        self.http = httpx2.Client()
+        self.http = httpx2.Client(timeout=60)
         self._clients: list[openai.OpenAI] = []
         self.done: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._loop = uvloop.new_event_loop()

@@ -68,6 +68,14 @@ def test_a_row_does_not_depend_on_its_neighbours(variant: str, dtype: torch.dtyp
         assert torch.equal(product(x[begin:end]), together[begin:end])
 
 
+def test_rows_of_a_reordered_weight_are_those_of_the_plain_one(make: Make) -> None:
+    weight, order, ids = torch.randn(40, 64), torch.randperm(64), torch.tensor([3, 39, 3])
+    product = linear.ReorderedProduct(make(weight[:, order].contiguous(), None), order)
+    assert torch.equal(product.rows(ids), weight[ids])
+    x = torch.randn(5, 64)
+    assert_product(product(x), x, weight, None)
+
+
 def test_a_view_with_other_strides_is_taken(make: Make) -> None:
     weight = torch.randn(32, 64)
     x = torch.randn(5, 128)[:, 64:]

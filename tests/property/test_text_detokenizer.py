@@ -7,11 +7,13 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from textkit import byte_level, gemma_style, llama_style, metaspace_style, word_piece
+from textkit import byte_level, gemma_style, llama_style, metaspace_style, stripped_style, word_piece
 
 from ropeway.text.tokenizer import ByteTokenizer, HubTokenizer
 
-MAKERS: list[Callable[[], HubTokenizer]] = [byte_level, llama_style, gemma_style, metaspace_style, word_piece]
+MAKERS: list[Callable[[], HubTokenizer]] = [
+    byte_level, llama_style, gemma_style, metaspace_style, stripped_style, word_piece,
+]  # fmt: skip
 KINDS = {make.__name__: make() for make in MAKERS}
 TEXTS = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" thequickfox.é👩\u200d👧\ufffd")), max_size=40)
 CUTS = st.lists(st.integers(1, 5), min_size=1, max_size=8)
@@ -53,7 +55,7 @@ def test_deltas_make_the_full_decode_of_any_tokens(kind: str, data: st.DataObjec
     assert "".join(deltas(tokenizer, ids, cuts, skip)) == full(tokenizer, ids, skip)
 
 
-@pytest.mark.parametrize("kind", ["llama_style", "gemma_style", "metaspace_style"])
+@pytest.mark.parametrize("kind", ["llama_style", "gemma_style", "metaspace_style", "stripped_style"])
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), cuts=CUTS, skip=st.booleans())
 def test_byte_fallback_deltas_make_the_full_decode_of_any_tokens(

@@ -127,3 +127,40 @@ def test_arguments_come_as_they_are_written(name: str) -> None:
     assert "".join(piece.text for piece in pieces) == json.dumps({"city": "x" * 100})
     at_once = [delta for delta in hear(dialect(name), text, []) if not delta.name]
     assert len(at_once) == 1, "what is known at once is said at once"
+
+
+OSLO = {"city": "Oslo"}
+
+
+@pytest.mark.parametrize(("name", "text", "calls", "content"), [
+    ("hermes", r'<tool_call>{"name": "get_weather", "arguments": "{\"city\": \"Oslo\"}"}</tool_call>',
+     [("get_weather", OSLO)], ""),
+    ("hermes", '<tool_call>{"arguments": {"city": "Oslo"}, "name": "get_weather"}</tool_call>',
+     [("get_weather", OSLO)], ""),
+    ("hermes", '<tool_call>{"id": "7", "name": "what-time", "arguments": null}</tool_call>', [("what-time", {})], ""),
+    ("hermes", '<tool_call>{"name": "what-time", "arguments": ""}</tool_call>', [("what-time", {})], ""),
+    ("hermes", '<tool_call>{"name": "what-time"}</tool_call>', [("what-time", {})], ""),
+    ("hermes", '<tool_call>{"name": "what-time", "arguments": {}, "note": [1]}</tool_call> Yes', [("what-time", {})],
+     "Yes"),
+    ("hermes", '<tool_call>{"name": "what-time", "arguments": "\\ud800"}</tool_call>', [("what-time", "\ud800")], ""),
+    ("hermes", '<tool_call>{"name": "what-time", "note": 1}</tool_call>', [],
+     '<tool_call>{"name": "what-time", "note": 1}</tool_call>'),
+    ("mistral", '[TOOL_CALLS]get_weather[CALL_ID]a1b2c3[ARGS]{"city": "Oslo"}[TOOL_CALLS]what-time[CALL_ID]x[ARGS]{}',
+     [("get_weather", OSLO), ("what-time", {})], ""),
+    ("mistral", '[TOOL_CALLS]{"name": "what-time", "arguments": {}}', [("what-time", {})], ""),
+    ("qwen3_xml", "<function=get_weather>\n<parameter=days>\nNaN\n</parameter>\n</function>",
+     [("get_weather", {"days": "NaN"})], ""),
+    ("qwen3_xml", "<function=get_weather>\n<parameter=days>\nin two\n</parameter>\n</function>",
+     [("get_weather", {"days": "in two"})], ""),
+    ("qwen3_xml", "<function=get_weather>\n<parameter=parts>\nTrue\n</parameter>\n</function>",
+     [("get_weather", {"parts": True})], ""),
+    ("qwen3_xml", "<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days\n2",
+     [("get_weather", OSLO)], "2"),
+    ("pythonic", '[get_weather(city="Oslo", days=tomorrow)]', [("get_weather", OSLO | {"days": "tomorrow"})], ""),
+    ("pythonic", '[get_weather(parts=[1, x], city="Oslo")]', [("get_weather", {"parts": "[1, x]"} | OSLO)], ""),
+])  # fmt: skip
+def test_calls_that_are_written_in_other_ways(name: str, text: str, calls: list[Call], content: str) -> None:
+    for cuts in ([], [1], [7]):
+        message = join(hear(dialect(name), text, cuts))
+        assert [(tool, json.loads(arguments)) for tool, arguments in message.calls] == calls
+        assert message.content == content

@@ -73,6 +73,16 @@ def metaspace_style() -> HubTokenizer:
     return _with_marks(tokenizer)
 
 
+def stripped_style() -> HubTokenizer:
+    """Each token loses what it may have at its ends."""
+    tokenizer = Tokenizer(_fallback_vocabulary())
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Strip("e", 0, 1), decoders.Strip("▁", 2, 0), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return _with_marks(tokenizer)
+
+
 def word_piece() -> HubTokenizer:
     """BERT: pieces within a word are marked, and spaces before marks of punctuation vanish."""
     marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -8,6 +8,8 @@ import random
 import stat
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ from journalkit import config, drive, engine_for
 from invariants import check
 from ropeway.cli.main import main
 from ropeway.config import EngineConfig
-from ropeway.contract import Explain, GenerateRequest, Reorder, SamplingParams, Submit, Tier, Urgency
+from ropeway.contract import Cancel, Explain, GenerateRequest, Reorder, SamplingParams, Submit, Tier, Urgency
 from ropeway.engine.engine import Engine
 from ropeway.errors import ConfigError
-from ropeway.recorder.journal import MAGIC, WORLD, Planned, files, read
+from ropeway.recorder.journal import MAGIC, WORLD, Called, Planned, files, read
 from ropeway.recorder.recorder import RecordedEngine
 from ropeway.recorder.snapshot import freeze, thaw
 from ropeway.scheduler import Scheduler, TargetLatency
@@ -110,6 +112,8 @@ def test_a_torn_frame_is_left_out_and_said(tmp_path: Path, lost: int) -> None:
     assert any("ends within a frame" in note for note in summary.notes)
     file.write_bytes(data[:-lost] + bytes(lost))
     assert any("ends within a frame" in note for note in replay(tmp_path).notes)
+    file.write_bytes(data + bytes(3))
+    assert any("its last 3 bytes are left out" in note for note in replay(tmp_path).notes)
 
 
 def test_a_step_under_way_when_the_engine_died_is_in_the_record(tmp_path: Path) -> None:
@@ -152,6 +156,9 @@ def test_a_changed_record_and_a_changed_engine_are_found(
         main(["replay", str(tmp_path)])
     assert not done.value.code
     assert "Identical" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["replay", str(tmp_path), "--explain", "301"])
+    assert "Request 301 does not occur." in capsys.readouterr().out
     tokens, calls = TargetLatency.tokens, itertools.count()
 
     def other(*given: Any) -> int:
@@ -194,6 +201,73 @@ def test_one_flipped_number_in_a_plan_is_found(tmp_path: Path, monkeypatch: pyte
     assert summary.difference is not None
     assert len(summary.difference.expected) == len(summary.difference.found) == 1
     assert "slot=" in summary.difference.expected[0]
+
+
+def call(**changes: Callable[[Any], Any]) -> Callable[[Any], list[Any]]:
+    """Makes something else of what the record says of the call that planned step 20."""
+
+    def tamper(items: Iterable[Any]) -> list[Any]:
+        items = list(items)
+        at = next(n for n, item in enumerate(items) if isinstance(item, Planned) and item.plan.step == 20)
+        at = next(n for n in range(at, len(items)) if isinstance(items[n], Called))
+        given = {name: change(getattr(items[at], name)) for name, change in changes.items()}
+        items[at] = msgspec.structs.replace(items[at], **given)
+        return items
+
+    return tamper
+
+
+def twice(items: Iterable[Any]) -> list[Any]:
+    """As if step 20 had been planned twice."""
+    return [item for item in items for _ in range(2 if isinstance(item, Planned) and item.plan.step == 20 else 1)]
+
+
+def unplanned(items: Iterable[Any]) -> list[Any]:
+    """As if step 20 had not been planned, and the clock looked at all the same."""
+    items = list(items)
+    at = next(n for n, item in enumerate(items) if isinstance(item, Planned) and item.plan.step == 20)
+    gone = items.pop(at)
+    items[at] = msgspec.structs.replace(items[at], moments=[*gone.moments, *items[at].moments])
+    return items
+
+
+@pytest.mark.parametrize(("tamper", "what"), [
+    (call(error=lambda _: "ValueError: planted"), "the call ends otherwise"),
+    (call(ended=lambda ended: [*ended, (1, "stop")]), "other requests end"),
+    (call(moments=lambda moments: [*moments, moments[-1]]), "asks less often for the time"),
+    (call(moments=lambda moments: moments[:-1]), "a look at the clock is not in the record"),
+    (call(results=lambda _: []), "a look at a result is not in the record"),
+    (twice, "a recorded step is not planned"),
+    (unplanned, "a step is not in the record"),
+])  # fmt: skip
+def test_a_record_of_an_engine_that_did_otherwise_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tamper: Callable[[Any], list[Any]], what: str
+) -> None:
+    record(tmp_path)
+
+    def tampered(path: Path) -> Any:
+        header, items = read(path)
+        return header, iter(tamper(items))
+
+    monkeypatch.setattr("ropeway.sim.replay.read", tampered)
+    summary = replay(tmp_path)
+    assert summary.difference is not None
+    assert what in summary.difference.what
+    assert 18 <= summary.steps <= 21
+
+
+def test_a_state_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(tmp_path, 3)
+
+    def renamed(path: Path) -> Any:
+        header, items = read(path)
+        [first, *rest] = header.state
+        state = [["ropeway.scheduler.gone:Gone", *first[1:]], *rest]
+        return msgspec.structs.replace(header, state=state, version="0.0.1"), items
+
+    monkeypatch.setattr("ropeway.sim.replay.read", renamed)
+    with pytest.raises(ConfigError, match=r"cannot be made again .*the version that recorded it, 0\.0\.1\."):
+        replay(tmp_path)
 
 
 def test_files_are_bounded_and_each_can_be_replayed_alone(tmp_path: Path) -> None:
@@ -325,6 +399,20 @@ def test_preemptions_are_told(tmp_path: Path) -> None:
     assert any("boards again" in line for _, line in told.lines)
 
 
+def test_a_cancellation_is_told(tmp_path: Path) -> None:
+    engine = engine_for(config(tmp_path), VirtualClock())
+    engine.submit([Submit(GenerateRequest(rid=1, tokens=[1] * 9, sampling=SamplingParams(max_tokens=50)))])
+    engine.step()
+    engine.submit([Cancel(1)])
+    while engine.busy:
+        engine.step()
+    engine.close()
+    (told,) = replay(tmp_path, explain=1).biographies
+    what = [line for _, line in told.lines]
+    assert "is ended from outside" in what
+    assert "cancelled" in what[-1]
+
+
 def test_a_record_is_a_workload(tmp_path: Path) -> None:
     events = record(tmp_path, 60)
     found = requests(tmp_path)
@@ -355,6 +443,23 @@ def test_a_recorder_that_cannot_write_does_not_hurt(
     assert replay(tmp_path / "full").difference is None
 
 
+def test_an_engine_whose_journal_cannot_go_on_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The place is gone when a new file is due: the record ends there, and nobody is hurt."""
+    clock = VirtualClock()
+    engine = engine_for(config(tmp_path / "journal"), clock)
+    drive(engine, clock, 1, 20)
+    (tmp_path / "journal").rename(tmp_path / "kept")
+    (tmp_path / "journal").write_text("in its place")
+    engine._journal._end = 0  # type: ignore[attr-defined]
+    events = drive(engine, clock, 100, 20)
+    engine.close()
+    assert sum(event.finish is not None for event in events) == 20
+    assert caplog.text.count("ends here, it cannot be written") == 1
+    summary = replay(tmp_path / "kept")
+    assert summary.difference is None
+    assert 20 <= summary.requests < 40
+
+
 def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no journal"):
         replay(tmp_path)
@@ -362,6 +467,10 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
         (tmp_path / "1.journal").write_bytes(content)
         with pytest.raises(ConfigError, match=r"like a journal|ends before its state"):
             replay(tmp_path)
+    (tmp_path / "1.journal").unlink()
+    (tmp_path / "1.journal").mkdir()
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        replay(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -372,6 +481,12 @@ def test_a_state_cannot_name_code(path: str) -> None:
         thaw([[path, ["true"], [], [], [], [], []]], {WORLD: None})
     with pytest.raises((ValueError, TypeError)):
         thaw([["class", [path]]], {WORLD: None})
+
+
+def test_types_that_make_defaults_come_back() -> None:
+    state = thaw(freeze([defaultdict(list, {1: [2]}), defaultdict(dict[str, int])], {}), {})
+    assert state == [{1: [2]}, {}]
+    assert [type(made[7]) for made in state] == [list, dict]
 
 
 def test_what_cannot_be_made_again_cannot_be_frozen() -> None:

@@ -167,7 +167,7 @@ class EngineHost(_Link):
             if self._stopping or (self._farewell is not None and self._farewell.error is None):
                 break
             error = self._death(code)
-            if self.info is None:
+            if self.info is None or self.state is LinkState.DRAINING:
                 self._give_up(error)
                 return
             if not self._may_restart():
@@ -255,8 +255,6 @@ class EngineHost(_Link):
         return EngineError(f"The engine process {how}. Its own last lines in the log may say why.")
 
     def _may_restart(self) -> bool:
-        if self.state is LinkState.DRAINING:
-            return False
         now = time.monotonic()
         while self._restarts and now - self._restarts[0] > RESTART_WINDOW:
             self._restarts.popleft()

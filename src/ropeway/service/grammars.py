@@ -145,7 +145,7 @@ class Grammars:
         if kind == "ok":
             # An answer is complete when its grammar says so: a minimum beyond that could never be reached.
             return msgspec.structs.replace(sampling, min_tokens=0)
-        if kind in ("late", _BUSY):
+        if kind in ("late", "gone", _BUSY):
             with self._begin:
                 self._verdicts.pop(hashlib.sha256(sampling.grammar.encode()).digest(), None)
         if kind == _BUSY:

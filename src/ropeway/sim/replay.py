@@ -88,7 +88,7 @@ class _Life:
         self._engine = Engine.__new__(Engine)
         try:
             vars(self._engine).update(thaw(header.state, {WORLD: self.tape}))
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
+        except (ImportError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise ConfigError(
                 f"The state in {file} cannot be made again ({error}). Replay it with the version that recorded it, "
                 f"{header.version}."

@@ -33,7 +33,9 @@ class Witness:
         for seq in sorted([*scheduler.running, *scheduler.waiting], key=lambda seq: seq.number):
             self._lives.arrived(seq.request, 0, "", seq.arrival)
         for seq in scheduler.running:
-            self._lives.aboard(seq.rid, seq.slot, seq.first_token is None, header.clock)
+            # Nothing of it is being sampled, and more than its newest token is yet to be computed.
+            reads = seq.known == len(seq.tokens) and seq.computed + 1 < seq.known
+            self._lives.aboard(seq.rid, seq.slot, reads, header.clock)
 
     @property
     def lives(self) -> list[Life]:

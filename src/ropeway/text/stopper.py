@@ -76,11 +76,6 @@ class Stopper:
         self._held = ""
         self.matched: str | None = None
 
-    @property
-    def held(self) -> int:
-        """Number of characters held back."""
-        return len(self._held)
-
     def push(self, text: str, *, armed: bool = True) -> str:
         """What may be shown after `text` has come. Unless `armed`, strings that are completed by `text` do not count.
         After a match everything is dropped."""

@@ -12,6 +12,7 @@ import torch
 
 from checkpoints import prompt
 from driver import Driver
+from expert_checkpoints import EXPERTS
 from ropeway.config import EngineConfig
 from ropeway.errors import ConfigError, ModelError
 from ropeway.modelspec import load_spec
@@ -20,17 +21,18 @@ from ropeway.runtime.open import open_executor
 from ropeway.runtime.weights.dummy import open_weights
 
 Make = Callable[[str], Path]
-KINDS = ["llama-biases", "llama-tied", "qwen3"]
+KINDS = ["llama-biases", "llama-tied", "qwen3", "mixtral", "deepseek-v3"]
 
 
 @pytest.fixture
-def shape(checkpoint: Make, tmp_path: Path) -> Callable[[str], Path]:
+def shape(checkpoint: Make, experts: Make, tmp_path: Path) -> Callable[[str], Path]:
     """A directory with the config.json of a kind and nothing else."""
 
     def make(kind: str) -> Path:
         place = tmp_path / kind
         place.mkdir()
-        (place / "config.json").write_bytes((checkpoint(kind) / "config.json").read_bytes())
+        made = experts if kind in EXPERTS else checkpoint
+        (place / "config.json").write_bytes((made(kind) / "config.json").read_bytes())
         return place
 
     return make

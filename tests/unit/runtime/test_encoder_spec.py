@@ -53,6 +53,15 @@ def test_every_layout_is_read(encoder: Make, kind: str) -> None:
         ({"num_attention_heads": 5}, "num_attention_heads"),
         ({"architectures": ["BertForSequenceClassification"]}, "2 labels"),
         ({"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification"),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},
+            "awq.*with --quantization int4",
+        ),
+        ({"architectures": ["RobertaModel"], "pad_token_id": -1}, "pad_token_id .*must be a token id"),
+        (
+            {"architectures": ["RobertaModel"], "max_position_embeddings": 2, "pad_token_id": 1},
+            "max_position_embeddings .*must be above 2",
+        ),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(bert: Path, values: dict[str, Any], word: str) -> None:
@@ -92,6 +101,7 @@ def test_pooling_is_the_checkpoint_s(bert: Path) -> None:
         ("modules.json", '[{"type": "x.Pooling", "path": "../other"}]', "not inside"),
         ("modules.json", "[1]", "list of modules"),
         ("modules.json", "[", "cannot be read"),
+        ("modules.json", "[" + " " * 2**20 + "]", "no list of modules has"),
         ("1_Pooling/config.json", '{"pooling_mode_max_tokens": true}', "pooling_mode_max_tokens"),
         ("1_Pooling/config.json", '{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": true}', "mean"),
         ("1_Pooling/config.json", "{}", "no kind"),
@@ -109,6 +119,10 @@ def test_its_budget_has_no_cache(encoder: Make) -> None:
     memory = MemoryState(2**30, 2**30, "of memory")
     budget = plan_budget(EngineConfig(max_num_seqs=4, block_size=16), spec, "float32", "cpu", memory)
     assert (budget.kv_bytes, budget.num_blocks, budget.max_model_len) == (0, 4 * LONGEST // 16, LONGEST)
+    assert isinstance(spec, EncoderSpec)
+    linears = sum(outs * ins for outs, ins in spec.linears)
+    saved = spec.weight_bytes("float32") - spec.weight_bytes("float32", "int8")
+    assert 2.8 * linears < saved < 3 * linears
     with pytest.raises(ConfigError, match="kv_cache_gib"):
         plan_budget(EngineConfig(kv_cache_gib=1.0), spec, "float32", "cpu", memory)
     with pytest.raises(MemoryBudgetError, match="weights"):

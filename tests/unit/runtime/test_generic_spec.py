@@ -91,6 +91,7 @@ def test_context_ends_where_neighbours_would_matter(tmp_path: Path, changes: dic
         ({"kv_lora_rank": 512}, "latent attention"),
         ({"architectures": ["SomethingNewForSequenceClassification"]}, "generates no text"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}, "for the native families"),
+        ({"rope_scaling": 2.0}, "rope_scaling .*must be an object"),
         ({"quantization_config": {"quant_method": "fp6"}}, "quant_method 'fp6', which cannot be loaded"),
     ],
 )

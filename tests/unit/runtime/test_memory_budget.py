@@ -160,6 +160,17 @@ def test_free_memory_never_exceeds_what_the_machine_has(tmp_path: Path) -> None:
     assert cpu_memory(proc(tmp_path, "0::/\n", available=GIB), root).free == GIB
 
 
+def test_where_the_system_does_not_tell_half_of_its_memory_counts_as_free(tmp_path: Path) -> None:
+    found = cpu_memory(tmp_path / "nothing", tmp_path)
+    assert found.free == found.total // 2 > 0
+    assert "taking half as free" in found.limit
+    there = proc(tmp_path, "0::/user\n")
+    (there / "self" / "cgroup").unlink()
+    assert cpu_memory(there, tmp_path).free == 8 * GIB, "no control group bounds it"
+    (there / "self" / "cgroup").write_text("what is this\n")
+    assert cpu_memory(there, tmp_path).free == 8 * GIB
+
+
 def test_a_cpu_takes_its_host_tier_from_the_same_memory() -> None:
     rest = 10 * GIB - WEIGHTS - workspace_bytes(EngineConfig(), SPEC, "bfloat16")
     tiered = budget(10, kv_host_gib=2.0, kv_disk_gib=20.0)

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from checkpoints import KINDS, WINDOW
+from ropeway.errors import ModelError
 from ropeway.modelspec import ModelSpec, load_spec
 
 Make = Callable[[str], Path]
@@ -104,6 +107,37 @@ def test_the_tokenizer_bounds_an_unclear_context_limit(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_windows(tmp_path: Path, changes: dict[str, Any], windows: tuple[int | None, ...]) -> None:
     assert spec(tmp_path, **changes).windows == windows
+
+
+SLIDING = {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True}
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (SLIDING | {"max_window_layers": -1}, "max_window_layers .*must be a whole number"),
+    (SLIDING | {"max_window_layers": "3"}, "max_window_layers .*must be a whole number"),
+    (SLIDING | {"layer_types": ["full_attention"]}, "layer_types .*for 4 layers"),
+    (SLIDING | {"layer_types": ["full_attention"] * 3 + ["linear_attention"]}, "layer_types .*for 4 layers"),
+    ({"rope_scaling": [2.0]}, "rope_scaling .*must be an object"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e5}}},
+     "rope_parameters .*differs between layer types"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "rope_theta": 1e4}}, "differs between layer types"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor .*must be at least 1"),
+    ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 512}}, "factor .*at least 1"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}},
+     "high_freq_factor .*must be above low_freq_factor"),
+    ({"quantization_config": "int8"}, "quantization_config .*must be an object"),
+    ({"quantization_config": {"quant_method": "compressed-tensors"}}, "config_groups .*at least one group"),
+])  # fmt: skip
+def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        spec(tmp_path, **changes)
+
+
+def test_without_a_dtype_in_words_it_is_that_of_most_weights(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(3), "b": torch.zeros(2, 4, dtype=torch.float16), "c": torch.zeros(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert spec(tmp_path, torch_dtype="absent").dtype == "float16"
+    assert spec(tmp_path, torch_dtype="float32").dtype == "float32"
 
 
 def test_windows_of_saved_checkpoints(checkpoint: Make) -> None:

@@ -275,6 +275,10 @@ def test_what_is_computed_otherwise_is_said(stored: Make) -> None:
         "Static activation scales are",
         "The checkpoint's scheme for the KV cache is",
     ]
+    uneven = compressed("int-quantized", W8, {**A8, "symmetric": False})
+    found = load_spec(configure(stored("w8a8"), uneven)).quantization
+    assert found is not None
+    assert found.notes == ("Activations are quantized symmetrically, where the checkpoint asks for zero points.",)
 
 
 def test_another_quantization_than_the_stored_one_is_refused(stored: Make) -> None:

@@ -177,6 +177,31 @@ def test_an_exception_in_one_row_fails_that_row_alone(sample: Sample) -> None:
     assert [found[0], found[2]] == sample(rows[[0, 2]], [want(good, 1), want(good, 3)])
 
 
+class Guided:
+    """A guide that allows token 2, and cannot say what the first of its rows may write."""
+
+    def prepare(self, grammar: str) -> None: ...
+
+    def begin(self, wants: Sequence[Want]) -> None: ...
+
+    def masks(self, wants: Sequence[Want]) -> list[np.ndarray | RopewayError | None]:
+        return [EngineError("no mask"), *[np.array([0b100], np.uint32)] * (len(wants) - 1)]
+
+
+def test_a_row_without_a_mask_fails_alone() -> None:
+    logits, grammar = torch.tensor([[0.0, 3.0, 1.0, 2.0]] * 4), SamplingParams(temperature=0.0, grammar="g")
+    free = SamplingParams(temperature=0.0)
+    wants = [want(free), want(grammar), want(grammar), want(free)]
+    assert [str(row) for row in Sampler(TorchOps(), guide=Guided()).sample(logits.clone(), wants)] == [
+        "1", "no mask", "2", "1",
+    ]  # fmt: skip
+    above, first, second, below = Sampler(TorchOps()).sample(logits.clone(), wants)
+    assert (above, below) == (1, 1)
+    for refused in (first, second):
+        assert isinstance(refused, RequestError)
+        assert refused.param == "grammar"
+
+
 def test_noise_is_uniform_and_depends_on_seed_and_index_alone() -> None:
     number = 40000
     by_index = uniforms([7] * number, list(range(number)))

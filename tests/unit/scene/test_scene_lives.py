@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -15,11 +16,13 @@ from ropeway.contract import (
     FinishReason,
     GenerateRequest,
     SamplingParams,
+    Step,
     Submit,
     Usage,
 )
 from ropeway.contract.codec import decode_report, encode
-from ropeway.contract.scene import MOST_CHUNKS, Life, Recall, Recalled
+from ropeway.contract.scene import MOST_CHUNKS, Life, Recall, Recalled, Span
+from ropeway.recorder.journal import files
 from ropeway.scene import lives as room
 from ropeway.sim.replay import replay
 
@@ -159,6 +162,53 @@ def test_a_journal_tells_the_same_lives(tmp_path: Path, depth: int) -> None:
     used = [point.values["KV blocks"]["used"] for point in witness.points if "KV blocks" in point.values]
     assert max(used) > 12
     assert used[-1] == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_journal_that_begins_in_the_middle_goes_on_with_the_same_lives(tmp_path: Path, depth: int) -> None:
+    """Its snapshot tells of those who waited, read and generated then."""
+    watched = Watched(journal=tmp_path, depth=depth, max_num_batched_tokens=12)
+
+    def begin_a_file_now_and_then(step: Step) -> None:
+        reads = any(seq.computed + 1 < seq.known for seq in watched.engine.scheduler.running)
+        if reads and step.stats.step % 8 == 0:
+            watched.engine._journal._end = 0  # type: ignore[attr-defined]
+
+    watched.at_step = begin_a_file_now_and_then
+    watched.run(traffic(6, 40))
+    watched.engine.close()
+    [whole] = replay(tmp_path, watch=True).witnesses
+    zero = whole.header.started - whole.header.clock
+    found: Counter[str] = Counter()
+    for oldest in files(tmp_path)[:-1]:
+        oldest.unlink()
+        summary = replay(tmp_path, watch=True)
+        assert summary.difference is None
+        [rest] = summary.witnesses
+        begun, first = rest.header.clock, summary.first_step
+        lives = {life.rid: life for life in rest.lives}
+        for life in whole.lives:
+            # Of a prompt whose last tokens are under way as the file begins, the answer alone is left.
+            seen = [span for span in life.spans if span.phase != "prefill" or span.last_step >= first]
+            after = later(seen, begun - life.arrived + zero)
+            reads = [span for span in seen if span.phase == "prefill" and span.first_step < first]
+            left = [sum(chunk.count for chunk in span.chunks if chunk.step >= first) for span in reads]
+            if after and 1 not in left:  # the last token of all could as well be the newest
+                other = lives[life.rid]
+                assert later(other.spans, begun - life.arrived + zero) == after
+                assert (other.finish, other.completion_tokens) == (life.finish, life.completion_tokens)
+                assert other.arrived - rest.header.started + begun == pytest.approx(life.arrived - zero, abs=1e-4)
+                found[after[0][0]] += life.arrived - zero < begun
+    assert min(found[phase] for phase in ("queue", "prefill", "decode")) > 2
+
+
+def later(spans: list[Span], moment: float) -> list[tuple[str, int | None, float]]:
+    """Those that end after `moment`: their phases, seats and ends."""
+    return [
+        (span.phase, span.seat, round(span.end, 4))
+        for span in spans
+        if span.end is not None and span.end > moment + 1e-6
+    ]
 
 
 def test_what_ended_long_ago_is_forgotten() -> None:

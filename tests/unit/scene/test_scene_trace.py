@@ -12,6 +12,7 @@ from scenekit import Watched, traffic
 
 from ropeway.cli.main import main
 from ropeway.scene.trace import Story, trace
+from ropeway.scheduler.scheduler import Scheduler
 
 
 def slices(events: list[dict[str, Any]]) -> dict[tuple[int, int], list[dict[str, Any]]]:
@@ -57,6 +58,25 @@ def test_a_journal_becomes_a_trace(tmp_path: Path, depth: int, capsys: pytest.Ca
     assert charts == {"requests", "KV blocks", "tokens of a step"}
     reasons = [reason for event in events if event.get("cat") == "queue" for reason in event["args"]]
     assert {"seats", "the step under way"} & set(reasons)
+
+
+def test_a_trace_ends_where_this_version_decides_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(journal=tmp_path / "journal")
+    watched.run(traffic(6, 120))
+    watched.engine.close()
+    monkeypatch.setattr(Scheduler, "cancel", lambda *given: None)
+    output = tmp_path / "trace.json"
+    with pytest.raises(SystemExit) as done:
+        main(["trace", str(tmp_path / "journal"), "-o", str(output)])
+    assert not done.value.code
+    assert "decides otherwise in step" in capsys.readouterr().err
+    check_nesting(json.loads(output.read_text())["traceEvents"])
+    with pytest.raises(SystemExit) as done:
+        main(["trace", str(tmp_path / "journal"), "-o", str(tmp_path)])
+    assert done.value.code == 2
+    assert f"{tmp_path} cannot be written: Is a directory. Give another --output." in capsys.readouterr().err
 
 
 def test_one_of_a_journal_and_a_server_has_to_be_given(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from servicekit import INFO, USAGE, ScriptedLink, make_service, make_text
 from ropeway.config import EngineConfig
 from ropeway.contract import Extra, FinishReason, SamplingParams, TokenEvent, TokenLogprob
 from ropeway.engine.engine import Engine
-from ropeway.errors import ContextLengthError, DeadlineError, RequestError
+from ropeway.errors import ContextLengthError, DeadlineError, NumericalError, RequestError
 from ropeway.remote.host import ThreadLink
 from ropeway.service.beam import Beam, Search, beam_search
 from ropeway.service.beam_offline import BeamSearchParams
@@ -128,13 +128,26 @@ async def test_a_service_and_an_llm_find_the_same(service: EngineTextService) ->
 @pytest.mark.parametrize(("wishes", "width", "param"), [
     ({"stop": ("x",)}, 2, "stop"), ({"logit_bias": {1: 1.0}}, 2, "logit_bias"), ({"bad_words": "x"}, 2, "bad_words"),
     ({}, 0, "best_of"), ({}, 10**6, "best_of"), ({}, 20, "best_of"), ({"grammar": "g"}, 2, "grammar"),
+    ({"length_penalty": 11.0}, 2, "length_penalty"), ({"length_penalty": float("nan")}, 2, "length_penalty"),
 ])  # fmt: skip
 async def test_what_beams_cannot_do_is_refused_by_name(
     service: EngineTextService, wishes: dict[str, Any], width: int, param: str
 ) -> None:
+    penalty = wishes.pop("length_penalty", 1.0)
     with pytest.raises(RequestError) as caught:
-        await beam_search(service, request(**wishes), width, 1.0)
+        await beam_search(service, request(**wishes), width, penalty)
     assert caught.value.param == param
+
+
+def test_beams_of_a_call_that_fails_are_not_computed_by_the_next() -> None:
+    executor = FakeExecutor(INFO, fault=lambda rid, index: "NaN" if rid == 1 else None)
+    llm = LLM.over(executor, make_text(), EngineConfig(max_num_seqs=8, max_num_batched_tokens=16))
+    with pytest.raises(NumericalError, match="NaN"):
+        llm.beam_search(["a", "b" * 190], BeamSearchParams(beam_width=2, max_tokens=4))
+    before = executor.steps
+    assert llm.generate("c", SamplingParams(max_tokens=2, seed=1, ignore_eos=True))[0].finished
+    assert executor.steps - before <= 3
+    assert llm._engine.scheduler.pool.used == 0
 
 
 async def test_what_is_only_the_models_habit_is_left_out(service: EngineTextService) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from ropeway.contract import FinishReason, SamplingParams
-from ropeway.errors import ContextLengthError, DrainingError, EngineError, NumericalError
+from ropeway.errors import ConfigError, ContextLengthError, DrainingError, EngineError, NumericalError, TemplateError
 from ropeway.service.echo import EchoService
 from ropeway.service.request import TextRequest
 from ropeway.service.stream import collect
@@ -38,6 +38,15 @@ async def test_max_tokens_and_stop_strings_cut_it() -> None:
     assert (await collect(await service.submit(chat))).text == "hi"
     with pytest.raises(ContextLengthError):
         await service.submit(ask("x" * 5000))
+
+
+async def test_what_it_does_not_do_is_refused() -> None:
+    service = EchoService()
+    with pytest.raises(TemplateError, match="conversation is empty"):
+        await service.submit(TextRequest(request_id="r", messages=[], sampling=SamplingParams()))
+    with pytest.raises(ConfigError, match="no order can be chosen"):
+        await service.reorder("sjf")
+    assert (await service.reorder()).policy == "fcfs"
 
 
 async def test_failures_death_cancel_and_drain() -> None:

@@ -11,6 +11,7 @@ from ropeway.errors import ContextLengthError
 from ropeway.hub import BUNDLED
 from ropeway.service.context import check_context
 from ropeway.service.encoder import Encoder
+from ropeway.service.encoder import cut as cut_tokens
 from ropeway.service.request import TextRequest
 from ropeway.text.tokenizer import HubTokenizer
 
@@ -34,6 +35,12 @@ def test_only_as_much_is_read_as_is_kept(words: list[str], most: int, left: bool
     text = " ".join(words) * 60
     whole = TOKENIZER.encode(text, False)
     assert cut(text, most, left=left) == (whole[-most:] if left else whole[:most])
+
+
+@pytest.mark.parametrize(("left", "found"), [(False, [1, 5]), (True, [6, 2])])
+def test_text_that_is_written_otherwise_between_its_marks_is_cut_with_them(left: bool, found: list[int]) -> None:
+    assert cut_tokens([1, 3, 4, 2], [3, 4], 3, left=left) == ([1, 4, 2] if left else [1, 3, 2])
+    assert cut_tokens([1, 5, 6, 2], [3, 4], 2, left=left) == found
 
 
 def test_more_than_the_context_is_refused_without_reading_all(monkeypatch: pytest.MonkeyPatch) -> None:

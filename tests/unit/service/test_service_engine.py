@@ -16,6 +16,8 @@ from ropeway.contract import (
     Explain,
     Explained,
     FinishReason,
+    Pin,
+    Pins,
     Ready,
     SamplingParams,
     Stopped,
@@ -44,7 +46,7 @@ from waiting import eventually
 
 
 def ask(text: str | None = "abc", **fields: Any) -> TextRequest:
-    own = {"tokens", "messages", "add_special_tokens", "priority", "tenant", "salt", "deadline_s", "template_kwargs"}
+    own = {*TextRequest.__annotations__} - {*SamplingParams.__annotations__}
     request = {key: fields.pop(key) for key in own & set(fields)}
     request.setdefault("add_special_tokens", False)
     fields.setdefault("max_tokens", 50)
@@ -254,6 +256,34 @@ async def test_engine_death_fails_every_stream_and_question_and_the_next_life_st
         await service.submit(ask())
 
 
+async def test_an_engine_that_is_started_again_hears_of_the_pins() -> None:
+    link = ScriptedLink()
+    service = make_service(link)
+    pinning = asyncio.create_task(service.pin("manual", ask("x" * 40)))
+    await eventually(lambda: bool(pins(link)))
+    link.report(Pins(pins(link)[0].token, []))
+    await eventually(lambda: bool(link.requests))
+    link.text(link.requests[0].rid, "y", FinishReason.LENGTH)
+    await eventually(lambda: len(pins(link)) == 2)
+    link.report(Pins(pins(link)[1].token, []))
+    assert await pinning == []
+    link.sent.clear()
+    link.report(Ready(INFO))
+    assert [(pin.name, pin.tokens) for pin in pins(link)] == [("manual", list(b"x" * 40))]
+    link.sent.clear()
+    letting_go = asyncio.create_task(service.pin("manual"))
+    await eventually(lambda: bool(pins(link)))
+    link.report(Pins(pins(link)[0].token, []))
+    await letting_go
+    link.sent.clear()
+    link.report(Ready(INFO))
+    assert not pins(link)
+
+
+def pins(link: ScriptedLink) -> list[Pin]:
+    return [command for command in link.sent if isinstance(command, Pin)]
+
+
 async def test_drain_refuses_newcomers_and_lets_the_others_finish() -> None:
     link = ScriptedLink()
     service = make_service(link)
@@ -295,6 +325,7 @@ async def test_why_asks_the_engine() -> None:
         (ask(temperature=float("nan")), RequestError, "temperature"),
         (ask(stop_token_ids=(258,)), RequestError, "stop_token_ids"),
         (ask("\ud800"), RequestError, "surrogate"),
+        (ask(pooling="mean"), RequestError, "scripted makes no vectors"),
         (ask(None, messages=[{"role": "user", "content": "x"}]), TemplateError, "--chat-template"),
     ],
 )
@@ -343,6 +374,23 @@ async def test_large_prompts_are_tokenized_off_the_loop() -> None:
     await asyncio.to_thread(running.wait, 10)
     proceed.set()
     assert await caller == [1]
+    service.close()
+
+
+async def test_pairs_are_joined_as_the_tokenizer_joins_them_and_large_ones_off_the_loop() -> None:
+    threads: set[int] = set()
+
+    class Watched(ByteTokenizer):
+        def encode_pair(self, *args: Any) -> tuple[list[int], int]:
+            threads.add(threading.get_ident())
+            return super().encode_pair(*args)
+
+    service = make_service(ScriptedLink(), tokenizer=Watched())
+    for second, own in (("answer", True), ("answer" * 2_000, False)):
+        threads.clear()
+        joined = await service.join("question", second, 50, (4, None))
+        assert joined == ByteTokenizer().encode_pair("question", second, 50, (4, None))
+        assert (threads == {threading.get_ident()}) == own
     service.close()
 
 

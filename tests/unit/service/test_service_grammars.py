@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import select
+import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -158,6 +161,26 @@ def test_limits_hold_and_the_next_one_finds_a_worker(limits: GrammarLimits, word
     finally:
         grammars.close()
     assert worker not in [child.pid for child in psutil.Process().children()]
+
+
+def test_a_worker_that_is_killed_is_replaced_and_the_grammar_tried_again() -> None:
+    """Somebody else may have killed it: that says nothing of the grammar."""
+    grammars = Grammars(ByteTokenizer(), (ByteTokenizer.EOS,), workers=1)
+    try:
+        grammars.check_now(by_regex("started"))
+        process = grammars._sandboxes[0]._process
+        assert process is not None
+        process.send_signal(signal.SIGSTOP)
+        sampling = by_lark('start: "a"')
+        with ThreadPoolExecutor(1) as pool, open(f"/proc/{process.pid}/fd/0", "rb") as work:
+            judged = pool.submit(grammars.check_now, sampling)
+            assert select.select([work], [], [], 10) == ([work], [], [])
+            process.kill()
+            with pytest.raises(RequestError, match="ended the process"):
+                judged.result()
+        assert grammars.check_now(sampling) == sampling
+    finally:
+        grammars.close()
 
 
 async def test_others_go_on_meanwhile(judges: Grammars) -> None:

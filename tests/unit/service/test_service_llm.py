@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -76,11 +77,30 @@ def test_conversations() -> None:
     chat = [{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "text", "text": "you"}]}]
     [result] = llm.chat(chat, GREEDY)
     assert result.prompt == "[user]hi\nyou"
+    silent = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": []}]
+    assert llm.chat(silent, GREEDY)[0].prompt == "[user]hi[assistant]"
     assert [r.prompt for r in llm.chat([chat, chat], GREEDY)] == [result.prompt] * 2
     assert llm.chat(chat, GREEDY, chat_template="T")[0].prompt == "T"
     with pytest.raises(RequestError, match="text parts"):
         llm.chat([{"role": "user", "content": [{"type": "image_url"}]}])
     llm.close()
+
+
+@pytest.mark.parametrize(("terminal", "wanted"), [(True, True), (True, False), (False, True)])
+def test_progress_is_shown_on_a_terminal_to_whoever_wants_it(
+    terminal: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    make().generate(["a", "b", "c"], GREEDY, use_tqdm=wanted)
+    out, shown = capsys.readouterr()
+    assert out == ""
+    if terminal and wanted:
+        assert "Answers" in shown
+        assert "3/3" in shown
+        assert re.search(r"[1-9]\d* tokens/s", shown)
+    else:
+        assert shown == ""
 
 
 def test_a_bad_prompt_raises_before_anything_runs() -> None:

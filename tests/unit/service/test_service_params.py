@@ -73,7 +73,8 @@ def test_habits_are_understood_and_types_become_those_of_the_contract() -> None:
     checked = validate(SamplingParams(**loose), vocab_size=100)
     assert checked == SamplingParams(stop=("x",), stop_token_ids=(1, 2), logit_bias={3: 1.0}, max_tokens=FIT)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(checked), type=SamplingParams) == checked
-    assert validate(SamplingParams()) == SamplingParams()
+    empty: Any = dict.fromkeys(("stop", "stop_token_ids", "logit_bias", "bad_words", "allowed_token_ids"))
+    assert validate(SamplingParams(**empty)) == validate(SamplingParams()) == SamplingParams()
 
 
 def test_the_room_replaces_only_an_open_max_tokens() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from simkit import small_config, small_profile
 
+from ropeway.errors import ConfigError
 from ropeway.sim.config import SimConfig
 from ropeway.sim.profile import save_profile
 from ropeway.sim.sweep import Point, run_sweep
@@ -50,3 +51,11 @@ def test_the_balancer_decides_who_waits(sim: SimConfig) -> None:
     least, in_turn = (point(sim, **uneven, balance=balance) for balance in ("least-loaded", "round-robin"))
     assert asked(least) == asked(in_turn)
     assert least.report.ttft["mean"] < in_turn.report.ttft["mean"]
+
+
+def test_the_size_of_the_cache_is_that_of_its_blocks() -> None:
+    block = small_profile().kv_token_bytes * small_config().block_size
+    config = small_config(kv_cache_gib=100.5 * block / 2**30)
+    assert small_profile().executor_info(config).num_blocks == 100
+    with pytest.raises(ConfigError, match=r"smaller than one block of \d+ bytes. Raise --kv-cache-gib"):
+        small_profile().executor_info(small_config(kv_cache_gib=0.5 * block / 2**30))

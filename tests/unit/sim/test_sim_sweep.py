@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from simkit import small_config, small_profile
 
 from ropeway.cli.main import main
 from ropeway.contract import FinishReason
 from ropeway.errors import ConfigError
 from ropeway.sim.config import SimConfig
+from ropeway.sim.plot import _goodput
 from ropeway.sim.profile import load_profile, save_profile, shipped
 from ropeway.sim.report import report
 from ropeway.sim.simulate import Outcome, Run
@@ -80,6 +84,13 @@ def test_the_cheapest_that_is_good_enough_is_recommended() -> None:
     assert chosen.point.report.goodput == 1.0
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_a_switch_is_recommended_as_the_server_takes_it(value: bool) -> None:
+    point = dataclasses.replace(made(10, replicas=1), varied={"enable_prefix_caching": value})
+    flag = "--enable-prefix-caching" if value else "--no-enable-prefix-caching"
+    assert f": {flag}, 1 replica." in str(recommend([point]))
+
+
 def test_price_counts_before_number() -> None:
     chosen = recommend([made(10, replicas=2, price=5.0), made(10, replicas=3, price=3.0)])
     assert chosen.point.sim.replicas == 3
@@ -110,6 +121,8 @@ def test_a_profile_survives_its_file_and_a_wrong_one_is_refused(tmp_path: Path) 
         load_profile(str(path))
     with pytest.raises(ConfigError, match="Take one of h200-8b-estimate, laptop-cpu"):
         load_profile(str(tmp_path / "missing.json"))
+    with pytest.raises(ConfigError, match=r"cannot be written to .*Check --output"):
+        save_profile(small_profile(), path / "below" / "a-file.json")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,9 +148,27 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert picture.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    "words", [["--rate", "1", "--load", "0.5"], ["--trace", "/nowhere.csv"], ["--recommend", "--load", "0.9"]]
-)
+def test_goodput_is_drawn_over_the_rates_that_were_tried() -> None:
+    """In order of the rate, a curve for each of what else was varied; where the rate was not, a bar for each run."""
+    points = [
+        dataclasses.replace(made(good, replicas=replicas), varied={"rate": rate, "replicas": replicas}, rate=rate)
+        for rate, replicas, good in [(4.0, 1, 5), (1.0, 1, 10), (2.0, 1, 8), (1.0, 2, 10), (4.0, 2, 9)]
+    ]
+    axes = Figure().subplots()
+    _goodput(axes, points)
+    drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert drawn == {"replicas=1": [(1, 100), (2, 80), (4, 50)], "replicas=2": [(1, 100), (4, 90)]}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(drawn)
+    assert not axes.patches
+    _goodput(bars := Figure().subplots(), [points[1], points[3]])
+    assert [bar.get_width() for bar in bars.patches] == [100, 100]
+    assert not bars.lines
+
+
+@pytest.mark.parametrize("words", [
+    ["--rate", "1", "--load", "0.5"], ["--trace", "/nowhere.csv"], ["--recommend", "--load", "0.9"],
+    ["--trace", "/dev/null", "--tenants", "2"], ["--plot", "/dev/null/p.png"], ["--plot", "/dev/null.words"],
+])  # fmt: skip
 def test_the_command_refuses_what_it_cannot_do(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["sim", "--num-requests", "5", *words])
@@ -155,3 +186,18 @@ def test_the_command_takes_a_preset(preset: str, tmp_path: Path) -> None:
         main(["sim", *words, "--preset", preset])
     [found] = json.loads(result.read_text())
     assert (found["rejected"] > 0) == (preset == "latency")
+
+
+def test_each_point_is_told_on_a_terminal_and_a_result_without_a_place_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = tmp_path / "p.json"
+    save_profile(small_profile(), profile)
+    words = ["sim", "--profile", str(profile), "--num-requests", "5", "--sweep", "max_num_seqs=2,4"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--output-json", str(profile / "r.json")])
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert [line.partition(":")[0].strip() for line in said[:-1]] == ["max_num_seqs=2", "max_num_seqs=4"]
+    assert "cannot be written" in said[-1]

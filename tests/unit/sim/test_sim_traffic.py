@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 from simkit import small_config, small_profile
@@ -180,3 +181,18 @@ def test_a_broken_trace_is_refused_with_the_place(tmp_path: Path, text: str, tol
     path.write_text(text)
     with pytest.raises(ConfigError, match=told):
         read_trace(path)
+
+
+def test_a_file_that_is_no_text_is_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "trace").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"cannot be read: .*Check --trace"):
+        read_trace(tmp_path / "trace")
+
+
+@pytest.mark.parametrize(("traffic", "match"), [
+    ({"count": 0}, "0 requests at 1.0 a second"), ({"rate": 0.0}, "at 0.0 a second"),
+    ({"rate": float("nan")}, "at nan a second"), ({"workload": "rush"}, "'rush' is unknown; use one of .*burstgpt"),
+])  # fmt: skip
+def test_what_is_no_workload_is_refused(traffic: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        generate(Traffic(**traffic))

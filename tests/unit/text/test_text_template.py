@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ropeway import hub
-from ropeway.errors import ModelError, RequestError, RopewayError, TemplateError
+from ropeway.errors import ModelError, OverloadedError, RequestError, RopewayError, TemplateError
 from ropeway.text.template import ChatTemplate, TemplateLimits, load_template
 
 CHATML = (
@@ -138,6 +138,50 @@ def test_continues_the_final_message_as_transformers_does(templates: dict[str, C
         assert templates[name].render(chat, add_generation_prompt=False, continue_final_message=True) == expected
 
 
+@pytest.mark.parametrize("parts", [
+    ["Sure, "], ["One.", "Two, "], ["Look:", {"type": "image_url", "image_url": "x"}],
+])  # fmt: skip
+def test_continues_the_last_text_of_content_in_parts(parts: list[Any]) -> None:
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text if part.text is defined else '<image>' }}{% endfor %}{% endif %}</s>"
+        "{% endfor %}"
+    )
+    content = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
+    texts = [part for part in parts if isinstance(part, str)]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
+    template = ChatTemplate(source)
+    found = template.render(chat, add_generation_prompt=False, continue_final_message=True)
+    template.close()
+    assert found == "[user]a</s>[assistant]" + "".join(texts)
+    assert "ROPEWAY" not in json.dumps(content), "the caller's own message was changed"
+
+
+@pytest.mark.parametrize(("content", "source", "match"), [
+    (None, CHATML, "no text to continue"),
+    ([{"type": "image_url"}], CHATML, "no text to continue"),
+    ("b", "{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not show the last message as it is"),
+    ("b", "{{ messages[0].content }}", "does not show the last message as it is"),
+])  # fmt: skip
+def test_what_cannot_be_continued_is_refused(content: Any, source: str, match: str) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
+    template = ChatTemplate(source)
+    with pytest.raises(TemplateError, match=match):
+        template.render(chat, add_generation_prompt=False, continue_final_message=True)
+    with pytest.raises(RequestError, match="excludes add_generation_prompt") as caught:
+        template.render(chat, continue_final_message=True)
+    template.close()
+    assert caught.value.param == "continue_final_message"
+
+
+async def test_whoever_waits_too_long_for_the_renderer_is_told_to_come_again() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", limits=TemplateLimits(patience=0.0))
+    with pytest.raises(OverloadedError, match="busy for more than 0 s") as caught:
+        await template.render_async(CHATS[0])
+    template.close()
+    assert caught.value.retry_after == 1.0
+
+
 def test_refusals_say_what_the_template_said(templates: dict[str, ChatTemplate]) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
     with pytest.raises(TemplateError, match="must alternate") as caught:
@@ -237,6 +281,9 @@ def test_templates_are_found_where_models_keep_them(tmp_path: Path) -> None:
     assert load_template(tmp_path).sources == {"default": "D", "tool_use": "T"}
     write(tmp_path, chat_template__jinja="F")
     assert load_template(tmp_path).sources == {"default": "F"}
+    (tmp_path / "additional_chat_templates").mkdir()
+    write(tmp_path / "additional_chat_templates", tool_use__jinja="U", rag__jinja="R", notes__txt="N")
+    assert load_template(tmp_path).sources == {"default": "F", "tool_use": "U", "rag": "R"}
     write(tmp_path, other="O")
     assert load_template(tmp_path, str(tmp_path / "other")).sources == {"default": "O"}
     with pytest.raises(ModelError, match="--chat-template"):
@@ -248,6 +295,12 @@ def test_a_damaged_template_entry_is_a_model_error(tmp_path: Path, given: Any) -
     write(tmp_path, tokenizer_config__json={"chat_template": given})
     with pytest.raises(ModelError):
         load_template(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_template_file_is_a_model_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ModelError, match=r"chat_template\.json is damaged: .*Download it again"):
+        load_template(write(tmp_path, chat_template__json=text))
 
 
 def test_tools_choose_the_tool_template() -> None:

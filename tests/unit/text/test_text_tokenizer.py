@@ -38,6 +38,14 @@ def test_a_missing_or_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):
         HubTokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((hub.BUNDLED / "tokenizer.json").read_bytes())
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text("{")
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json cannot be read: .*Download it again"):
+        HubTokenizer.load(tmp_path)
+    settings.write_text("[]")
+    with pytest.raises(ModelError, match="must be a JSON object, not a list"):
+        HubTokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("decoder", [None, {"type": "CTC"}, {"type": "Sequence", "decoders": 3},

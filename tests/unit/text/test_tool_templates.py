@@ -69,6 +69,17 @@ DEEPSEEK_V31 = (
     .replace("TAIL", "<｜tool▁call▁end｜>")
     .replace("END", "{{ '<think>' if thinking else '</think>' }}")
 )
+LLAMA4 = """{% if tools %}Call functions like this: [func_name1(params_name1=params_value1, params_name2=...), ...]
+{{ tools | tojson }}{% endif %}{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>
+
+{% if m.tool_calls %}[{% for c in m.tool_calls %}{{ c.function.name }}({% for key, value in \
+c.function.arguments | items %}{{ key }}={{ value | tojson }}{% if not loop.last %}, {% endif %}{% endfor %})\
+{% if not loop.last %}, {% endif %}{% endfor %}]{% else %}{{ m.content }}{% endif %}<|eot|>{% endfor %}\
+{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>
+
+{% endif %}"""
+GRANITE = """{% if thinking %}Write your thoughts after 'Here is my thought process:' and your answer after \
+'Here is my response:'.{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"""
 QWEN3_CODER = """{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>
 <function={{ c.function.name }}>
@@ -88,6 +99,7 @@ FAMILIES: dict[str, tuple[str, str, str]] = {
     "deepseek": (DEEPSEEK_V3, "deepseek_v3", "deepseek_r1"),
     "deepseek 3.1": (DEEPSEEK_V31, "deepseek_v31", "deepseek_v3"),
     "qwen coder": (QWEN3_CODER, "qwen3_xml", ""),
+    "llama 4": (LLAMA4, "pythonic", ""),
 }
 
 
@@ -96,6 +108,10 @@ def test_the_template_shows_the_dialect(family: str) -> None:
     source, tool_format, thoughts = FAMILIES[family]
     assert tools.detect(source)[0] == tool_format
     assert reasoning.detect(source)[0] == thoughts
+
+
+def test_granite_is_known_by_its_thought_process() -> None:
+    assert reasoning.detect(GRANITE)[0] == "granite"
 
 
 def test_templates_without_tools_and_owners_who_know_better() -> None:
