@@ -167,8 +167,8 @@ async def test_a_frozen_owner_that_wakes_late_is_refused(scene: Scene) -> None:
 
 
 async def test_two_processes_share_one_directory(scene: Scene) -> None:
-    pair = [scene.worker("--concurrency", "4", "--call-ms", "40") for _ in range(2)]
     batch = await submit(scene.store, jsonl(400))
+    pair = [scene.worker("--concurrency", "4", "--call-ms", "40") for _ in range(2)]
     ended = await scene.until_ended(batch)
     assert len(results(scene.store, ended)) == 400
     assert set(scene.calls().values()) == {1}, "something was computed twice without need"
