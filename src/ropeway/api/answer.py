@@ -218,7 +218,8 @@ class Answer(Response):
         if rid is None:
             return sse.KEEP_ALIVE
         try:
-            reasons = await asyncio.wait_for(self._api.service.why(rid), 1.0)
+            async with asyncio.timeout(1.0):
+                reasons = await self._api.service.why(rid)
         except (RopewayError, TimeoutError):
             return sse.KEEP_ALIVE
         for why in reasons:

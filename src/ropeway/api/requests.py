@@ -67,7 +67,8 @@ async def cancel_request(request: Request) -> Response:
     tracked.cancel()
     _log.info("%s: request %s is cancelled", request.state.request_id, tracked.id)
     with contextlib.suppress(TimeoutError):  # a client that does not read delays only the last words to it
-        await asyncio.wait_for(tracked.over.wait(), _PATIENCE)
+        async with asyncio.timeout(_PATIENCE):
+            await tracked.over.wait()
     [timeline] = await _timelines([tracked])
     return json_response(replace(tracked.state([]), timeline=timeline))
 
@@ -99,13 +100,15 @@ async def _timelines(requests: Sequence[Tracked]) -> list[list[Life]]:
 
 async def _lives(service: TextService, rids: list[int]) -> list[Life]:
     with contextlib.suppress(RopewayError, TimeoutError):
-        return await asyncio.wait_for(service.recall(*rids), _PATIENCE)
+        async with asyncio.timeout(_PATIENCE):
+            return await service.recall(*rids)
     return []
 
 
 async def _why(service: TextService, rids: list[int]) -> list[Why]:
     with contextlib.suppress(RopewayError, TimeoutError):
-        return await asyncio.wait_for(service.why(*rids), _PATIENCE)
+        async with asyncio.timeout(_PATIENCE):
+            return await service.why(*rids)
     return []
 
 

@@ -76,7 +76,8 @@ async def serve(
                 api.draining = True
                 api.end_all(error or DrainingError("The server has shut down before this answer was complete."))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(api.idle(), _FLUSH_SECONDS)
+                    async with asyncio.timeout(_FLUSH_SECONDS):
+                        await api.idle()
             finally:
                 await jobs.close()
                 if app.state.tracing is not None:

@@ -261,7 +261,8 @@ class Supervisor:
     async def _change(self) -> None:
         """Wait for news. Answers that nobody waits for end without any, so look now and then all the same."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), _LOOK)
+            async with asyncio.timeout(_LOOK):
+                await self._news.wait()
 
     def _why(self, place: Place) -> str:
         if place.phase == "starting":

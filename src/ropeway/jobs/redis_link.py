@@ -137,7 +137,7 @@ class Link:
         for client in (self._client, self._patient):
             # Connections from before would fail one by one.
             await client.connection_pool.disconnect(inuse_connections=False)
-        await self._greet(self._client)
+        await _cancellable(self._greet(self._client))
 
     async def _in_turn(self, question: Callable[[], Awaitable[T]]) -> T:
         async with self._turns:
@@ -148,7 +148,7 @@ class Link:
         if gone.is_set():
             raise Away
         try:
-            return await question()
+            return await _cancellable(question())
         except Exception as error:  # whatever it is, Redis cannot be used as it is now
             if not gone.is_set():
                 gone.set()
@@ -164,6 +164,19 @@ class Link:
             "redis at %s is away (%s: %s): this server works on its own jobs alone",
             self.name, type(error).__name__, reason,
         )  # fmt: skip
+
+
+async def _cancellable(question: Awaitable[T]) -> T:
+    """`question`, of which no cancellation is lost: redis-py sends with `asyncio.wait_for`, which before Python 3.12
+    forgets one that comes when the sending is just done."""
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    try:
+        return await question
+    finally:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def _client(url: str, seconds: float) -> Any:

@@ -122,7 +122,8 @@ class RedisQueue:
     async def lease(self, most: int, *, wait: float) -> list[Work]:
         until = self._clock() + wait
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._broker.link.tried.wait(), wait)
+            async with asyncio.timeout(wait):
+                await self._broker.link.tried.wait()
         while True:
             left = max(0.0, until - self._clock())
             try:

@@ -152,7 +152,8 @@ class EngineHost(_Link):
             self._end.close()
         if self._process is not None and self._process.returncode is None:
             try:
-                await asyncio.wait_for(self._process.wait(), grace)
+                async with asyncio.timeout(grace):
+                    await self._process.wait()
             except TimeoutError:
                 self._process.kill()
         if self._watcher is not None:
@@ -210,13 +211,15 @@ class EngineHost(_Link):
             self.state = LinkState.STARTING
         # The streams must hear of a death within a second, a slow exit must not hold that up.
         with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(self._process.wait(), 0.3)
+            async with asyncio.timeout(0.3):
+                return await self._process.wait()
         return None
 
     async def _reap(self) -> None:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), 2.0)
+                async with asyncio.timeout(2.0):
+                    await self._process.wait()
             if self._process.returncode is None:
                 self._process.kill()
                 await self._process.wait()

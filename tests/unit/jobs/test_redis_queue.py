@@ -440,6 +440,24 @@ async def test_an_answer_stays_until_its_owner_can_keep_it(
         assert said in caplog.text
 
 
+async def test_a_question_can_be_cancelled_at_every_moment(redis: RedisServer) -> None:
+    async with peers(redis) as all_of_them:
+        link = (await all_of_them.add()).broker.link
+        await eventually(lambda: link.up)
+        over = 0
+        for moment in range(64):
+            asking = asyncio.create_task(link.ask("BLPOP", f"nothing-{moment}", "0.002"))
+            for _ in range(moment):
+                await asyncio.sleep(0)
+            if asking.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+            else:
+                over += 1
+        assert over < 32, "it is over before it is cancelled"
+        assert link.up
+
+
 async def test_metrics_say_how_it_stands(redis: RedisServer) -> None:
     async with peers(redis) as all_of_them:
         owner = await all_of_them.add()
