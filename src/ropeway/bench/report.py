@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ropeway.bench.load import LoadRun
 from ropeway.bench.metrics import METRICS, ServeMetrics
-from ropeway.errors import ConfigError
 
 WIDTH = 50
 
@@ -100,7 +98,7 @@ def result(
 
 
 def result_path(
-    directory: Path | None,
+    directory: Path,
     filename: str | None,
     *,
     label: str,
@@ -115,13 +113,4 @@ def result_path(
         seats = f"-concurrency{concurrency}" if concurrency else ""
         base = model.rstrip("/").rsplit("/", 1)[-1]
         filename = f"{label}-{rate_text}qps{seats}-{base}-{now:%Y%m%d-%H%M%S}.json"
-    return (directory or Path()) / filename
-
-
-def save(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write one result file. Raises ConfigError if the place cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(fields, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"The result cannot be written to {path}: {error.strerror}. Check --result-dir.") from None
+    return directory / filename

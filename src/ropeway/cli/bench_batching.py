@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from ropeway.bench import batching
 from ropeway.bench.batching import BatchingRun, Job
 from ropeway.bench.plot import plot_slots
 from ropeway.cli.engine import make_executor
+from ropeway.cli.places import Place, picture_place
 from ropeway.cli.progress import counting
 from ropeway.config import EngineConfig
 from ropeway.contract import ExecutorInfo
@@ -22,6 +22,8 @@ def run(
 ) -> None:
     """First one batch of the given lengths, then a queue of many such requests."""
     answer_lengths = _lengths(lengths)
+    place = None if output is None else Place(output, "--output-json")
+    picture = None if plot is None else picture_place(plot, "give --no-plot")
     vocab = _vocabulary(config)
     one_batch = batching.make_jobs(answer_lengths, len(answer_lengths), input_len, vocab)
     queue = batching.make_jobs(answer_lengths, num_prompts, input_len, vocab)
@@ -38,12 +40,12 @@ def run(
     continuous, _ = _compare(config, queue, "continuous")
     print(f"  {info.model}, {info.dtype} on {info.device}, {info.threads} threads, attention {info.attention}\n")
     print(batching.table(static, continuous))
-    if plot is not None:
+    if picture is not None:
         title = f"{len(queue)} requests of {', '.join(map(str, answer_lengths))} tokens on {seats}"
-        plot_slots([static, continuous], plot, title)
-        print(f"\nThe seats over time: {plot}")
-    if output is not None:
-        _save(output, info, alone, static, continuous)
+        with picture.written() as path:
+            plot_slots([static, continuous], path, title)
+    if place is not None:
+        place.write(_fields(info, alone, static, continuous))
 
 
 def _lengths(text: str) -> list[int]:
@@ -71,7 +73,7 @@ def _compare(config: EngineConfig, jobs: list[Job], mode: batching.Batching) -> 
         return batching.run_jobs(make_executor, config, jobs, mode, progress=lambda _: advance())
 
 
-def _save(path: Path, info: ExecutorInfo, *runs: BatchingRun) -> None:
+def _fields(info: ExecutorInfo, *runs: BatchingRun) -> str:
     def fields(run: BatchingRun) -> dict[str, Any]:
         used, everything = run.slot_steps
         return {
@@ -90,10 +92,5 @@ def _save(path: Path, info: ExecutorInfo, *runs: BatchingRun) -> None:
 
     machine = {"model": info.model, "device": info.device, "dtype": info.dtype, "threads": info.threads}
     names = ("one_batch_static", "queue_static", "queue_continuous")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result = {**machine, **{name: fields(run) for name, run in zip(names, runs, strict=True)}}
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"The result cannot be written to {path}: {error.strerror}. Check --output-json.") from None
-    print(f"Saved to {path}", file=sys.stderr)
+    result = {**machine, **{name: fields(run) for name, run in zip(names, runs, strict=True)}}
+    return json.dumps(result, indent=1) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import sys
@@ -18,6 +19,7 @@ from ropeway.bench.datasets import FileTokens, Words
 from ropeway.bench.metrics import parse_goodput
 from ropeway.bench.serve import ServeBench, bench_serve
 from ropeway.cli.common import key_from
+from ropeway.cli.places import Place
 from ropeway.cli.progress import counting
 from ropeway.errors import ConfigError
 
@@ -29,6 +31,8 @@ def run(config: LoadConfig, dataset: DatasetConfig, header: Sequence[str], goodp
     """Measure, print the table, write the file. Exits with 1 if no request succeeded."""
     # All that can be wrong with the settings is found before the server is bothered.
     shown, _, objectives, headers = config.shown, config.percentiles, parse_goodput(goodput), _headers(header)
+    if saved := config.save_result or config.save_detailed:
+        Place(_folder(config) / (config.result_filename or "ropeway-bench.json"), "--result-dir")
     samples = dataset.samples(FileTokens(config.tokenizer) if config.tokenizer else Words())
     with counting("requests", len(samples)) as advance:
         bench = asyncio.run(
@@ -47,10 +51,14 @@ def run(config: LoadConfig, dataset: DatasetConfig, header: Sequence[str], goodp
         )
     )
     _complain(bench)
-    if config.save_result or config.save_detailed:
+    if saved:
         _save(config, dataset, bench)
     if not bench.metrics.completed:
         raise typer.Exit(1)
+
+
+def _folder(config: LoadConfig) -> Path:
+    return Path(config.result_dir or "")
 
 
 def _headers(items: Sequence[str]) -> dict[str, str]:
@@ -80,7 +88,7 @@ def _save(config: LoadConfig, dataset: DatasetConfig, bench: ServeBench) -> None
     now = datetime.now()
     label = config.label or config.backend
     path = report.result_path(
-        Path(config.result_dir) if config.result_dir else None,
+        _folder(config),
         config.result_filename,
         label=label,
         rate=config.request_rate,
@@ -101,5 +109,4 @@ def _save(config: LoadConfig, dataset: DatasetConfig, bench: ServeBench) -> None
         "max_concurrency": config.max_concurrency,
     }
     fields = report.result(bench.run, bench.metrics, shown=config.shown, detailed=config.save_detailed)
-    report.save(path, {**settings, **fields})
-    print(f"Saved to {path}", file=sys.stderr)
+    Place(path, "--result-dir").write(json.dumps({**settings, **fields}, allow_nan=False) + "\n")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ropeway.bench.config import DatasetConfig
 from ropeway.bench.datasets import Sample
 from ropeway.bench.throughput import measure
+from ropeway.cli.places import Place
 from ropeway.config import EngineConfig
 from ropeway.contract import SamplingParams
-from ropeway.errors import ConfigError
 from ropeway.service.llm import LLM
 from ropeway.text.tokenizer import Tokenizer
 
@@ -32,6 +31,7 @@ class _ModelTokens:
 
 def run(config: EngineConfig, dataset: DatasetConfig, output: Path | None) -> None:
     """Answers have exactly the dataset's lengths, whatever the model would like to say."""
+    place = None if output is None else Place(output, "--output-json")
     with LLM(**vars(config)) as llm:
         samples = dataset.samples(_ModelTokens(llm.get_tokenizer()))
 
@@ -49,11 +49,5 @@ def run(config: EngineConfig, dataset: DatasetConfig, output: Path | None) -> No
     print(result)
     print(f"Total num prompt tokens:  {result.prompt_tokens}")
     print(f"Total num output tokens:  {result.output_tokens}")
-    if output is not None:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(result.fields()) + "\n", encoding="utf-8")
-        except OSError as error:
-            message = f"The result cannot be written to {output}: {error.strerror}. Check --output-json."
-            raise ConfigError(message) from None
-        print(f"Saved to {output}", file=sys.stderr)
+    if place is not None:
+        place.write(json.dumps(result.fields()) + "\n")

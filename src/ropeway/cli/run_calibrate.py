@@ -19,6 +19,7 @@ from ropeway.bench.load import arrival_times
 from ropeway.bench.serve import ServeBench, bench_serve
 from ropeway.bench.spawn import serving
 from ropeway.cli.engine import make_executor
+from ropeway.cli.places import Place
 from ropeway.cli.progress import counting
 from ropeway.config import EngineConfig
 from ropeway.contract.clock import SystemClock
@@ -95,6 +96,7 @@ def run(
     serve: bool,
     price_per_hour: float | None,
 ) -> None:
+    place = Place(output, "--output", "profile")
     profile, samples = steps(config, name, price_per_hour)
     print(profile)
     if serve:
@@ -106,8 +108,9 @@ def run(
         f"{1e3 * cost.of(512, 512, 1, 512 * 513 // 2, 1):.1f} ms; the fit is off by {profile.fit_error[0]:.1%} "
         f"(median), {profile.fit_error[1]:.1%} (90th percentile)"
     )
-    save_profile(profile, output)
-    print(f"Written to {output}. Try: ropeway sim --profile {output}")
+    with place.written() as path:
+        save_profile(profile, path)
+    print(f"Try: ropeway sim --profile {output}")
 
 
 def steps(config: EngineConfig, name: str, price_per_hour: float | None) -> tuple[Profile, list[StepSample]]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ropeway.cli.places import Place, picture_place
 from ropeway.config import EngineConfig
 from ropeway.errors import ConfigError
 from ropeway.sim.config import SimConfig
@@ -34,6 +35,8 @@ def run(
     if advise:
         _widen(sweeps, sim, engine)
     profile = load_profile(sim.profile)
+    place = None if output is None else Place(output, "--output-json")
+    picture = None if plot is None else picture_place(plot, "leave out --plot")
     print(profile)
     if profile.basis == "estimate":
         print(f"  {profile.note}")
@@ -55,13 +58,13 @@ def run(
             )
     if len(points) > 1:
         print(f"\n{recommend(points)}")
-    if output is not None:
-        _save(points, output)
-    if plot is not None:
+    if place is not None:
+        place.write(_fields(points))
+    if picture is not None:
         from ropeway.sim.plot import draw
 
-        draw(points, plot)
-        print(f"Drawn to {plot}", file=sys.stderr)
+        with picture.written() as path:
+            draw(points, path)
 
 
 def _widen(sweeps: dict[str, list[Any]], sim: SimConfig, engine: EngineConfig) -> None:
@@ -93,14 +96,9 @@ def _heading(points: Sequence[Point], seconds: float) -> str:
     )
 
 
-def _save(points: Sequence[Point], path: Path) -> None:
+def _fields(points: Sequence[Point]) -> str:
     found = [
         {"varied": dict(point.varied), "rate": point.rate, "profile": point.profile.name, **point.report.fields()}
         for point in points
     ]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"The result cannot be written to {path}: {error.strerror}. Check --output-json.") from None
-    print(f"Saved to {path}", file=sys.stderr)
+    return json.dumps(found, indent=1, allow_nan=False) + "\n"

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ropeway.errors import ConfigError
-
 if TYPE_CHECKING:
     from ropeway.sim.sweep import Point
 
@@ -18,12 +16,11 @@ _MOST_CURVES = 8
 
 def draw(points: Sequence[Point], path: Path, title: str = "") -> None:
     """TTFT and latency as distributions, goodput over load (where the rate was swept; else for each run), TTFT by
-    tenant, and the first run's timeline. Raises ConfigError if matplotlib is missing or `path` cannot be written."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("The picture needs matplotlib: pip install 'ropeway[plots]', or leave out --plot.") from None
+    tenant, and the first run's timeline. Raises ImportError, OSError, and ValueError for a kind of picture that is
+    unknown."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 8), layout="constrained")
     FigureCanvasAgg(figure)
     cells = figure.subplot_mosaic([["ttft", "e2e", "goodput"], ["tenants", "time", "time"]])
@@ -40,11 +37,7 @@ def draw(points: Sequence[Point], path: Path, title: str = "") -> None:
             axes.spines[side].set_visible(False)
     profile = points[0].profile
     figure.suptitle(title or str(profile), x=0.01, ha="left", fontsize=11)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The picture cannot be written to {path}: {error}. Check --plot.") from None
+    figure.savefig(path, dpi=110)
 
 
 def _distribution(axes: Any, points: Sequence[Point], name: str, value: Any) -> None:

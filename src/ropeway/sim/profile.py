@@ -141,9 +141,5 @@ def load_profile(name: str) -> Profile:
 
 
 def save_profile(profile: Profile, path: Path) -> None:
-    """Raises ConfigError if the place cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
-    except OSError as error:
-        raise ConfigError(f"The profile cannot be written to {path}: {error.strerror}. Check --output.") from None
+    """Raises OSError."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
