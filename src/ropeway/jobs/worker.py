@@ -182,8 +182,8 @@ class Worker:
         tries = self._tries.pop((work.owner, work.item), None) or _Tries()
         if not busy and not (broken and tries.failed < _RETRIES):
             return None
-        if len(self._tries) >= _REMEMBERED:  # of items that somebody else has ended meanwhile
-            self._tries.clear()
+        if len(self._tries) >= _REMEMBERED:
+            del self._tries[next(iter(self._tries))]  # most likely somebody else has ended it meanwhile
         self._tries[work.owner, work.item] = tries
         tries.refused += busy
         tries.failed += broken

@@ -184,6 +184,16 @@ async def test_what_fails_again_and_again_ends_with_its_error(status: int) -> No
     await one.stop()
 
 
+async def test_strangers_that_never_return_do_not_make_it_forget_how_often_an_item_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ropeway.jobs.worker._REMEMBERED", 2)
+    one, failed = worker(Queue(), answering(OK)), Reply(status=500, body=b"{}")
+    delays = [one._delay(Queue.work(item), failed) for item in (1, 2, 1, 3, 1, 4, 1)]
+    assert [delay is None for delay in delays] == [False] * 6 + [True]
+    assert len(one._tries) == 1
+
+
 async def test_a_refused_item_keeps_its_seat_a_while() -> None:
     """Else a server that is busy would be asked for all the items in the line, one after the other."""
     queue = Queue(*range(50))
