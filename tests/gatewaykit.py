@@ -68,7 +68,7 @@ class Gateway(apiserver.Server):
         spec = Local(engine=EngineConfig(), server=config)
         table = Table(deployments={**dict.fromkeys(echoes, spec), **remotes}, routes=routes)
         self.places = {name: Place(name, self._loader(echo), gib=1.0) for name, echo in echoes.items()}
-        self.supervisor = Supervisor(self.places.values(), budget=budget, patience=5.0)
+        self.supervisor = Supervisor(self.places.values(), budget=budget, patience=60.0)
         timing = {} if clock is None else {"clock": clock}
         for name in table.deployments:
             backend: Backend

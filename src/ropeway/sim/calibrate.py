@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,46 +168,48 @@ def fit(samples: Sequence[Sample]) -> tuple[CostModel, tuple[float, float]]:
     """The cost model with the least relative error, and that error: median and 90th percentile. A kind of step that was
     timed more often counts more, with the root of the number, as its middle is known so much better.
 
-    Costs are not negative; only the slope may bend down, where more tokens use the machine better. Raises ConfigError
-    if there are too few samples.
+    No step is cheaper than one with less to do: what a token costs beside others may fall with their number, where more
+    of them use the machine better, but not below zero. Raises ConfigError if there are too few samples.
     """
     import numpy as np
 
     if len(samples) < 8:
         raise ConfigError(f"{len(samples)} kinds of steps are too few to fit a cost model to; raise --kv-cache-gib.")
     knees = [knee for knee in KNEES if knee < max(s.tokens for s in samples) / 2]
+    stretches = list(pairwise((0, *knees, float("inf"))))
     columns = [
-        [1.0, s.tokens, s.context, s.emits, s.pairs, s.chunks, *(max(0, s.tokens - knee) for knee in knees)]
+        [1.0, s.context, s.emits, s.pairs, s.chunks, *(max(0, min(s.tokens, end) - begin) for begin, end in stretches)]
         for s in samples
     ]
     matrix = np.array(columns) / np.array([s.seconds for s in samples])[:, None]
     weights = np.sqrt([s.times for s in samples])
-    found = least_deviation(matrix * weights[:, None], weights, bound=6)
-    base, per_token, per_context, per_emit, per_pair, per_prefix_row, *slopes = (float(v) for v in found)
+    found = least_deviation(matrix * weights[:, None], weights)
+    base, per_context, per_emit, per_pair, per_prefix_row, *slopes = (float(v) for v in found)
+    bends = [(knee, after - before) for knee, (before, after) in zip(knees, pairwise(slopes), strict=True)]
     model = CostModel(
-        base=base, per_token=per_token, per_context=per_context, per_emit=per_emit, per_pair=per_pair,
-        per_prefix_row=per_prefix_row, bends=tuple((k, v) for k, v in zip(knees, slopes, strict=True) if v),
+        base=base, per_token=slopes[0], per_context=per_context, per_emit=per_emit, per_pair=per_pair,
+        per_prefix_row=per_prefix_row, bends=tuple(bend for bend in bends if bend[1]),
     )  # fmt: skip
     errors = np.abs(matrix @ found - 1)
     return model, (float(np.percentile(errors, 50)), float(np.percentile(errors, 90)))
 
 
 def least_deviation(
-    matrix: NDArray[np.float64], target: NDArray[np.float64], bound: int, near: float = 0.01
+    matrix: NDArray[np.float64], target: NDArray[np.float64], near: float = 0.01
 ) -> NDArray[np.float64]:
-    """x for which `matrix @ x` is closest to `target`, with the first `bound` of x not negative. Absolute errors count,
-    and not their squares, so that a few samples that something disturbed do not matter (least absolute deviations, by
-    reweighted least squares; those below `near` count as that)."""
+    """x, nowhere negative, for which `matrix @ x` is closest to `target`. Absolute errors count, and not their squares,
+    so that a few samples that something disturbed do not matter (least absolute deviations, by reweighted least
+    squares; those below `near` count as that)."""
     import numpy as np
 
     found, weights = np.zeros(matrix.shape[1]), np.ones(len(target))
     for _ in range(12):
-        found = _least_squares(matrix * weights[:, None], target * weights, bound)
+        found = _least_squares(matrix * weights[:, None], target * weights)
         weights = 1 / np.sqrt(np.maximum(np.abs(matrix @ found - target), near))
     return found
 
 
-def _least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64], bound: int) -> NDArray[np.float64]:
+def _least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
     import numpy as np
 
     used = list(range(matrix.shape[1]))
@@ -217,7 +219,7 @@ def _least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64], bou
         scales = np.linalg.norm(part, axis=0)
         scales[scales == 0] = 1.0
         found = np.linalg.lstsq(part / scales, target, rcond=1e-9)[0]
-        below = [(value, column) for value, column in zip(found, used, strict=True) if column < bound and value < 0]
+        below = [(value, column) for value, column in zip(found, used, strict=True) if value < 0]
         if not below:
             break
         used.remove(min(below)[1])  # the most negative one; the others may then turn positive

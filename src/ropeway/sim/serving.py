@@ -93,7 +93,7 @@ def _between(
     between = np.array([step.period - step.sample.seconds for step in steps])
     weights = 1 / np.array([step.sample.seconds for step in steps])
     matrix = np.array([[1.0, step.told, step.joined] for step in steps])
-    found = least_deviation(matrix * weights[:, None], between * weights, bound=3)
+    found = least_deviation(matrix * weights[:, None], between * weights)
     left = rest - matrix @ found
     reads = np.array([step.reads for step in steps])
     jitter = _parts(left[~reads]), _parts(left[reads])
@@ -196,6 +196,6 @@ def _deliver(levels: Sequence[Level], found: Sequence[Record]) -> tuple[float, f
             rows += [count for _, count in made]
             delays += [at - done for at, (done, _) in zip(sorted(seen), made, strict=True)]
     matrix, target = np.array([[1.0, count] for count in rows]), np.array(delays)
-    constant, each = (float(value) for value in least_deviation(matrix, target, bound=2, near=1e-4))
+    constant, each = (float(value) for value in least_deviation(matrix, target, near=1e-4))
     left = target - constant - each * matrix[:, 1]
     return constant, each, _parts(left), Part("deliver", len(delays), float(np.median(np.abs(left))))

@@ -156,9 +156,8 @@ async def test_trouble_is_said_once_and_what_it_held_up_goes_on(
     monkeypatch.setattr("ropeway.jobs.keeper._TROUBLE_SECONDS", 0.001)
     stuck = await submit(store, jsonl(2))
     path, tries = store.files.path(stuck.input_file_id), 0
-    content = path.read_bytes()
-    path.unlink()
-    path.mkdir()  # it cannot be read, and not because it has gone
+    path.rename(kept := store.folder / "kept")
+    path.symlink_to(path.parent)  # it cannot be read, and not because it has gone
     real = store.batches.todo
 
     async def counted() -> list[Batch]:
@@ -171,8 +170,7 @@ async def test_trouble_is_said_once_and_what_it_held_up_goes_on(
     keeper.start()
     await eventually(lambda: tries > 5)
     assert [record.message.split(":")[0] for record in caplog.records] == ["Batches wait"]
-    path.rmdir()
-    path.write_bytes(content)
+    kept.replace(path)  # at once: a file that is not there has gone
     await until_is(store, stuck, BatchState.IN_PROGRESS)
     await keeper.stop()
 

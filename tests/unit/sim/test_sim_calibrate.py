@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ropeway.contract import ExecutorInfo
 from ropeway.contract.clock import SystemClock
 from ropeway.errors import ConfigError, EngineError
 from ropeway.sim import CostModel, FakeExecutor, TimedExecutor, VirtualClock
-from ropeway.sim.calibrate import Line, fit, grid, measure, measure_loop
+from ropeway.sim.calibrate import CHUNKS, DECODES, Line, Sample, fit, grid, measure, measure_loop
 
 INFO = ExecutorInfo(
     model="fake", device="sim", dtype="none", num_blocks=1024, block_size=16, max_slots=64, max_model_len=2048,
@@ -20,6 +23,8 @@ TRUE = CostModel(
     base=0.02, per_token=1e-4, per_context=2e-8, per_emit=3e-4, per_pair=1e-9, per_prefix_row=1e-4,
     bends=((32, 8e-4), (128, -2e-4)),
 )  # fmt: skip
+
+KINDS = [(n, 256, 0, n * 256, 1) for n in CHUNKS] * 2 + [(n, 300 * n, n, 0, 0) for n in DECODES]
 
 
 def test_the_fit_finds_the_costs_that_were_there() -> None:
@@ -31,6 +36,17 @@ def test_the_fit_finds_the_costs_that_were_there() -> None:
     for tokens, context, emits, pairs, chunks in [(1, 500, 1, 0, 0), (40, 20000, 40, 0, 0), (300, 600, 1, 90000, 1)]:
         wanted = TRUE.of(tokens, context, emits, pairs, chunks)
         assert found.of(tokens, context, emits, pairs, chunks) == pytest.approx(wanted, rel=0.02)
+
+
+@given(st.lists(st.floats(1e-4, 10.0), min_size=len(KINDS), max_size=len(KINDS)))
+@settings(max_examples=60)
+def test_whatever_was_measured_more_work_is_never_cheaper(seconds: list[float]) -> None:
+    """As on a machine that does something else, where what is timed says little of what was done."""
+    samples = [Sample(*kind, time) for kind, time in zip(KINDS, seconds, strict=True)]
+    cost, _ = fit(samples)
+    of = [cost.of(tokens, 1000, 4) for tokens in range(4, 1024)]
+    assert of[0] >= 0
+    assert all(after >= before * (1 - 1e-9) for before, after in pairwise(of))
 
 
 def test_plans_written_by_hand_are_plans_that_an_executor_accepts() -> None:
