@@ -60,14 +60,15 @@ def test_the_batch_under_load(page: Page, bundled: Server) -> None:
 
 def test_a_request_is_ended_from_its_seat(page: Page, bundled: Server) -> None:
     found: list[httpx2.Response] = []
-    body = {"model": "bundled", "max_tokens": 1900, "ignore_eos": True, "prompt": "A very long story"}
+    # With this many choices it lasts, and is found on the first seats.
+    body = {"model": "bundled", "n": 16, "max_tokens": 1900, "ignore_eos": True, "prompt": "A very long story"}
 
     def ask() -> None:
         found.append(httpx2.post(f"{bundled.url}/v1/completions", json=body, timeout=120))
 
     thread = threading.Thread(target=ask)
     thread.start()
-    page.until(f"{TAKEN} === 1")
+    page.until(f"{TAKEN} === 16")
     page.run("document.querySelector('#track').focus()")
     label = "document.querySelector('.unseen').textContent"
     for _ in range(32):  # seats
@@ -78,7 +79,7 @@ def test_a_request_is_ended_from_its_seat(page: Page, bundled: Server) -> None:
     page.until("document.querySelector('dialog .life')")
     page.click("dialog button.danger", "Cancel it")
     page.click("dialog.ask button.danger", "End it")
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive()
     assert (found[0].status_code, found[0].json()["error"]["code"]) == (499, "request_cancelled")
 
