@@ -90,9 +90,9 @@ def common(greedy: Told, limit: str) -> dict[str, Row]:
             {"stream": True},
         ),
         "stream_interval": Row(
-            {"stream_interval": 64},  # what a busy server has not sent yet goes together anyway, but not so much
+            {"stream_interval": 128},  # what a busy server has not sent yet goes together anyway, but not so much
             lambda told, without: told.text == without.text and len(told.events) < len(without.events),
-            {"stream": True, "max_tokens": 64, "ignore_eos": True},
+            {"stream": True, limit: 128, "ignore_eos": True},
         ),
         "n": Row({"n": 2}, lambda told, without: (len(told.json["choices"]), len(without.json["choices"])) == (2, 1)),
         "min_tokens": Row(
