@@ -67,13 +67,13 @@ class Link:
         self.losses = 0
         """Times that Redis went away."""
         self._greet = greet
+        self._answer_s = answer_s
         self._clock = clock
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._gone = asyncio.Event()
         self._gone.set()
         self._since = clock()
         self._client = _client(url, answer_s)
-        self._patient = _client(url, answer_s + BLOCK_SECONDS)
         self._scripts: dict[str, Any] = {}
 
     @property
@@ -114,8 +114,7 @@ class Link:
     async def close(self) -> None:
         """Idempotent."""
         self._gone.set()
-        for client in (self._client, self._patient):
-            await client.aclose()
+        await self._client.aclose()
 
     async def script(self, text: str, keys: Sequence[str], arguments: Sequence[str | int | bytes]) -> Any:
         """What the script `text` returns, as Redis sent it."""
@@ -130,25 +129,25 @@ class Link:
 
     async def wait(self, after: Mapping[str, str], seconds: float) -> None:
         """Return when a stream has an entry after the one named, or after so many seconds."""
-        block = max(1, int(min(seconds, BLOCK_SECONDS) * 1000))
-        await self._guard(lambda: self._patient.xread(dict(after), count=1, block=block))
+        seconds = min(seconds, BLOCK_SECONDS)
+        block = max(1, int(seconds * 1000))
+        await self._guard(lambda: self._client.xread(dict(after), count=1, block=block), seconds)
 
     async def _reach(self) -> None:
-        for client in (self._client, self._patient):
-            # Connections from before would fail one by one.
-            await client.connection_pool.disconnect(inuse_connections=False)
-        await _cancellable(self._greet(self._client))
+        # Connections from before would fail one by one.
+        await self._client.connection_pool.disconnect(inuse_connections=False)
+        await self._answered(self._greet(self._client))
 
     async def _in_turn(self, question: Callable[[], Awaitable[T]]) -> T:
         async with self._turns:
             return await self._guard(question)
 
-    async def _guard(self, question: Callable[[], Awaitable[T]]) -> T:
+    async def _guard(self, question: Callable[[], Awaitable[T]], patience: float = 0.0) -> T:
         gone = self._gone
         if gone.is_set():
             raise Away
         try:
-            return await _cancellable(question())
+            return await self._answered(question(), patience)
         except Exception as error:  # whatever it is, Redis cannot be used as it is now
             if not gone.is_set():
                 gone.set()
@@ -158,6 +157,15 @@ class Link:
                 self.changed.tell()
             raise Away from error
 
+    async def _answered(self, question: Awaitable[T], patience: float = 0.0) -> T:
+        """The answer, if it comes within seconds, of which `patience` is what the question itself may wait."""
+        seconds = self._answer_s + patience
+        try:
+            async with asyncio.timeout(seconds):
+                return await question
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {seconds:g} s") from None
+
     def _say_away(self, error: Exception) -> None:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         _log.warning(
@@ -166,21 +174,9 @@ class Link:
         )  # fmt: skip
 
 
-async def _cancellable(question: Awaitable[T]) -> T:
-    """`question`, of which no cancellation is lost: redis-py sends with `asyncio.wait_for`, which before Python 3.12
-    forgets one that comes when the sending is just done."""
-    task = asyncio.current_task()
-    assert task is not None
-    before = task.cancelling()
-    try:
-        return await question
-    finally:
-        if task.cancelling() > before:
-            raise asyncio.CancelledError
-
-
 def _client(url: str, seconds: float) -> Any:
-    """A client whose every answer comes within so many seconds."""
+    """A client that connects within so many seconds, and waits for answers until it is cancelled: with a limit of its
+    own it would send by `asyncio.wait_for`, which before Python 3.12 may lose a cancellation."""
     from redis.asyncio import Redis
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
@@ -188,8 +184,7 @@ def _client(url: str, seconds: float) -> Any:
     try:
         # The library tries nothing again: what may have been done must not be done twice unseen.
         return Redis.from_url(
-            url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=seconds,
-            socket_connect_timeout=min(seconds, ANSWER_SECONDS),
+            url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=None, socket_connect_timeout=seconds
         )  # fmt: skip
     except (ValueError, TypeError):
         raise ConfigError(_MALFORMED, param="redis_url") from None

@@ -7,7 +7,7 @@ import json
 import logging
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import pytest
 from jobkit import TENANT, quick_folder
 from redisserver import RedisServer, redis_running
 from ropeway.contract import Urgency
-from ropeway.errors import ConfigError, StorageError
+from ropeway.errors import StorageError
 from ropeway.jobs.records import Item, ItemState
-from ropeway.jobs.redis_broker import Broker, check
+from ropeway.jobs.redis_broker import Broker
 from ropeway.jobs.redis_metrics import families
 from ropeway.jobs.redis_queue import RedisQueue
 from ropeway.jobs.sqlite_queue import SqliteQueue
@@ -440,24 +440,6 @@ async def test_an_answer_stays_until_its_owner_can_keep_it(
         assert said in caplog.text
 
 
-async def test_a_question_can_be_cancelled_at_every_moment(redis: RedisServer) -> None:
-    async with peers(redis) as all_of_them:
-        link = (await all_of_them.add()).broker.link
-        await eventually(lambda: link.up)
-        over = 0
-        for moment in range(64):
-            asking = asyncio.create_task(link.ask("BLPOP", f"nothing-{moment}", "0.002"))
-            for _ in range(moment):
-                await asyncio.sleep(0)
-            if asking.cancel():
-                with pytest.raises(asyncio.CancelledError):
-                    await asking
-            else:
-                over += 1
-        assert over < 32, "it is over before it is cancelled"
-        assert link.up
-
-
 async def test_metrics_say_how_it_stands(redis: RedisServer) -> None:
     async with peers(redis) as all_of_them:
         owner = await all_of_them.add()
@@ -467,39 +449,3 @@ async def test_metrics_say_how_it_stands(redis: RedisServer) -> None:
         assert samples["ropeway_redis_up",] == 1
         assert samples["ropeway_redis_waiting", "low"] == 2
         assert samples["ropeway_redis_losses_total",] == 0
-
-
-@contextmanager
-def refused(*told: str) -> Iterator[None]:
-    with pytest.raises(ConfigError) as error:
-        yield
-    assert all(part in error.value.message for part in told)
-    assert "secret" not in error.value.message
-
-
-def test_what_is_malformed_is_refused_without_its_password() -> None:
-    pytest.importorskip("redis")
-    for url in ("http://:secret@host", "redis://:secret@host:port", "host:6379", "", "unix://"):
-        with refused("redis://"):
-            check(url, "ropeway")
-    for prefix in ("", "two words", "a" * 65, "caf\u00e9"):
-        with refused("redis_prefix"):
-            check("redis://:secret@host/0", prefix)
-
-
-def test_without_its_package_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ropeway.jobs.redis_broker.find_spec", lambda name: None)
-    with refused("pip install 'ropeway[redis]'"):
-        check("redis://:secret@host", "ropeway")
-
-
-async def test_the_log_shows_no_password(caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("redis")
-    caplog.set_level(logging.INFO, "ropeway.jobs")
-    link = Broker("redis://user:secret@127.0.0.1:1/0", "ropeway").link
-    running = asyncio.create_task(link.run())
-    await asyncio.wait_for(link.tried.wait(), 10)
-    running.cancel()
-    await link.close()
-    assert "127.0.0.1:1 is away" in caplog.text
-    assert "secret" not in caplog.text
