@@ -31,7 +31,7 @@ PROGRAMS := $(sort $(dir $(wildcard deploy/*.py examples/*.py $(foreach depth,* 
 
 # Both ways of installing write to one environment.
 .NOTPARALLEL:
-.PHONY: help serve test test-gpu lint mutation coverage bench evidence audit dist lock clean
+.PHONY: help serve test explore test-gpu lint mutation coverage bench evidence audit dist lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name what; do printf '%-17s %s\n' "$$name" "$$what"; done
@@ -41,6 +41,9 @@ serve: $(BUILT) ## set everything up, then serve the bundled model on http://127
 
 test: $(DEVELOP) $(LITELLM) $(BUILT) ## run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+explore: $(DEVELOP) $(LITELLM) $(BUILT) ## run the tests that draw examples, with others than `make test` always has (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m hypothesis --hypothesis-profile explore $(ARGS)
 
 test-gpu: $(DEVELOP) $(BUILT) ## run what computes on a GPU there; without one only the kernels, in Triton's interpreter
 	$(BIN)/python -m pytest tests/gpu_kernels tests/gpu tests/unit/runtime/test_lane.py tests/unit/runtime/test_runner.py $(ARGS)

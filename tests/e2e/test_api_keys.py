@@ -93,7 +93,7 @@ def closing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @schemathesis.openapi.from_dict(_description()).include(path="/admin/keys", method="POST").parametrize()
-@settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 def test_making_keys_is_as_described(case: schemathesis.Case, closing: Server) -> None:
     holds = [not_a_server_error, checks.response_schema_conformance, checks.negative_data_rejection]
     case.call_and_validate(base_url=closing.url, headers=OWNER, checks=holds, timeout=30)

@@ -180,7 +180,7 @@ def plain(answer: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS, asked=CHAT, tools=st.sampled_from(["", "", "tools", "functions"]), top=SMALL)
 def test_chats(server: Server, text: str, asked: dict[str, Any], tools: str, top: int | None) -> None:
     role = "assistant" if asked.get("continue_final_message") else "user"
@@ -205,7 +205,7 @@ def test_chats(server: Server, text: str, asked: dict[str, Any], tools: str, top
         )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(TEXTS, min_size=1, max_size=3), asked=TEXT, mute=st.booleans())
 def test_texts(server: Server, texts: list[str], asked: dict[str, Any], mute: bool) -> None:
     body = {"prompt": texts if len(texts) > 1 else texts[0], **asked}

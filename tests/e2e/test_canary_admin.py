@@ -154,7 +154,7 @@ described = schemathesis.openapi.from_dict(describe(create_app(EchoService(), Se
 
 
 @described.include(path_regex="^/admin/canary").parametrize()
-@settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 def test_whatever_is_sent_there_is_an_answer_as_described(case: schemathesis.Case, willing: apiserver.Server) -> None:
     case.headers = {**(case.headers or {}), **ADMIN}
     holds = [

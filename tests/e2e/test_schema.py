@@ -85,9 +85,7 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @api.exclude(path="/admin/keys", method="POST").parametrize()  # it closes a server: see test_api_keys.py
-@settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 def test_every_route_is_as_described(case: schemathesis.Case, echo: Server) -> None:
     lenient = case.path.startswith(LENIENT)
     holds = [check for check in HOLDS if not (lenient and check is checks.negative_data_rejection)]
@@ -108,7 +106,7 @@ engine.config.generation.update(modes=[GenerationMode.POSITIVE])
 @engine.include(
     path_regex=r"^/v1/(chat/completions|completions|responses|messages|embeddings|score|rerank)$"
 ).parametrize()
-@settings(max_examples=5, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, suppress_health_check=list(HealthCheck))
 def test_the_engine_survives_what_fits_the_description(case: schemathesis.Case, bundled: Process) -> None:
     if isinstance(case.body, dict):  # an answer as long as the context would be no better a test
         case.body = {**case.body, "max_tokens": 2, "max_completion_tokens": 2, "max_output_tokens": 16}

@@ -99,7 +99,7 @@ def squeezed(texts: list[str]) -> str:
     return "".join("".join(texts).split())
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=TEXTS,
     extras=EXTRAS,

@@ -15,6 +15,7 @@ from devtools import Browser, Page, installed
 from ropeway.gateway.canaries import Canaries
 from ropeway.gateway.outcome import Outcome
 from uikit import Batch, StubFeed, showing
+from waiting import until
 
 pytestmark = pytest.mark.skipif(installed() is None, reason="no Chromium is installed")
 
@@ -49,6 +50,7 @@ def test_a_canary_from_start_to_end(page: Page, server: Server, tmp_path: Path) 
     page.until("document.querySelector('.trial')?.innerText.includes('old against new')")
     page.fill(".trial input[type=range]", "40")
     page.until("document.querySelector('.trial').innerText.includes('The canary gets 40 %')")
+    until(lambda: canaries.states()[0].weight == 0.4)  # the page says so already while it asks
 
     def observe() -> None:
         splitter = canaries.splitter("org/chat")

@@ -125,7 +125,7 @@ def _high_rows(world: World, plan: StepPlan) -> list[tuple[int, int, int]]:
     return [(row.rid, row.start, row.count) for row in plan.rows if world.requests[row.rid].urgency is HIGH]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), slots=st.integers(1, 6), reserved=st.integers(0, 2))
 def test_interactive_requests_run_as_if_they_were_alone(seed: int, slots: int, reserved: int) -> None:
     """Row by row: with memory for all, a backlog changes nothing of what interactive requests compute in each step."""
@@ -336,7 +336,7 @@ def test_why_names_interactive_work_and_how_long_it_stands_first() -> None:
 
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("classes", [False, True])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     people=st.lists(
         st.tuples(st.sampled_from([0.0, 1.0, 3.0]), st.integers(1, 40), st.integers(-1, 2), st.sampled_from(Urgency)),

@@ -108,7 +108,7 @@ def _fill(p: Platform, people: list[tuple[float, int, int, int, float | None]]) 
 
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("classes", [False, True])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(people=arrivals(), picks=st.lists(st.tuples(st.floats(0, 9), st.integers(0, 99)), max_size=6))
 def test_the_line_is_what_the_definition_says(
     name: str, classes: bool, people: list[tuple[float, int, int, int, float | None]], picks: list[tuple[float, int]]
@@ -133,7 +133,7 @@ def test_the_line_is_what_the_definition_says(
         assert [seq.number for seq in p.line()] == [seq.number for seq in expected]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(people=arrivals(), gap=st.floats(0.01, 30))
 def test_response_ratio_is_the_highest_within_a_quarter(
     people: list[tuple[float, int, int, int, float | None]], gap: float
@@ -231,7 +231,7 @@ def _serve_tenants(world: World, lengths: dict[str, tuple[int, int]], steps: int
     return got
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     a=st.tuples(st.integers(1, 40), st.integers(1, 30)),
     b=st.tuples(st.integers(1, 40), st.integers(1, 30)),
@@ -398,7 +398,7 @@ def test_every_order_serves_everybody_under_cancels_and_preemption(policy: str) 
     assert world.scheduler.counters.preemptions > 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1 << 30), switches=st.lists(st.sampled_from(POLICIES), min_size=2, max_size=8))
 def test_a_switch_keeps_everybody(seed: int, switches: list[str]) -> None:
     random = Random(seed)

@@ -119,7 +119,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.small.stop()
 
 
-PoolMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestPool = PoolMachine.TestCase
 
 

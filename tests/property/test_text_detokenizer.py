@@ -36,7 +36,7 @@ def full(tokenizer: HubTokenizer, ids: list[int], skip: bool) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=TEXTS, cuts=CUTS, special=st.booleans(), skip=st.booleans())
 def test_deltas_make_the_full_decode_of_any_text(
     kind: str, text: str, cuts: list[int], special: bool, skip: bool
@@ -47,7 +47,7 @@ def test_deltas_make_the_full_decode_of_any_text(
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "word_piece"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), cuts=CUTS, skip=st.booleans())
 def test_deltas_make_the_full_decode_of_any_tokens(kind: str, data: st.DataObject, cuts: list[int], skip: bool) -> None:
     tokenizer = KINDS[kind]
@@ -56,7 +56,7 @@ def test_deltas_make_the_full_decode_of_any_tokens(kind: str, data: st.DataObjec
 
 
 @pytest.mark.parametrize("kind", ["llama_style", "gemma_style", "metaspace_style", "stripped_style"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), cuts=CUTS, skip=st.booleans())
 def test_byte_fallback_deltas_make_the_full_decode_of_any_tokens(
     kind: str, data: st.DataObject, cuts: list[int], skip: bool
@@ -73,7 +73,7 @@ def test_byte_fallback_deltas_make_the_full_decode_of_any_tokens(
     assert "".join(deltas(tokenizer, ids, cuts, skip)) == full(tokenizer, ids, skip)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=TEXTS, cuts=CUTS)
 def test_no_delta_ends_within_a_character(text: str, cuts: list[int]) -> None:
     tokenizer = ByteTokenizer()

@@ -68,7 +68,7 @@ CUTS = st.lists(st.integers(1, 9), max_size=6)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_how_an_answer_is_cut_makes_no_difference(name: str, data: st.DataObject) -> None:
     text = "".join(data.draw(st.lists(fragments(name), max_size=8)))
@@ -86,7 +86,7 @@ PLAIN = st.text(string.ascii_letters + " é👩", max_size=12)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(before=PLAIN, after=PLAIN, calls=CALLS, cuts=CUTS, thought=st.one_of(st.none(), PLAIN), data=st.data())
 def test_what_was_written_is_read(
     name: str, before: str, after: str, calls: list[Call], cuts: list[int], thought: str | None, data: st.DataObject

@@ -35,7 +35,7 @@ def pieces(text: str, cuts: list[int]) -> list[str]:
     return found
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(text=SMALL, stops=STOPS, cuts=CUTS, include=st.booleans())
 def test_the_split_of_the_text_makes_no_difference(text: str, stops: list[str], cuts: list[int], include: bool) -> None:
     stopper = Stopper(StopAutomaton.of(stops), include=include)
@@ -55,7 +55,7 @@ def test_the_split_of_the_text_makes_no_difference(text: str, stops: list[str], 
         assert (shown, stopper.matched) == (text[: end if include else begin], text[begin:end])
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(text=SMALL, stops=SOME_STOPS, cuts=CUTS, min_tokens=st.integers(0, 12))
 def test_tokens_stay_with_their_text(text: str, stops: list[str], cuts: list[int], min_tokens: int) -> None:
     """Over bytes, so that characters span tokens: whatever has been delivered, its tokens spell its text."""

@@ -279,11 +279,22 @@ def _remedy(config: EngineConfig, blocks: int, needed: int, block: int, room: in
             ways.append(f"--kv-cache-gib {_up(needed * block / GIB)}")
     if blocks:
         ways.append(f"--max-model-len {blocks * config.block_size}")
-    elif not ways and room >= block:
-        most = room // block
-        shorter = f" with --max-model-len {most * config.block_size}" if config.max_model_len is not None else ""
-        ways.append(f"--num-kv-blocks {most}{shorter}")
-    return f"Use {' or '.join(ways)}." if ways else "Free memory or choose a smaller model."
+    return f"Use {' or '.join(ways)}." if ways else _most(config, room, block)
+
+
+def _most(config: EngineConfig, room: int, block: int) -> str:
+    """The largest KV cache in `room` bytes, with requests that it can hold: who is told the one without the other comes
+    back for the other, which is refused for the one."""
+    blocks, way = room // block, f"--num-kv-blocks {room // block}"
+    size = int(room / GIB * 1000) / 1000
+    if config.num_kv_blocks is None and config.kv_cache_gib is not None and size * GIB >= block:
+        blocks, way = int(size * GIB) // block, f"--kv-cache-gib {size}"
+    longest = blocks * config.block_size
+    if not blocks:
+        return "Free memory or choose a smaller model."
+    if config.max_model_len is not None and config.max_model_len > longest:
+        return f"Use {way} with --max-model-len {longest}."
+    return f"Use {way} or less."
 
 
 def _up(value: float) -> float:
@@ -300,7 +311,7 @@ def _blocks(
         if config.num_kv_blocks * block > room:
             raise MemoryBudgetError(
                 f"{config.num_kv_blocks} KV blocks take {gib(config.num_kv_blocks * block)}, but beside the weights "
-                f"{gib(room)} {memory.limit} are free. Use --num-kv-blocks {room // block} or less.",
+                f"{gib(room)} {memory.limit} are free. {_most(config, room, block)}",
                 param="num_kv_blocks",
             )
         return config.num_kv_blocks, "by --num-kv-blocks"
@@ -308,7 +319,7 @@ def _blocks(
         if config.kv_cache_gib * GIB > room:
             raise MemoryBudgetError(
                 f"The KV cache is to take {config.kv_cache_gib} GiB, but beside the weights {gib(room)} {memory.limit} "
-                f"are free. Use --kv-cache-gib {int(room / GIB * 1000) / 1000} or less.",
+                f"are free. {_most(config, room, block)}",
                 param="kv_cache_gib",
             )
         return int(config.kv_cache_gib * GIB) // block, "by --kv-cache-gib"

@@ -17,7 +17,7 @@ from ropeway.experiment.compare import half_width
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(-5, 5)), min_size=2, max_size=80))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_tally_is_what_all_answers_together_say(answers: list[tuple[int, float]]) -> None:
     tally, rows = Tally(), {}
     for key, value in answers:

@@ -37,7 +37,7 @@ def test_a_moved_weight_moves_its_share_alone() -> None:
     weights=st.dictionaries(st.sampled_from("abcd"), st.floats(0.01, 10), min_size=2),
     more=st.floats(0.01, 5),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_who_gains_weight_loses_no_key_and_takes_them_from_anybody(
     keys: list[str], weights: dict[str, float], more: float
 ) -> None:

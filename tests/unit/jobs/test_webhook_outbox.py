@@ -51,7 +51,7 @@ def fail(connection: sqlite3.Connection, delivery: outbox.Delivery, now: float, 
     outbox.failed(connection, delivery, now=now, status=500, error="HTTP 500", **{"due": now + 5, **kwargs})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 4))
 def test_every_event_comes_to_one_end(seed: int, events: int, hosts: int) -> None:
     with tables() as connection:

@@ -248,7 +248,7 @@ def test_forged_headers(tmp_path: Path, content: bytes) -> None:
         files.read_header(tmp_path / "f.safetensors")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1 << 30), flips=st.integers(1, 6), cut=st.integers(0, 60))
 def test_corrupted_headers_never_crash(checkpoint: Make, tmp_path: Path, seed: int, flips: int, cut: int) -> None:
     """Any bits of the header changed and any tail lost: a clean refusal, or a file that is right by its own words."""

@@ -36,7 +36,7 @@ def stored(path: Path, dtype: torch.dtype) -> Path:
     return path
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 1 << 30),
     chunk=st.sampled_from([8, 24, 64, 4096]),

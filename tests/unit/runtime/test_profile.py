@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from advice import advised
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -159,7 +159,11 @@ def test_a_step_that_does_not_fit_is_refused_with_one_that_does() -> None:
     tokens=st.sampled_from([64, 512, 8192]),
     length=st.sampled_from([None, 1024]),
     graphs=st.sampled_from([0, 35]),
+    blocks=st.sampled_from([None, None, 1, 64, 1 << 20]),
+    gibs=st.sampled_from([None, None, 0.001, 0.05, 100.0]),
+    ways=st.tuples(*[st.integers(0, 5)] * 6),
 )
+@example(8, 0.75, 0.75, 0.96875, (0, 0, 0), None, 64, 1024, 35, None, None, (0,) * 6)
 def test_what_is_promised_fits_and_what_is_advised_works(
     total: int,
     others: float,
@@ -170,11 +174,17 @@ def test_what_is_promised_fits_and_what_is_advised_works(
     tokens: int,
     length: int | None,
     graphs: int,
+    blocks: int | None,
+    gibs: float | None,
+    ways: tuple[int, ...],
 ) -> None:
     held = int(total * GIB * others)
     memory = Planted(total * GIB, held, int(weights * GIB), int(libraries * GIB), costs)
-    config = EngineConfig(gpu_memory_utilization=share, max_num_batched_tokens=tokens, max_model_len=length)
-    for _ in range(6):
+    config = EngineConfig(
+        gpu_memory_utilization=share, max_num_batched_tokens=tokens, max_model_len=length, num_kv_blocks=blocks,
+        kv_cache_gib=gibs,
+    )  # fmt: skip
+    for way in ways:
         try:
             found = budget(memory, config, graphs)
         except torch.OutOfMemoryError:
@@ -182,12 +192,13 @@ def test_what_is_promised_fits_and_what_is_advised_works(
         except MemoryBudgetError as error:
             if " Use --" not in error.message:
                 return  # nothing short of another model or GPU helps
-            config = advised(config, error.message)[0]
+            choices = advised(config, error.message)
+            config = choices[way % len(choices)]
             continue
         ours = memory.weights + memory.libraries + found.workspace_bytes + found.kv_bytes
         assert found.num_blocks > 0
         assert held + ours <= total * GIB
-        if config.num_kv_blocks is None:
+        if config.num_kv_blocks is None and config.kv_cache_gib is None:
             assert ours <= total * GIB * (
                 0.9 if config.gpu_memory_utilization is None else config.gpu_memory_utilization
             )
