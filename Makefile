@@ -42,8 +42,8 @@ serve: $(BUILT) ## set everything up, then serve the bundled model on http://127
 test: $(DEVELOP) $(LITELLM) $(BUILT) ## run the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-explore: $(DEVELOP) $(LITELLM) $(BUILT) ## run the tests that draw examples, with others than `make test` always has (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m hypothesis --hypothesis-profile explore $(ARGS)
+explore: override ARGS += -m hypothesis --hypothesis-profile explore
+explore: test ## run the tests that draw examples, with others than `make test` always has (minutes)
 
 test-gpu: $(DEVELOP) $(BUILT) ## run what computes on a GPU there; without one only the kernels, in Triton's interpreter
 	$(BIN)/python -m pytest tests/gpu_kernels tests/gpu tests/unit/runtime/test_lane.py tests/unit/runtime/test_runner.py $(ARGS)
