@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from native import library_of
 from ropeway.errors import KernelError
 from ropeway.runtime.attention.backend import AttentionBackend, AttentionSpec
 from ropeway.runtime.attention.cpu import CpuBackend
@@ -18,7 +19,6 @@ from ropeway.runtime.kernels.build import VARIANTS
 from ropeway.runtime.kernels.ops import TorchOps
 from ropeway.runtime.layers.norm import RMSNorm
 
-from .native import library_of
 from .paged import CPU, World, assert_close, spec_of
 
 KINDS = [

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from native import library_of, skip_without
 from ropeway.errors import ConfigError, KernelError
 from ropeway.runtime import cpu_info
 from ropeway.runtime.attention.reference import ReferenceBackend
@@ -21,7 +22,6 @@ from ropeway.runtime.kernels import build, library
 from ropeway.runtime.kernels.ops import NativeOps, TorchOps, select_ops
 from ropeway.runtime.layers import linear
 
-from .native import library_of, skip_without
 from .paged import spec_of
 
 CPU = torch.device("cpu")

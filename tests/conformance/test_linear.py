@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from native import library_of
 from ropeway.runtime.kernels.build import VARIANTS
 from ropeway.runtime.layers import linear
 from ropeway.runtime.layers.linear import Make, NativeProduct, OneDnnProduct, PackedLinear, TorchProduct
-
-from .native import library_of
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from native import library_of
 from ropeway.errors import ModelError
 from ropeway.runtime import cpu_info
 from ropeway.runtime.kernels.build import VARIANTS
@@ -17,8 +18,6 @@ from ropeway.runtime.layers import linear
 from ropeway.runtime.layers.integer import OneDnnInt8Product, TorchIntProduct, quantize_rows
 from ropeway.runtime.layers.linear import NativeProduct, PackedLinear
 from ropeway.runtime.layers.quantized import QuantizedWeight
-
-from .native import library_of
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16)

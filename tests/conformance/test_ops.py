@@ -8,10 +8,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from native import library_of
 from ropeway.runtime.kernels.build import VARIANTS
 from ropeway.runtime.kernels.ops import NativeOps, Ops, TorchOps, select_ops
-
-from .native import library_of
 
 FLOATS = (torch.float32, torch.bfloat16)
 

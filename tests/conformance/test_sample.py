@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from native import library_of
 from ropeway.contract import SamplingParams
 from ropeway.errors import EngineError, NumericalError, RequestError, RopewayError
 from ropeway.runtime.kernels.build import VARIANTS
@@ -17,8 +18,6 @@ from ropeway.runtime.kernels.ops import TorchOps
 from ropeway.runtime.noise import uniforms
 from ropeway.runtime.sampler import Sampler, Want
 from ropeway.runtime.slots import Slot, bitmask
-
-from .native import library_of
 
 SLACK = 3e-6
 """Relative difference of sums in float32 and float64, within which either neighbour is right."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import VOCAB
+from native import library_of
 from ropeway.errors import KernelError
 from ropeway.modelspec import load_spec
 from ropeway.runtime.attention.backend import AttentionBackend, AttentionSpec
@@ -27,7 +28,6 @@ from ropeway.runtime.models.registry import MODELS
 from ropeway.runtime.weights.loader import Weights
 from ropeway.runtime.weights.quant import quantize_int4, quantize_int8
 
-from .native import library_of
 from .paged import Line, World, spec_of
 
 Make = Callable[[str], Path]

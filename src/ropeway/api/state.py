@@ -137,7 +137,7 @@ class Api:
         info = self.service.info
         parts = [__version__, self.service.model_name]
         if info is not None:
-            parts += [info.model, info.device, info.dtype, info.attention]
+            parts += [info.model, info.device, info.dtype, info.attention, info.arithmetic]
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

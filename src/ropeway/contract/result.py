@@ -82,7 +82,8 @@ class ExecutorInfo(Struct, frozen=True, kw_only=True):
     device, dtype, attention back end, number of blocks. `tiers` are the memory beneath the device's, nearest first;
     `secret` keys the names of what they have kept, and is empty if there is none. Both stay inside the engine.
     `pooling` is None if the model makes no vectors. One that `generates` nothing looks at all of a prompt at once, so a
-    prompt has to run whole, in one step. `device_id` is a GPU's UUID, by which its driver knows it.
+    prompt has to run whole, in one step. `device_id` is a GPU's UUID, by which its driver knows it. `arithmetic` is
+    what the last digits of a logit hang on besides: code, quantization and kernels.
     """
 
     model: str
@@ -95,6 +96,7 @@ class ExecutorInfo(Struct, frozen=True, kw_only=True):
     vocab_size: int
     depth: int = 1
     attention: str = ""
+    arithmetic: str = ""
     threads: int = 0
     weight_bytes: int = 0
     kv_bytes: int = 0

@@ -23,7 +23,7 @@ from ropeway.runtime.graphs import Background
 from ropeway.runtime.kernels.library import load
 from ropeway.runtime.kernels.ops import select_ops
 from ropeway.runtime.kvstore import KVStore
-from ropeway.runtime.layers.linear import FASTEST, describe_linear
+from ropeway.runtime.layers.linear import FASTEST, choose, describe_linear
 from ropeway.runtime.memory import Budget, gib, plan_budget
 from ropeway.runtime.models.build import Built, build
 from ropeway.runtime.pipeline import open_runner, record_steps
@@ -66,6 +66,7 @@ class LocalExecutor:
         level = wanted_level(config, device)
         dtype, dtype_note = choose_dtype(config, spec, device)
         name = str(dtype).removeprefix("torch.")
+        scheme = quantization.linear_scheme(config, spec)
         weight_bytes = spec.weight_bytes(name, config.quantization, config.quantization_group)
         threads, threads_note = set_threads(config, weight_bytes)
         memory = open_memory(device)
@@ -109,6 +110,7 @@ class LocalExecutor:
             vocab_size=spec.vocab,
             depth=depth,
             attention=built.backend.name,
+            arithmetic=_arithmetic(config, spec, device, ops.name, choose(device.type, dtype, scheme, level).name),
             threads=threads,
             weight_bytes=weight_bytes,
             kv_bytes=kv.bytes,
@@ -122,7 +124,7 @@ class LocalExecutor:
                 *notes,
                 *recorded,
                 f"Small operations: {ops.name}{_passed(ops_passed)}.",
-                sentence(describe_linear(device, dtype, quantization.linear_scheme(config, spec), level)),
+                sentence(describe_linear(device, dtype, scheme, level)),
                 f"Weights: {spec.parameters:,} parameters, {gib(weight_bytes)}, loaded in {loaded:.1f} s.",
                 *quantization.notes(config, spec, device, name),
                 _kv_note(budget, config.block_size),
@@ -224,6 +226,14 @@ def wanted_level(config: EngineConfig, device: torch.device) -> int:
     if level and isinstance(missing, str):
         raise ConfigError(f"kernel_level is {level}, but {missing}. Use --kernel-level auto.", param="kernel_level")
     return level
+
+
+def _arithmetic(config: EngineConfig, spec: ModelSpec, device: torch.device, ops: str, linear: str) -> str:
+    """What another machine or setting has to have in common for the same logits, beside what `ExecutorInfo` says."""
+    library = load()
+    unit = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(library, "variant", "no kernels")
+    chosen = (spec.implementation, config.load_format, config.quantization, config.quantization_group)
+    return " ".join(map(str, (torch.__version__, unit, *chosen, config.kv_cache_dtype, ops, linear)))
 
 
 def whole_steps(built: Built, level: int, config: EngineConfig) -> tuple[Model, str]:

@@ -52,6 +52,16 @@ def chunks(**options: bool) -> sse.Chunks:
     return sse.Chunks(head=dict(HEAD), shape=shape, **options)
 
 
+@pytest.mark.parametrize("what", ["model", "device", "dtype", "attention", "arithmetic"])
+def test_the_fingerprint_tells_arithmetic_apart(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    api = Api(EchoService(), ServerConfig(), Metrics("echo"))
+    before, info = api.fingerprint, api.service.info
+    assert info is not None
+    assert api.fingerprint == before
+    monkeypatch.setattr(EchoService, "info", msgspec.structs.replace(info, **{what: "other"}))
+    assert api.fingerprint != before
+
+
 def choice(index: int = 0, **last: Any) -> Choice:
     request = TextRequest(request_id="r", text="x", sampling=SamplingParams())
     return Choice(request, index, last=TextChunk(**last) if last else None)

@@ -11,6 +11,7 @@ import torch
 from clikit import program
 from typer.testing import CliRunner
 
+from native import NATIVE, needs_native
 from ropeway.cli import checks
 from ropeway.cli.environment import facts
 from ropeway.cli.main import app
@@ -32,7 +33,7 @@ def _threads() -> Iterator[None]:
 
 def test_every_line_is_ok_or_says_what_to_do() -> None:
     found = list(checks.run_checks(0))
-    speed = ["Speed"] if isinstance(load(), str) else ["Bandwidth", "float32", "bfloat16", "int8"]
+    speed = ["Speed"] if not NATIVE else ["Bandwidth", "float32", "bfloat16", "int8"]
     assert [c.name for c in found] == [
         "Python", "torch", "CPU", "Memory", "Compiler", "Kernels", "CUDA", "Disk", "Port", "Proxies", *speed,
     ]  # fmt: skip
@@ -49,7 +50,7 @@ def test_speed_is_not_measured_without_kernels(monkeypatch: pytest.MonkeyPatch) 
     assert not check.ok
 
 
-@pytest.mark.skipif(isinstance(load(), str), reason="there are no native kernels here")
+@needs_native
 def test_kernels_stay_below_what_the_machine_can_do() -> None:
     kernels = load()
     assert not isinstance(kernels, str)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from toykit import GREEDY, VOCAB, Toy, expected, plan, row, runner, seat
 
+from native import needs_native
 from ropeway.config import EngineConfig
 from ropeway.contract import SamplingParams
 from ropeway.runtime.batch import BatchInputs
 from ropeway.runtime.device_memory import CpuMemory
 from ropeway.runtime.device_sampler import sample
 from ropeway.runtime.graphs import Background
-from ropeway.runtime.kernels.library import load
 from ropeway.runtime.lane import CpuLane, Fetch
 from ropeway.runtime.ondevice import alone
 from ropeway.runtime.pipeline import choose_depth, obstacle, record_steps
@@ -255,7 +255,7 @@ def test_parameters_of_rows() -> None:
     assert np.array_equal(made.tokens.wishes([3])[1][:, 0], real[:, 1])
 
 
-@pytest.mark.skipif(isinstance(load(), str), reason="needs native kernels")
+@needs_native
 def test_native_kernels_choose_as_plain_torch_does() -> None:
     torch.manual_seed(3)
     sampler = Sampler(SimpleNamespace(name="native"))  # type: ignore[arg-type]

@@ -8,6 +8,19 @@ from ropeway.runtime import cpu_info
 from ropeway.runtime.kernels.build import VARIANTS
 from ropeway.runtime.kernels.library import NativeLibrary, load
 
+NATIVE = not isinstance(load(), str)
+needs_native = pytest.mark.skipif(not NATIVE, reason="there are no native kernels here")
+
+# For greedy texts that are to be the same in any batch: torch's products round otherwise where there are more rows,
+# which bfloat16 shows in a text, and float32 hardly ever.
+GREEDY_DTYPE = "auto" if NATIVE else "float32"
+
+
+def skip_unless_there_is(level: str) -> None:
+    """Skips the test of a `kernel_level` that needs native kernels where there are none."""
+    if level in ("2", "3") and not NATIVE:
+        pytest.skip("there are no native kernels here")
+
 
 def skip_without(variant: str) -> None:
     """Skips the test where the processor lacks the instructions of `variant`."""
