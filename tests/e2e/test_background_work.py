@@ -9,6 +9,8 @@ from typing import Any
 import httpx2
 from running import SMALL, serving
 
+from native import GREEDY_DTYPE
+
 LOW = {"x-ropeway-priority": "low"}
 
 
@@ -22,7 +24,7 @@ async def complete(client: httpx2.AsyncClient, prompt: str, tokens: int, headers
 
 async def test_a_person_gets_a_seat_that_background_work_had_and_no_text_changes() -> None:
     prompts = [f"number {number} of the story begins with" for number in range(5)]
-    with serving(*SMALL, "--max-num-seqs", "2", "--background-gap-ms", "0") as server:
+    with serving(*SMALL, "--dtype", GREEDY_DTYPE, "--max-num-seqs", "2", "--background-gap-ms", "0") as server:
         async with httpx2.AsyncClient(base_url=server.url, timeout=60) as client:
             alone = [(await complete(client, prompt, 1200, {}))[0] for prompt in prompts]
             work = [asyncio.create_task(complete(client, prompt, 1200, LOW)) for prompt in prompts]

@@ -20,6 +20,7 @@ import pytest
 
 import schemas
 from blind import Blind
+from native import needs_native
 from ropeway import LLM, SamplingParams
 from ropeway.engine import engine
 from ropeway.errors import RequestError
@@ -112,6 +113,7 @@ def batch(llm: LLM, *, free: bool) -> list[str]:
     return texts(llm.generate(prompts, wishes, use_tqdm=False))
 
 
+@needs_native
 def test_batching_preemption_and_chunks_change_nothing(llm: LLM) -> None:
     whole = batch(llm, free=False)
     assert batch(llm, free=True) == whole[:8]

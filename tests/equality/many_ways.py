@@ -15,6 +15,7 @@ from blind import Blind
 from checkpoints import greedy, prompt, reference
 from driver import Driver
 from invariants import check
+from native import skip_unless_there_is
 from pipelines import config_of
 from ropeway.config import EngineConfig
 from ropeway.contract import Admit, GenerateRequest, Row, SamplingParams, Submit, TokenEvent
@@ -63,6 +64,7 @@ class Run:
         **changes: Any,
     ) -> None:
         config = config_of(directory, **changes)
+        skip_unless_there_is(config.kernel_level)
         with patch.object(engine, "Scheduler", partial(Scheduler, forecast=Blind())) if blind else nullcontext():
             self.engine = Engine(execute(config), config)
         self.tokens: dict[int, list[int]] = {}
@@ -118,6 +120,7 @@ def in_many_ways(executor: LocalExecutor, directory: Path) -> None:
         assert line.output[:NUMBER] == expected(directory, tuple(line.tokens[: line.prompt_len]))
 
 
+@torch.no_grad()
 def logits(directory: Path, tokens: list[int], **changes: Any) -> torch.Tensor:
     """Of all positions, one token to a step."""
     values = {"dtype": "float32", "threads": 1, "num_kv_blocks": 8, "max_model_len": 128} | changes

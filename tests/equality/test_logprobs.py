@@ -14,6 +14,7 @@ import torch
 
 from blind import Blind
 from checkpoints import VOCAB, prompt, reference
+from native import skip_unless_there_is
 from ropeway.config import EngineConfig
 from ropeway.contract import GenerateRequest, SamplingParams, Submit, TokenLogprob
 from ropeway.engine import engine
@@ -59,6 +60,7 @@ def test_equals_transformers(checkpoint: Make, condition: str) -> None:
     config = EngineConfig(
         model=str(directory), dtype="float32", threads=1, max_model_len=64, **(values | CONDITIONS[condition])
     )
+    skip_unless_there_is(config.kernel_level)
     starved = patch.object(engine, "Scheduler", partial(Scheduler, forecast=Blind()))
     with starved if "starved" in condition else nullcontext():
         machine = Engine(LocalExecutor(config), config)

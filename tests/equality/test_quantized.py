@@ -14,6 +14,7 @@ import transformers
 from many_ways import ROUNDING, WEIGHTS, logits, spread
 
 from checkpoints import prompt
+from native import skip_unless_there_is
 from quantized_checkpoints import LAYOUTS, save_quantized
 
 Make = Callable[[str], Path]
@@ -46,6 +47,7 @@ def test_stored(plain: Path, tmp_path: Path, layout: str) -> None:
 @pytest.mark.parametrize("level", ["0", "1", "2", "3"])
 @pytest.mark.parametrize("quantization", WEIGHTS)
 def test_while_loading(plain: Path, quantization: str, level: str) -> None:
+    skip_unless_there_is(level)
     tokens = prompt(4, 40)
     found = spread(logits(plain, tokens, quantization=quantization, kernel_level=level), plain, tokens)
     assert 0 < found < WEIGHTS[quantization]

@@ -104,7 +104,10 @@ class CommonFields(Struct, frozen=True, kw_only=True):
     ] = None
     seed: Annotated[
         Annotated[int, Meta(ge=-_INT64, le=_INT64 - 1)] | None,
-        Meta(description="The same seed gives the same answer while `system_fingerprint` is the same."),
+        Meta(
+            description="The same seed gives the same answer while `system_fingerprint` is the same: in any batch if "
+            "kernels are native."
+        ),
     ] = None
     presence_penalty: Annotated[
         Penalty | None, Meta(description="Subtracted from the logits of tokens that the answer has.")

@@ -10,8 +10,8 @@ from msgspec import Struct
 class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens and when to stop. Names and meanings are vLLM's.
 
-    `top_k` 0 or -1 is off, `temperature` 0 is greedy. `seed` None lets the engine draw one at the door; the noise of
-    the i-th output token is a function of (seed, i) alone, so batching never changes a seeded answer.
+    `top_k` 0 or -1 is off, `temperature` 0 is greedy. `seed` None lets the engine draw one at the door; the noise
+    of the i-th output token is a function of (seed, i) alone: batching changes a seeded answer only by rounding logits.
     `stop` strings are matched on text by the service, everything else by scheduler and sampler.
 
     `logprobs` asks for the log probability of each output token and of that many of the likeliest ones beside it,

@@ -1,4 +1,4 @@
-"""Uniform numbers that depend on (seed, index) alone, so that batching can never change a seeded answer."""
+"""Uniform numbers that depend on (seed, index) alone, so that batching changes no draw."""
 
 from __future__ import annotations
 
