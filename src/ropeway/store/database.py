@@ -62,8 +62,12 @@ class Database:
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             self._writer = self._connect()
-            for schema in schemas:
-                _migrate(self._writer, schema, path)
+            try:
+                for schema in schemas:
+                    _migrate(self._writer, schema, path)
+            except BaseException:
+                self._writer.close()
+                raise
         self._thread = threading.Thread(target=self._run, name="store-write", daemon=True)
         self._thread.start()
 

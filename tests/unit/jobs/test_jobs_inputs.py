@@ -61,8 +61,6 @@ WRONG = {
     "no UTF-8": (line("\udcff").replace(b"\\udcff", b"\xff"), [("invalid_json_line", 1)]),
     "half a character": (line("\ud800"), [("invalid_json_line", 1)]),
     "a body that is no UTF-8": (line(model="\udcff").replace(b"\\udcff", b"\xff"), [("invalid_json_line", 1)]),
-    "too deep": (b'{"custom_id":' + b"[" * 2000 + b"]" * 2000 + b"}", [("invalid_json_line", 1)]),
-    "a deep body": (b'{"body":' + b"[" * 2000 + b"]" * 2000 + b"}", [("invalid_json_line", 1)]),
     "twice the same": (line("a") + b"\n\n" + line("b") + b"\n" + line("a"), [("duplicate_custom_id", 4)]),
     "no custom_id": (line(custom_id=None), [("missing_required_parameter", 1)]),
     "an empty custom_id": (line(custom_id=""), [("missing_required_parameter", 1)]),
@@ -89,6 +87,13 @@ def test_what_is_wrong_is_named_with_its_line(name: str) -> None:
     found = checked(data, serves=lambda model: model == "m")
     assert [(error.code, error.line) for error in found.errors] == expected
     assert all(len(error.message) < 300 and error.message.endswith(".") for error in found.errors)
+
+
+@pytest.mark.parametrize("field", [b"custom_id", b"body"])
+def test_what_nests_too_deeply_to_be_read_is_wrong(field: bytes) -> None:
+    depth = 50_000  # Python 3.13 reads some 10,000
+    (error,) = checked(b'{"%s":' % field + b"[" * depth + b"]" * depth + b"}", longest=2**20).errors
+    assert (error.code, error.line) == ("invalid_json_line", 1)
 
 
 @given(

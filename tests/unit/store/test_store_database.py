@@ -127,8 +127,9 @@ def test_tables_grow_with_the_version_and_a_newer_file_is_refused(folder: Path) 
     assert upgraded.read_now(lambda c: c.execute("SELECT size FROM things").fetchone()["size"]) == 7
     upgraded.close()
 
-    with pytest.raises(StorageError, match="newer Ropeway"):
+    with pytest.raises(StorageError, match="newer Ropeway") as refused:
         Database(path, [SCHEMA])
+    assert not path.with_name("a.db-wal").exists(), f"it is still open after: {refused.value}"
 
 
 def test_a_step_that_fails_leaves_the_version_before(folder: Path) -> None:
