@@ -9,7 +9,8 @@ from ropeway.runtime.kernels.build import VARIANTS
 from ropeway.runtime.kernels.library import NativeLibrary, load
 
 NATIVE = not isinstance(load(), str)
-needs_native = pytest.mark.skipif(not NATIVE, reason="there are no native kernels here")
+_NONE = "there are no native kernels here"
+needs_native = pytest.mark.skipif(not NATIVE, reason=_NONE)
 
 # For greedy texts that are to be the same in any batch: torch's products round otherwise where there are more rows,
 # which bfloat16 shows in a text, and float32 hardly ever.
@@ -19,7 +20,7 @@ GREEDY_DTYPE = "auto" if NATIVE else "float32"
 def skip_unless_there_is(level: str) -> None:
     """Skips the test of a `kernel_level` that needs native kernels where there are none."""
     if level in ("2", "3") and not NATIVE:
-        pytest.skip("there are no native kernels here")
+        pytest.skip(_NONE)
 
 
 def skip_without(variant: str) -> None:

@@ -50,7 +50,7 @@ def load(url: str, clients: int) -> Iterator[None]:
 
 def test_the_batch_under_load(page: Page, bundled: Server) -> None:
     with load(bundled.url, 40):  # 32 seats
-        page.until(f"{TAKEN} > 10", 40)
+        page.until(f"{TAKEN} > 10", 40)  # without native kernels background work waits
         page.until("document.querySelector('.news').innerText.includes('finished')", 40)
         page.until("document.querySelector('.line .who')", 40)
         page.until("/\\d/.test(document.querySelector('.tiles b').innerText)")

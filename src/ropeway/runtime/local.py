@@ -230,8 +230,12 @@ def wanted_level(config: EngineConfig, device: torch.device) -> int:
 
 def _arithmetic(config: EngineConfig, spec: ModelSpec, device: torch.device, ops: str, linear: str) -> str:
     """What another machine or setting has to have in common for the same logits, beside what `ExecutorInfo` says."""
-    library = load()
-    unit = torch.cuda.get_device_name(device) if device.type == "cuda" else getattr(library, "variant", "no kernels")
+    if device.type == "cuda":
+        unit = torch.cuda.get_device_name(device)
+    else:
+        # Kernels that do not serve are not compiled for their name.
+        library = load() if "native" in (ops, linear) else ""
+        unit = torch.backends.cpu.get_cpu_capability() if isinstance(library, str) else library.variant
     chosen = (spec.implementation, config.load_format, config.quantization, config.quantization_group)
     return " ".join(map(str, (torch.__version__, unit, *chosen, config.kv_cache_dtype, ops, linear)))
 

@@ -94,6 +94,13 @@ def test_whatever_rounds_otherwise_is_told_apart(checkpoint: Make) -> None:
     assert _info(checkpoint("llama"), **ways[0]).arithmetic == found[0]
 
 
+def test_kernels_that_do_not_serve_are_not_compiled(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = checkpoint("llama")
+    for module in (local, ops, linear):
+        monkeypatch.setattr(module, "load", lambda: pytest.fail("they are"))
+    assert _info(directory, kernel_level="0", dtype="float32", attention_backend="reference").arithmetic
+
+
 def test_layers_that_groups_do_not_fit_are_said_to_be_int8(checkpoint: Make) -> None:
     said = _notes(checkpoint("llama"), quantization="int4")["Quantization"]
     wanted = r"int4 in groups of 64; \d+ of \d+ linear layers int8, since groups of 32 do not divide their 112 inputs,"
